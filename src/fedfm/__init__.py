@@ -1,0 +1,27 @@
+"""fedfm: Federated Foundation Models. Trains, tunes and grounds foundation models over data that cannot leave its owners.
+
+Importing this package imports nothing heavy; each name loads when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dataclasses import replace as replace
+
+    from fedfm.federation import Federation as Federation
+    from fedfm.recipe import dump as dump
+    from fedfm.recipe import load as load
+    from fedfm.run.loop import run as run
+
+__version__ = "0.1.0"
+_LAZY = {"Federation": "fedfm.federation", "load": "fedfm.recipe", "dump": "fedfm.recipe", "run": "fedfm.run.loop", "replace": "dataclasses"}
+__all__ = ["Federation", "__version__", "dump", "load", "replace", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'fedfm' has no attribute {name!r}")

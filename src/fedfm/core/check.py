@@ -1,0 +1,129 @@
+"""The plan check: trust is a property of the whole plan.
+
+Each part declares what it needs, hides and promises (:class:`fedfm.core.parts.Traits`) and may
+look at the plan it is in. ``check`` reads all of it before anything runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from fedfm.core.errors import PlanError
+from fedfm.core.parts import Aggregator, Channel, LocalTrainer, Part, Sampler, ServerOptimizer, Transform
+
+
+class Plan(Protocol):
+    """What the check and the round read of a federation."""
+
+    @property
+    def sampler(self) -> Sampler: ...
+    @property
+    def local(self) -> LocalTrainer: ...
+    @property
+    def transforms(self) -> tuple[Transform, ...]: ...
+    @property
+    def channel(self) -> Channel: ...
+    @property
+    def aggregator(self) -> Aggregator: ...
+    @property
+    def server(self) -> ServerOptimizer: ...
+    @property
+    def min_clients(self) -> int: ...
+    @property
+    def on_failure(self) -> Literal["leave_out", "retry", "stop"]: ...
+    @property
+    def deadline(self) -> float | None: ...
+    def parts(self) -> dict[str, Part]:
+        """Every part by its place in the recipe, nested ones too (``transforms.0``, ``local.inner``)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing the check has to say.
+
+    Args:
+        level: ``refusal`` stops the run, ``warning`` does not, ``promise`` is what the plan guarantees.
+        where: The part's place in the recipe.
+        text: What, why, and the remedy.
+    """
+
+    level: Literal["refusal", "warning", "promise"]
+    where: str
+    text: str
+
+
+def refuse(where: str, text: str) -> Finding:
+    """A finding that stops the run."""
+    return Finding("refusal", where, text)
+
+
+def warn(where: str, text: str) -> Finding:
+    """A finding that does not."""
+    return Finding("warning", where, text)
+
+
+def check(plan: Plan, num_clients: int | None = None) -> list[Finding]:
+    """All findings, refusals first. ``num_clients`` sharpens them where the owners are known."""
+    findings = [*_traits(plan), *_order(plan), *_cohort(plan, num_clients)]
+    for part in plan.parts().values():
+        findings.extend(part.check(plan))
+    order = {"refusal": 0, "warning": 1, "promise": 2}
+    return sorted(dict.fromkeys(findings), key=lambda finding: order[finding.level])
+
+
+def require(plan: Plan, num_clients: int | None = None) -> list[Finding]:
+    """Like :func:`check`, but refusals are raised together.
+
+    Raises:
+        PlanError: with every refusal, its reason and its remedy.
+    """
+    findings = check(plan, num_clients)
+    refusals = [f"{finding.where}: {finding.text}" for finding in findings if finding.level == "refusal"]
+    if refusals:
+        raise PlanError("This plan cannot mean what it says.\n" + "\n".join(f"- {text}" for text in refusals))
+    return findings
+
+
+def _traits(plan: Plan) -> Iterator[Finding]:
+    parts = plan.parts()
+    for place, part in parts.items():
+        for text in part.traits().promises:
+            yield Finding("promise", place, text)
+        for other_place, other in parts.items():
+            clash = part.traits().needs & other.traits().hides
+            if other is not part and clash and not (isinstance(part, Transform) and isinstance(other, Transform)):
+                yield refuse(
+                    place,
+                    f"{type(part).__name__} needs {', '.join(sorted(clash))}, which {type(other).__name__} ({other_place}) hides. Remove one of the two.",
+                )
+
+
+def _order(plan: Plan) -> Iterator[Finding]:
+    # Within a chain only what stands to the left of a transform can hide something from it.
+    for i, part in enumerate(plan.transforms):
+        for other in plan.transforms[:i]:
+            clash = part.traits().needs & other.traits().hides
+            if clash:
+                yield refuse(
+                    f"transforms.{i}",
+                    f"{type(part).__name__} needs {', '.join(sorted(clash))}, which {type(other).__name__} to its left hides. "
+                    f"Put {type(part).__name__} before {type(other).__name__}.",
+                )
+
+
+def _cohort(plan: Plan, num_clients: int | None) -> Iterator[Finding]:
+    if num_clients is None:
+        return
+    cohort = plan.sampler.cohort_size(num_clients)
+    if cohort > num_clients:
+        yield refuse("sampler", f"a cohort of {cohort} is asked for, but only {num_clients} owners have usable data. Lower it to at most {num_clients}.")
+    needed = max(plan.min_clients, plan.aggregator.min_updates())
+    if cohort < needed:
+        yield refuse(
+            "aggregator" if plan.aggregator.min_updates() >= plan.min_clients else "min_clients",
+            f"a round needs {needed} updates ({type(plan.aggregator).__name__} needs {plan.aggregator.min_updates()}, min_clients is {plan.min_clients}), "
+            f"but the cohort is {cohort} of {num_clients} owners. Sample more clients or ask for less.",
+        )

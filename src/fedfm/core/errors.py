@@ -1,0 +1,58 @@
+"""What can go wrong, as a tree.
+
+::
+
+    FedfmError                     everything a user can meet; the command line exits with code 2
+    ├── ConfigError                a recipe or a part's hyperparameters cannot mean what they say
+    │   └── PlanError              each part is fine, together they are not (``fedfm check``)
+    ├── MissingExtra               an optional dependency is not installed
+    ├── DataError                  a file, row, column or owner is unusable
+    ├── ModelError                 a model, tokenizer or adapter does not load or does not fit
+    ├── MessageError               bytes that crossed a boundary are not a valid message
+    ├── RoundError                 a round could not be completed under the recipe's rule
+    └── RunError                   a run folder cannot be written, resumed or read
+
+A message says what was wrong, the value, why it matters, and what to do.
+``assert`` is for our own mistakes; these are for the user's.
+"""
+
+from __future__ import annotations
+
+
+class FedfmError(Exception):
+    """Base of every error a user can meet."""
+
+
+class ConfigError(FedfmError):
+    """A recipe or a part's hyperparameters cannot mean what they say."""
+
+
+class PlanError(ConfigError):
+    """Each part is fine alone; together they are not."""
+
+
+class MissingExtra(FedfmError):
+    """An optional dependency is needed and absent."""
+
+    def __init__(self, package: str, extra: str, why: str) -> None:
+        super().__init__(f"{why} needs the package {package!r}, which is not installed. Remedy: pip install 'fedfm[{extra}]'")
+
+
+class DataError(FedfmError):
+    """A file, row, column or owner is unusable."""
+
+
+class ModelError(FedfmError):
+    """A model, tokenizer or adapter does not load or does not fit."""
+
+
+class MessageError(FedfmError):
+    """Bytes that crossed a boundary are not a valid message."""
+
+
+class RoundError(FedfmError):
+    """A round could not be completed under the recipe's rule."""
+
+
+class RunError(FedfmError):
+    """A run folder cannot be written, resumed or read."""

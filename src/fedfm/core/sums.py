@@ -1,0 +1,63 @@
+"""A sum that does not depend on the order in which its terms arrive.
+
+Each term is cut onto a fixed grid of 2^-80 in two signed 64-bit limbs; integers add exactly in any
+order, so any two orders give the same bits. The cut is at most 2^-81 per term, far below what a
+float32 delta can say; terms beyond 2^38 are refused rather than wrapped.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from fedfm.core.errors import MessageError
+
+_HIGH = 2.0**24
+_LOW = 2.0**80
+_CARRY_EVERY = 64
+
+
+class ExactSum:
+    """``sum_k weight_k * x_k`` over vectors of one size, exact on its grid; memory is two such vectors of int64.
+
+    Example:
+        >>> total = ExactSum(2)
+        >>> total.add(torch.tensor([1.0, 1e-8]), 3.0)
+        >>> total.value().tolist()
+        [3.0, 3e-08]
+    """
+
+    def __init__(self, size: int) -> None:
+        self._high = torch.zeros(size, dtype=torch.int64)
+        self._low = torch.zeros(size, dtype=torch.int64)
+        self._since_carry = 0
+        self.count = 0
+
+    def add(self, x_d: torch.Tensor, weight: float = 1.0) -> None:
+        """Adds ``weight * x_d``.
+
+        Raises:
+            MessageError: if a term is not finite or its magnitude is 2^38 or more.
+        """
+        term = x_d.double().cpu() * weight
+        # NaN and infinity fail this comparison too.
+        if term.numel() and not bool(term.abs().max() < 2.0**38):
+            raise MessageError("A weighted update holds a value that is not finite or is beyond 2^38; it cannot be summed.")
+        high = (term * _HIGH).round_()
+        self._high += high.to(torch.int64)
+        self._low += term.sub_(high.div_(_HIGH)).mul_(_LOW).round_().to(torch.int64)
+        self.count += 1
+        self._since_carry += 1
+        if self._since_carry == _CARRY_EVERY:
+            self._carry()
+
+    def _carry(self) -> None:
+        # The low limb's unit is 2^-80 and the high limb's 2^-24: 2^56 of the one make one of the other.
+        carry = self._low >> 56
+        self._high += carry
+        self._low -= carry << 56
+        self._since_carry = 0
+
+    def value(self) -> torch.Tensor:
+        """The sum, float64 ``(size,)``."""
+        self._carry()
+        return self._high.double() / _HIGH + self._low.double() / _LOW

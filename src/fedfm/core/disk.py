@@ -1,0 +1,99 @@
+"""Durable writes, and the one place where they happen, so that tests can crash at each of them.
+
+A write is durable when it survives ``kill -9`` and loss of power: data synced, then renamed over
+the old file, then the folder synced. A reader sees the old file or the new one, never a part.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from fedfm.core.errors import RunError
+
+# Called with the name of each durable step just before and just after it; chaos tests put a kill here.
+on_step: Callable[[str], None] | None = None
+
+
+def step(name: str) -> None:
+    """Marks a durable step. ``FEDFM_KILL_AT=n`` ends the process with SIGKILL at the n-th mark, for chaos tests."""
+    if on_step is not None:
+        on_step(name)
+    at = os.environ.get("FEDFM_KILL_AT")
+    if at is not None:
+        global _steps
+        _steps += 1
+        if _steps == int(at):
+            os.kill(os.getpid(), 9)
+
+
+_steps = 0
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """Replaces ``path`` with ``data``, durably.
+
+    Raises:
+        RunError: if the disk is full or the folder cannot be written; what was there before is untouched.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        step(f"before {path.name}")
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        step(f"written {path.name}")
+        temporary.replace(path)
+        sync_folder(path.parent)
+        step(f"renamed {path.name}")
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from error
+
+
+def append(path: Path, line: str) -> None:
+    """Adds one line to ``path``, durably. A crash may leave a part of it; readers drop an unfinished last line.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        step(f"before append {path.name}")
+        with path.open("ab") as file:
+            file.write(line.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        step(f"appended {path.name}")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in ``folder`` durable."""
+    fd = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def cannot_write(path: Path, error: OSError) -> RunError:
+    """The error a user sees when a write fails."""
+    if error.errno == errno.ENOSPC:
+        return RunError(f"The disk is full: {path} could not be written. What was saved before is intact; free space and resume.")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return RunError(f"{path.parent} cannot be written ({error.strerror}). Choose another folder or change its permissions.")
+    return RunError(f"{path} could not be written: {error.strerror}.")
+
+
+def slug(name: str) -> str:
+    """A file name for any owner's name: readable, short, without separators, and different for different names."""
+    readable = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:40] or "owner"
+    return f"{readable}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"

@@ -1,0 +1,4 @@
+"""After the round: who looks on while a run goes."""
+
+from fedfm.observers.base import Observer as Observer
+from fedfm.observers.base import Watcher as Watcher

@@ -2,3 +2,5 @@
 
 from fedfm.observers.base import Observer as Observer
 from fedfm.observers.base import Watcher as Watcher
+from fedfm.observers.progress import Progress as Progress
+from fedfm.observers.tensorboard import TensorBoard as TensorBoard

@@ -45,6 +45,10 @@ class Key:
         """63 bits, for generators that take an integer."""
         return int.from_bytes(self.digest[:8], "little") >> 1
 
+    def uniform(self) -> float:
+        """One number in ``[0, 1)``."""
+        return (self.seed() >> 10) / 2.0**53
+
     def generator(self, device: str | torch.device = "cpu") -> torch.Generator:
         """A torch generator at the start of this key's stream."""
         import torch

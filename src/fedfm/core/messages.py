@@ -22,7 +22,6 @@ from typing import Any, Literal
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 
 from fedfm.core.errors import MessageError
 from fedfm.core.parts import ClientId
@@ -86,7 +85,14 @@ def _header(message: Message) -> dict[str, Any]:
     if isinstance(message, Request):
         return {"v": VERSION, "kind": "request", "verb": message.verb, "round": message.round, "meta": dict(message.meta)}
     if isinstance(message, Reply):
-        return {"v": VERSION, "kind": "reply", "verb": message.verb, "round": message.round, "client": message.client, "meta": dict(message.meta)}
+        return {
+            "v": VERSION,
+            "kind": "reply",
+            "verb": message.verb,
+            "round": message.round,
+            "client": message.client,
+            "meta": dict(message.meta),
+        }
     return {"v": VERSION, "kind": "failure", "client": message.client, "stage": message.stage, "reason": message.reason}
 
 
@@ -95,29 +101,46 @@ def _header_bytes(message: Message) -> bytes:
 
 
 def pack(message: Message) -> bytes:
-    """The message as bytes."""
-    head = _header_bytes(message)
-    tensors = {} if isinstance(message, Failure) else {name: t.detach().cpu().contiguous() for name, t in message.tensors.items()}
-    return struct.pack("<I", len(head)) + head + save_safetensors(tensors)
+    """The message as bytes.
+
+    Raises:
+        MessageError: if its header is too long or a tensor's type has no place in a message.
+    """
+    head, tensors = _header_bytes(message), _tensors(message)
+    if len(head) > MAX_HEADER:
+        raise MessageError(f"A message's header has {len(head)} bytes, at most {MAX_HEADER} are allowed. Send what is large as a tensor.")
+    index, names = _index(tensors)
+    leaves = [tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().data for name in names]
+    return b"".join([struct.pack("<I", len(head)), head, struct.pack("<Q", len(index)), index, *leaves])
 
 
 def size(message: Message) -> int:
     """``len(pack(message))`` without copying a tensor."""
-    tensors = {} if isinstance(message, Failure) else message.tensors
-    start, index = 0, {}
-    # safetensors lays tensors out by decreasing alignment, then name; the header's length depends on the offsets' digits.
-    for name, t in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), _rank(item[1].dtype), item[0])):
-        n = t.numel() * t.element_size()
-        index[name] = {"dtype": _DTYPES[t.dtype], "shape": list(t.shape), "data_offsets": [start, start + n]}
-        start += n
-    head = len(json.dumps(index, separators=(",", ":"), ensure_ascii=False).encode())
-    return 4 + len(_header_bytes(message)) + 8 + math.ceil(head / 8) * 8 + num_bytes(tensors)
+    tensors = _tensors(message)
+    return 4 + len(_header_bytes(message)) + 8 + len(_index(tensors)[0]) + num_bytes(tensors)
 
 
-def _rank(dtype: torch.dtype) -> int:
-    # safetensors orders dtypes by its own enumeration, widest first; ties are broken by this.
-    order = ["I64", "F64", "F32", "I32", "BF16", "F16", "I16", "I8", "U8", "BOOL"]
-    return order.index(_DTYPES[dtype])
+def _tensors(message: Message) -> Tree:
+    return {} if isinstance(message, Failure) else message.tensors
+
+
+def _index(tensors: Tree) -> tuple[bytes, list[str]]:
+    """The header of a safetensors file, which names the leaves in the tree's order, and the order in which they follow it."""
+    # Widest type first, so that each leaf is aligned.
+    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    index: dict[str, dict[str, Any]] = dict.fromkeys(tensors, {})
+    start = 0
+    for name in names:
+        leaf = tensors[name]
+        if leaf.dtype not in _DTYPES:
+            raise MessageError(
+                f"Tensor {name!r} is {str(leaf.dtype)[6:]}; a message carries {', '.join(str(dtype)[6:] for dtype in _DTYPES)}."
+            )
+        end = start + leaf.numel() * leaf.element_size()
+        index[name] = {"dtype": _DTYPES[leaf.dtype], "shape": list(leaf.shape), "data_offsets": [start, end]}
+        start = end
+    head = json.dumps(index, separators=(",", ":"), ensure_ascii=False).encode()
+    return head.ljust(math.ceil(len(head) / 8) * 8), names
 
 
 def unpack(data: bytes | memoryview, max_bytes: int | None = None) -> Message:
@@ -126,33 +149,42 @@ def unpack(data: bytes | memoryview, max_bytes: int | None = None) -> Message:
     Raises:
         MessageError: on anything that :func:`pack` could not have made, or more than ``max_bytes`` of it.
     """
-    data = bytes(data)
-    if max_bytes is not None and len(data) > max_bytes:
-        raise MessageError(f"A message of {len(data)} bytes arrived where at most {max_bytes} are allowed.")
-    if len(data) < 4:
-        raise MessageError(f"A message of {len(data)} bytes is too short to be one.")
-    (n,) = struct.unpack("<I", data[:4])
-    if n > MAX_HEADER or 4 + n > len(data):
-        raise MessageError(f"A message claims a header of {n} bytes; at most {min(MAX_HEADER, len(data) - 4)} are possible.")
+    view = memoryview(data).cast("B")
+    if max_bytes is not None and len(view) > max_bytes:
+        raise MessageError(f"A message of {len(view)} bytes arrived where at most {max_bytes} are allowed.")
+    if len(view) < 4:
+        raise MessageError(f"A message of {len(view)} bytes is too short to be one.")
+    (n,) = struct.unpack("<I", view[:4])
+    if n > MAX_HEADER or 4 + n > len(view):
+        raise MessageError(f"A message claims a header of {n} bytes; at most {min(MAX_HEADER, len(view) - 4)} are possible.")
     try:
-        head = json.loads(data[4 : 4 + n])
+        head = json.loads(str(view[4 : 4 + n], "utf-8"))
+        # Half of a surrogate pair is legal in JSON and can be neither written nor shown.
+        json.dumps(head, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise MessageError(f"A message's header is not JSON: {error}.") from error
-    if not isinstance(head, dict) or head.get("v") != VERSION:
-        raise MessageError(f"A message of version {head.get('v') if isinstance(head, dict) else None!r} arrived; this side speaks {VERSION}.")
-    kind = head.get("kind")
-    if kind == "failure":
-        return Failure(_text(head, "client"), _text(head, "stage"), _text(head, "reason"))
+    version = head.get("v") if isinstance(head, dict) else None
+    if version != VERSION:
+        raise MessageError(f"A message of version {version!r} arrived; this side speaks {VERSION}.")
     try:
-        tensors = load_safetensors(data[4 + n :])
+        loaded = load_safetensors(bytes(view[4 + n :]))
+        # A tree has an order, and safetensors does not keep it.
+        (length,) = struct.unpack("<Q", view[4 + n : 12 + n])
+        tensors = {name: loaded[name] for name in json.loads(str(view[12 + n : 12 + n + length], "utf-8")) if name in loaded}
     except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise MessageError(f"A message's tensors are not safetensors: {error}.") from error
+    for name, leaf in tensors.items():
+        if leaf.dtype not in _DTYPES:
+            raise MessageError(f"A message's tensor {name!r} is {str(leaf.dtype)[6:]}, which no message carries.")
+    kind = head.get("kind")
+    if kind == "failure" and not tensors:
+        return Failure(_text(head, "client"), _text(head, "stage"), _text(head, "reason"))
     meta = head.get("meta")
-    if not isinstance(meta, dict) or not all(isinstance(v, Scalar) for v in meta.values()):
+    if not isinstance(meta, dict) or not all(isinstance(value, Scalar) for value in meta.values()):
         raise MessageError("A message's meta must map names to strings or numbers.")
     number = head.get("round")
     if not isinstance(number, int) or isinstance(number, bool) or number < 0:
-        raise MessageError(f"A message's round is {number!r}.")
+        raise MessageError(f"A message's round is {number!r}, not a count.")
     if kind == "request":
         return Request(_text(head, "verb"), number, tensors, meta)
     if kind == "reply":

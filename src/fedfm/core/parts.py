@@ -77,7 +77,8 @@ class Traits:
 
     A part that needs what another hides is refused before anything runs. Words in use:
     ``single-updates`` (each client's update, one by one), ``float-leaves`` (tensors that can still be computed with),
-    ``stateful-clients`` (a client's memory from its last round), ``uniform-weights``, ``weighted-sum`` (a mean of some kind).
+    ``named-leaves`` (one tensor per parameter), ``stateful-clients`` (a client's memory from its last round),
+    ``uniform-weights``, ``weighted-sum`` (a mean of some kind).
     """
 
     needs: frozenset[str] = frozenset()
@@ -237,7 +238,7 @@ class LocalTrainer(Part, ABC):
         """How much a client does in a round."""
 
     @abstractmethod
-    def lr(self, step: int, num_steps: int, round: int) -> float:
+    def lr_at(self, step: int, num_steps: int, round: int) -> float:
         """The learning rate of local step ``step`` (from 0) of ``num_steps``."""
 
     def init(self, cohort: Cohort) -> None:
@@ -246,7 +247,7 @@ class LocalTrainer(Part, ABC):
 
     @abstractmethod
     def step(self, cohort: Cohort, grad_kd: torch.Tensor, lr_k: torch.Tensor, step: int) -> None:
-        """One step of every client, in place. ``lr_k`` is ``(K, 1)``; ``grad_kd`` may be overwritten."""
+        """One step of every client, in place. ``lr_k`` is ``(K, 1)``; ``grad_kd`` may be overwritten; ``step`` counts from 0."""
 
     def extra(self, size: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the float32 leaves that ``finish`` adds to a payload, for ``size`` trainable values."""
@@ -263,8 +264,10 @@ class Channel(Part, ABC):
     room = "channels"
 
     @abstractmethod
-    def collect(self, engine: Engine, requests: Mapping[ClientId, Request], deadline: float | None, ctx: RoundContext) -> Iterator[Update | Failure]:
-        """The updates as they arrive (still encoded), and who failed."""
+    def collect(
+        self, session: Session, requests: Mapping[ClientId, Request], deadline: float | None, ctx: RoundContext
+    ) -> Iterator[Update | Failure]:
+        """The updates as they arrive (still encoded), and who failed: one outcome for each request."""
 
 
 class Engine(Part, ABC):

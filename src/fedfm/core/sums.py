@@ -2,7 +2,7 @@
 
 Each term is cut onto a fixed grid of 2^-80 in two signed 64-bit limbs; integers add exactly in any
 order, so any two orders give the same bits. The cut is at most 2^-81 per term, far below what a
-float32 delta can say; terms beyond 2^38 are refused rather than wrapped.
+float32 delta can say; a sum that could reach 2^38 is refused rather than wrapped.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from fedfm.core.errors import MessageError
 _HIGH = 2.0**24
 _LOW = 2.0**80
 _CARRY_EVERY = 64
+_CHUNK = 1 << 16  # keeps the temporaries of a large vector in cache
 
 
 class ExactSum:
@@ -30,21 +31,26 @@ class ExactSum:
         self._high = torch.zeros(size, dtype=torch.int64)
         self._low = torch.zeros(size, dtype=torch.int64)
         self._since_carry = 0
+        self._bound = 0.0
         self.count = 0
 
     def add(self, x_d: torch.Tensor, weight: float = 1.0) -> None:
         """Adds ``weight * x_d``.
 
         Raises:
-            MessageError: if a term is not finite or its magnitude is 2^38 or more.
+            MessageError: if a term is not finite, or with it the sum could reach 2^38; the sum is then what it was before.
         """
-        term = x_d.double().cpu() * weight
-        # NaN and infinity fail this comparison too.
-        if term.numel() and not bool(term.abs().max() < 2.0**38):
-            raise MessageError("A weighted update holds a value that is not finite or is beyond 2^38; it cannot be summed.")
-        high = (term * _HIGH).round_()
-        self._high += high.to(torch.int64)
-        self._low += term.sub_(high.div_(_HIGH)).mul_(_LOW).round_().to(torch.int64)
+        x_d = x_d.detach().cpu()
+        bound = self._bound + (max(abs(end.item()) for end in x_d.aminmax()) * abs(weight) if x_d.numel() else 0.0)
+        # NaN fails this comparison too.
+        if not bound < 2.0**38:
+            raise MessageError("A weighted update holds a value that is not finite or too large; sums of 2^38 and more are refused.")
+        self._bound = bound
+        for x, high, low in zip(*(torch.split(v, _CHUNK) for v in (x_d, self._high, self._low)), strict=True):
+            term = x.double() * weight
+            cut = (term * _HIGH).round_()
+            high += cut.to(torch.int64)
+            low += term.sub_(cut.div_(_HIGH)).mul_(_LOW).round_().to(torch.int64)
         self.count += 1
         self._since_carry += 1
         if self._since_carry == _CARRY_EVERY:

@@ -52,7 +52,7 @@ class Spec:
 
     def unflatten(self, x_d: torch.Tensor) -> dict[str, torch.Tensor]:
         """Views of ``x_d`` ``(size,)`` or ``(K, size)`` under their names, cast to their dtypes."""
-        leaves = x_d.split(list(self.sizes), dim=-1)
+        leaves = torch.split(x_d, list(self.sizes), dim=-1)
         lead = tuple(x_d.shape[:-1])
         return {
             name: leaf.view(*lead, *shape).to(dtype)

@@ -1,0 +1,1 @@
+"""What runs in the owner's house: verbs, local work, memory."""

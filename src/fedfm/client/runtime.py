@@ -1,0 +1,162 @@
+"""The client's side of every verb.
+
+A runtime hosts one client in an owner's house, or many on a simulation's machine; several asked
+together share a batch. Verbs: ``describe``, ``train``, ``evaluate``. Anything else is refused.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from fedfm.client.site import Site
+from fedfm.client.store import StateStore
+from fedfm.client.train import Bank, Job
+from fedfm.core.errors import FedfmError
+from fedfm.core.messages import Failure, Reply, Request
+from fedfm.core.parts import ClientId, LocalTrainer, RoundContext, Update
+from fedfm.core.task import Examples, IntArray
+from fedfm.core.tree import Tree
+
+log = logging.getLogger(__name__)
+Answer = Reply | Failure
+
+
+class Runtime:
+    """Answers requests for the clients of a site.
+
+    Args:
+        store: Where clients keep what they remember from round to round.
+    """
+
+    def __init__(self, site: Site, store: StateStore) -> None:
+        self.site, self.store = site, store
+        self._verbs = {"describe": self._describe, "train": self._train, "evaluate": self._evaluate}
+
+    @cached_property
+    def bank(self) -> Bank:
+        """The model, the task and the trainer; loads the model."""
+        site = self.site
+        return Bank(
+            site.tuned, site.federation.task, site.federation.local, site.foundation.tokenizer.pad_token_id, site.foundation.device, site.key
+        )
+
+    def handle(self, requests: Mapping[ClientId, Request]) -> Iterator[Answer]:
+        """One answer for each request. Requests of one verb and round are answered together, as one bank."""
+        groups: dict[tuple[str, int], dict[ClientId, Request]] = {}
+        for client, request in requests.items():
+            if client not in self.site.clients:
+                yield Failure(client, "exchange", f"no client {client!r} is hosted here")
+            elif request.verb not in self._verbs:
+                yield Failure(client, "exchange", f"the verb {request.verb!r} is not known here; known are {', '.join(self._verbs)}")
+            else:
+                groups.setdefault((request.verb, request.round), {})[client] = request
+        for (verb, _), group in groups.items():
+            try:
+                yield from self._verbs[verb](group)
+            except FedfmError as error:
+                yield from (Failure(client, verb, str(error)) for client in group)
+            except RuntimeError as error:
+                # Out of memory, a kernel that does not exist here: the round must be able to go on without this bank.
+                log.debug("a bank failed", exc_info=True)
+                yield from (Failure(client, verb, f"{type(error).__name__}: {str(error).splitlines()[0]}") for client in group)
+
+    def _describe(self, requests: Mapping[ClientId, Request]) -> Iterator[Answer]:
+        for client in requests:
+            shard = self.site.open_shard(client)
+            meta: dict[str, float | int] = {
+                "train": len(shard.train),
+                "test": len(shard.test),
+                "tokens": int(np.asarray(shard.train.lengths).sum()),
+                **{f"label:{label}": count for label, count in shard.histogram().items()},
+            }
+            yield Reply(client, "describe", 0, {}, meta)
+
+    def _train(self, requests: Mapping[ClientId, Request]) -> Iterator[Answer]:
+        request = next(iter(requests.values()))
+        plan, local = self.site.federation, {}
+        memories = {client: self.store.load(client, request.round) for client in requests}
+        for client, memory in memories.items():
+            local[client] = {name.removeprefix("local/"): leaf for name, leaf in memory.items() if name.startswith("local/")}
+        examples = {client: self.site.open_shard(client).train for client in requests}
+        jobs = [Job(client, examples[client], local[client]) for client in requests]
+        spec = self.site.tuned.spec
+        params = {name: request.tensors[name] for name in spec.names}
+        for trained in self.bank.train(request.tensors, jobs, request.round):
+            client = trained.client
+            if not trained.finite:
+                yield Failure(client, "train", f"its loss or parameters became NaN or infinite in round {request.round} (loss {trained.metrics['loss']})")
+                continue
+            ctx = RoundContext(request.round, self.site.key, params, len(self.site.clients), client)
+            update = Update(trained.delta, float(len(examples[client])), 1, client, trained.metrics)
+            memory: dict[str, torch.Tensor] = {f"local/{name}": leaf for name, leaf in trained.memory.items()}
+            for i, transform in enumerate(plan.transforms):
+                place = f"transforms.{i}/"
+                before = {name.removeprefix(place): leaf for name, leaf in memories[client].items() if name.startswith(place)}
+                update, after = transform.encode(update, before, ctx)
+                memory.update({place + name: leaf for name, leaf in after.items()})
+            self.store.save(client, request.round, memory)
+            yield Reply(client, "train", request.round, update.payload, {"weight": update.weight, **update.metrics})
+
+    def _evaluate(self, requests: Mapping[ClientId, Request]) -> Iterator[Answer]:
+        request = next(iter(requests.values()))
+        split, most = str(request.meta.get("split", "test")), request.meta.get("max_examples")
+        spec = self.site.tuned.spec
+        theta_d = spec.flatten({name: request.tensors[name] for name in spec.names})
+        sets = [self._examples(client, split, int(most) if isinstance(most, int) else None) for client in requests]
+        sums = self.bank.evaluate(theta_d.unsqueeze(0), sets)
+        for row, client in enumerate(requests):
+            yield Reply(client, "evaluate", request.round, {name: value[row].cpu().clone() for name, value in sums.items()}, {"examples": len(sets[row])})
+
+    def _examples(self, client: ClientId, split: str, most: int | None) -> Examples:
+        shard = self.site.open_shard(client)
+        found: Examples = shard.train if split == "train" else shard.test
+        return found if most is None else Some(found, most)
+
+    def train_alone(self, clients: Sequence[ClientId], start: Tree, steps: int) -> Iterator[tuple[ClientId, torch.Tensor]]:
+        """Each client alone, without a federation: its own parameters ``(D,)`` after ``steps`` steps from ``start``."""
+        local = plain(self.site.federation.local)
+        bank = Bank(self.site.tuned, self.site.federation.task, local, self.bank.pad_id, self.bank.device, self.site.key.fold("alone"))
+        work = replace(local.work, steps=steps, epochs=None)
+        jobs = [Job(client, self.site.open_shard(client).train) for client in clients]
+        for trained in bank.train({name: start[name] for name in self.site.tuned.spec.names}, jobs, round=1, work=work):
+            yield trained.client, trained.params_d
+
+
+class Some:
+    """The first ``most`` of some examples, evenly spread."""
+
+    def __init__(self, examples: Examples, most: int) -> None:
+        self.examples = examples
+        self.index: IntArray = np.unique(np.linspace(0, len(examples) - 1, min(most, len(examples))).astype(np.int64))
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    @property
+    def lengths(self) -> IntArray:
+        """Tokens of each."""
+        return np.asarray(self.examples.lengths)[self.index]
+
+    def ids(self, i: int) -> IntArray:
+        """Token ids of example ``i``."""
+        return self.examples.ids(int(self.index[i]))
+
+    def start(self, i: int) -> int:
+        """Its first target."""
+        return self.examples.start(int(self.index[i]))
+
+    def label(self, i: int) -> int:
+        """Its class."""
+        return self.examples.label(int(self.index[i]))
+
+
+def plain(local: LocalTrainer) -> LocalTrainer:
+    """The trainer that takes the steps, without what ties it to a federation (FedProx's pull, SCAFFOLD's correction)."""
+    inner = getattr(local, "inner", None)
+    return plain(inner) if isinstance(inner, LocalTrainer) else local

@@ -1,0 +1,3 @@
+"""Where the clients run."""
+
+from fedfm.engines.embedded import Embedded as Embedded

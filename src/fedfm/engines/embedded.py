@@ -1,0 +1,165 @@
+"""The embedded engine: all clients in this process, a bank at a time."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import islice
+from typing import Literal
+
+import psutil
+import torch
+
+from fedfm.client.runtime import Runtime
+from fedfm.client.site import Site
+from fedfm.client.store import StateStore
+from fedfm.client.train import Job
+from fedfm.core.errors import ConfigError
+from fedfm.core.messages import Failure, Reply, Request
+from fedfm.core.parts import ClientId, Engine, Session, Work
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Embedded(Engine):
+    """Runs clients in process: K of them share one frozen base and one batch. The default.
+
+    With ``bank=1`` clients run one by one, and every number is that of a client on a machine of its own.
+
+    Args:
+        bank: Clients per batch; ``auto`` takes what a short timing finds fastest within the memory that is free.
+        device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
+        threads: Of torch; ``None`` leaves what is set. A run's numbers are exact for one number of threads.
+
+    Raises:
+        ConfigError: if a number is out of range.
+    """
+
+    concerns = ("efficiency",)
+
+    bank: int | Literal["auto"] = "auto"
+    device: str = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.bank != "auto" and self.bank < 1:
+            raise ConfigError(f"Embedded.bank is {self.bank}; it must be 1 or more, or auto.")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError(f"Embedded.threads is {self.threads}; it must be 1 or more.")
+
+    def open(self, site: Site) -> EmbeddedSession:
+        """A session in this process; nothing is loaded before it is needed."""
+        if self.threads is not None:
+            torch.set_num_threads(self.threads)
+        return EmbeddedSession(self, site)
+
+
+class EmbeddedSession(Session):
+    """Clients in this process."""
+
+    def __init__(self, engine: Embedded, site: Site) -> None:
+        self.engine, self.site = engine, site
+        self.runtime = Runtime(site, StateStore(site.folder))
+
+    def exchange(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> Iterator[Reply | Failure]:
+        """Answers bank by bank. A deadline is looked at between banks."""
+        began = time.monotonic()
+        waiting = dict(requests)
+        for group in self._groups(requests):
+            if deadline is not None and time.monotonic() - began > deadline:
+                yield from (Failure(client, "deadline", f"no answer after {deadline:g} s") for client in waiting)
+                return
+            for answer in self.runtime.handle(group):
+                waiting.pop(answer.client, None)
+                yield answer
+
+    def _groups(self, requests: Mapping[ClientId, Request]) -> Iterator[dict[ClientId, Request]]:
+        items = list(requests.items())
+        training = [item for item in items if item[1].verb == "train" and item[0] in self.site.clients]
+        yield from _chunks([item for item in items if item not in training], 64)
+        if training:
+            size = self.bank_size([client for client, _ in training], training[0][1])
+            if size < len(training):
+                # Clients of like length share a bank, which keeps padding low.
+                training.sort(key=lambda item: (-_mean_length(self.site, item[0]), item[0]))
+            yield from _chunks(training, size)
+
+    def bank_size(self, clients: list[ClientId], request: Request) -> int:
+        """Clients per batch: what the recipe says, what an earlier part of this run chose, or what a timing finds."""
+        if self.engine.bank != "auto":
+            size = self.engine.bank
+            if size > 1 and not self.site.tuned.banks:
+                log.warning("%s cannot bank: clients run one by one instead of %d at a time", type(self.site.federation.tuning).__name__, size)
+                size = 1
+            return size
+        if not self.site.tuned.banks:
+            return 1
+        if "bank" not in self.site.choices:
+            self.site.choices["bank"] = self._measure(clients, request)
+        return self.site.choices["bank"]
+
+    def _measure(self, clients: list[ClientId], request: Request) -> int:
+        """Doubles the bank while a step per client gets at least 3 % cheaper and memory allows."""
+        if len(clients) == 1:
+            return 1
+        bank = self.runtime.bank
+        work = Work(bank.local.work.batch_size, 1, None, 1)
+        longest = sorted(clients, key=lambda client: -_mean_length(self.site, client))
+        best, best_time, size = 1, float("inf"), 1
+        while True:
+            size = min(size, len(clients))
+            jobs = [Job(client, self.site.open_shard(client).train) for client in longest[:size]]
+            before = _used(bank.device)
+            seconds = []
+            try:
+                for _ in range(3):
+                    began = time.perf_counter()
+                    bank.train(request.tensors, jobs, request.round, work)
+                    _wait(bank.device)
+                    seconds.append((time.perf_counter() - began) / size)
+            except torch.OutOfMemoryError:
+                break
+            grown = max(_used(bank.device) - before, 0)
+            if min(seconds) < 0.97 * best_time:
+                best, best_time = size, min(seconds)
+            elif size > 2 * best:
+                break
+            # The next size needs about twice as much again; leave a fifth of what is free.
+            if size == len(clients) or 2 * grown > 0.8 * _free(bank.device):
+                break
+            size *= 2
+        log.info("bank size %d of %d clients (%.1f ms per client and step)", best, len(clients), 1000 * best_time)
+        return best
+
+    def close(self) -> None:
+        """Nothing runs outside this process."""
+
+
+def _chunks(items: list[tuple[ClientId, Request]], size: int) -> Iterator[dict[ClientId, Request]]:
+    rest = iter(items)
+    while group := dict(islice(rest, size)):
+        yield group
+
+
+def _mean_length(site: Site, client: ClientId) -> float:
+    return float(site.open_shard(client).train.lengths.mean())
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _used(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return int(psutil.Process().memory_info().rss)
+
+
+def _free(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

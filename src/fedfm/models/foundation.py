@@ -1,0 +1,251 @@
+"""A loaded model with its tokenizer."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fedfm.core.errors import ModelError
+from fedfm.core.keys import Key
+from fedfm.core.registry import suggest
+from fedfm.core.task import Head
+from fedfm.models.spec import Model
+from fedfm.models.tokenizer import load_tokenizer, locate
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_AUTO = {
+    "causal_lm": "AutoModelForCausalLM",
+    "masked_lm": "AutoModelForMaskedLM",
+    "sequence_classification": "AutoModelForSequenceClassification",
+}
+
+
+@dataclass
+class Foundation:
+    """A base model, its tokenizer, and where they came from.
+
+    Attributes:
+        model: A plain ``transformers`` model. Its own dropout is off: a client's numbers must not depend on who shares its batch.
+        spec: The part it was loaded from.
+        head: What it computes.
+        labels: Class names, for classification.
+        fresh: Modules that no checkpoint had (a new classification head); they train with any tuning.
+        dropout: What the published config says of dropout.
+        adapted: The model as another library wrapped it (``peft``), where one did.
+    """
+
+    model: Any
+    tokenizer: Any
+    spec: Model
+    head: Head
+    labels: tuple[str, ...]
+    fresh: tuple[str, ...]
+    dropout: dict[str, float]
+    adapted: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        found: torch.device = next(self.model.parameters()).device
+        return found
+
+    @property
+    def num_params(self) -> int:
+        """Parameters of the base."""
+        return sum(p.numel() for p in self.model.parameters())
+
+    @property
+    def max_context(self) -> int | None:
+        """The longest sequence the model takes; ``None`` if its config does not say."""
+        return max_context(self.model.config)
+
+    @contextmanager
+    def config_as_published(self) -> Iterator[None]:
+        """The config with the dropout it came with, for saving."""
+        off = {name: getattr(self.model.config, name) for name in self.dropout}
+        for name, p in self.dropout.items():
+            setattr(self.model.config, name, p)
+        try:
+            yield
+        finally:
+            for name, p in off.items():
+                setattr(self.model.config, name, p)
+
+
+def max_context(config: Any) -> int | None:
+    """The longest sequence that a model with this config takes."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+        value = getattr(config, name, None)
+        if isinstance(value, int):
+            # RoBERTa-like models lose two positions to padding.
+            return value - 2 if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else value
+    return None
+
+
+def device_of(name: str) -> torch.device:
+    """``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps`` as a device.
+
+    Raises:
+        ModelError: if this machine does not have it.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    device = torch.device(name)
+    if (device.type == "cuda" and not torch.cuda.is_available()) or (device.type == "mps" and not torch.backends.mps.is_available()):
+        raise ModelError(f"The device {name!r} was asked for, but this machine has none. Use device: auto or cpu.")
+    return device
+
+
+def read_config(spec: Model) -> Any:
+    """The model's ``transformers`` config alone, without its weights.
+
+    Raises:
+        ModelError: if there is none, or the architecture is unknown.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if spec.source is not None:
+        try:
+            return AutoConfig.from_pretrained(locate(spec.source), trust_remote_code=False)
+        except (OSError, ValueError, KeyError) as error:
+            raise ModelError(f"No model could be loaded from {spec.source!r}: {str(error).splitlines()[0]}") from error
+    known = {name.replace("-", "_").replace("_", ""): name for name in CONFIG_MAPPING}
+    wanted = (spec.architecture or "").lower()
+    if wanted not in known:
+        raise ModelError(f"transformers has no architecture {spec.architecture!r}.{suggest(wanted, known)}")
+    try:
+        return AutoConfig.for_model(known[wanted], **dict(spec.config))
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"The config of {spec.architecture} is not valid: {error}") from error
+
+
+def load(spec: Model, head: Head, labels: Sequence[str] = (), device: str = "auto", key: Key | None = None) -> Foundation:
+    """Loads or builds the model.
+
+    Args:
+        head: What it must compute.
+        labels: Class names, for ``sequence_classification``.
+        device: ``auto`` takes CUDA, then MPS, then the CPU.
+        key: Where weights that no checkpoint has are drawn from.
+
+    Raises:
+        ModelError: if it does not load, does not fit its tokenizer, or has no such head.
+    """
+    import transformers
+
+    config = read_config(spec)
+    tokenizer = load_tokenizer(spec.tokenizer or spec.source or "")
+    dropout = _without_dropout(config)
+    if head == "sequence_classification":
+        if len(labels) < 2:
+            raise ModelError(f"Classification needs at least 2 classes; the owners' rows show {list(labels)}.")
+        config.num_labels = len(labels)
+        config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+    if getattr(config, "pad_token_id", None) is None:
+        config.pad_token_id = tokenizer.pad_token_id
+    for name in ("bos", "eos"):
+        if spec.architecture is not None:
+            setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
+    if spec.architecture is not None and "vocab_size" not in dict(spec.config):
+        config.vocab_size = len(tokenizer)
+    if len(tokenizer) > config.vocab_size:
+        raise ModelError(
+            f"The tokenizer has {len(tokenizer)} tokens and the model only {config.vocab_size}: they do not fit. "
+            "Use the tokenizer the model was trained with, or set vocab_size for a model from scratch."
+        )
+    dtype = getattr(torch, spec.dtype)
+    where = device_of(device)
+    auto = getattr(transformers, _AUTO[head])
+    # New weights are drawn inside a fork of the global generator: the caller's stream stays as it was.
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed((key or Key.root(0)).fold("model").seed())
+        try:
+            if spec.source is None:
+                model, fresh = auto.from_config(config, trust_remote_code=False).to(dtype), set()
+            else:
+                model, info = auto.from_pretrained(
+                    locate(spec.source), config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True, use_safetensors=True
+                )
+                fresh = {name.rpartition(".")[0] for name in info["missing_keys"]}
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ModelError(
+                f"The model {spec.source or spec.architecture!r} could not be loaded as a {head.replace('_', ' ')} model: {error}"
+            ) from error
+    if head != "sequence_classification" and fresh:
+        raise ModelError(
+            f"The model at {spec.source!r} has no weights for {sorted(fresh)[:4]}: it is not a {head.replace('_', ' ')} model."
+        )
+    model.config.use_cache = False
+    if spec.gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    model.to(where).train()
+    if any(isinstance(module, torch.nn.Dropout) and module.p for module in model.modules()):
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    if head == "sequence_classification" and spec.source is None:
+        fresh = {name for name, _ in model.named_children() if name in ("score", "classifier")}
+    return Foundation(model, tokenizer, spec, head, tuple(labels), tuple(sorted(fresh)), dropout)
+
+
+def _without_dropout(config: Any) -> dict[str, float]:
+    """Sets every dropout probability of a config to 0; returns what they were."""
+    found = {}
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or "pdrop" in name) and isinstance(value, float) and value > 0:
+            found[name] = value
+            setattr(config, name, 0.0)
+    return found
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without progress bars and reports on stderr; what matters becomes an error of ours."""
+    from transformers.utils import logging as hf_logging
+
+    level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        hf_logging.set_verbosity(level)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def save(foundation: Foundation, model: Any, folder: Path) -> None:
+    """Writes ``model`` and the tokenizer in the Hugging Face layout."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with foundation.config_as_published(), _quiet():
+        checkpointing = getattr(model.config, "use_cache", None)
+        model.config.use_cache = True
+        try:
+            model.save_pretrained(folder, safe_serialization=True)
+        finally:
+            model.config.use_cache = checkpointing
+        foundation.tokenizer.save_pretrained(folder)
+
+
+def flops_per_token(num_params: int, num_trainable: int) -> int:
+    """Estimate of the arithmetic of one training token: ``4 N`` through the frozen base (forward, and backward to activations)
+    and ``2 n`` for the gradients of the ``n`` trainable parameters."""
+    return 4 * num_params + 2 * num_trainable
+
+
+def perplexity(loss: float) -> float:
+    """``exp(loss)``, infinite instead of an overflow."""
+    return math.exp(loss) if loss < 700 else math.inf

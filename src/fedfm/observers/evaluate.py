@@ -1,0 +1,94 @@
+"""Evaluation: per owner and pooled, with the worst owner and the spread."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fedfm.core.errors import ConfigError
+from fedfm.core.messages import Failure, Reply, Request
+from fedfm.core.parts import ClientId, Part, Session
+from fedfm.core.task import Task
+from fedfm.core.tree import Tree
+
+
+@dataclass(frozen=True)
+class Evaluate(Part):
+    """When and on what the global model is evaluated. Owners answer with sums, so that pooled means the mean over all targets.
+
+    Args:
+        every: Rounds between evaluations; the last round is always one. 0 never evaluates.
+        max_examples: Of each owner, evenly spread over its test set; ``None`` takes all.
+
+    Raises:
+        ConfigError: if a number is out of range.
+    """
+
+    room = "observers"
+
+    every: int = 1
+    max_examples: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.every < 0:
+            raise ConfigError(f"Evaluate.every is {self.every}; it must be 0 (never) or more.")
+        if self.max_examples is not None and self.max_examples < 1:
+            raise ConfigError(f"Evaluate.max_examples is {self.max_examples}; it must be 1 or more.")
+
+    def due(self, round: int, last: int) -> bool:
+        """Whether round ``round`` of ``last`` is evaluated."""
+        return self.every > 0 and (round % self.every == 0 or round == last)
+
+
+def evaluate(
+    task: Task,
+    session: Session,
+    params: Tree,
+    clients: Sequence[ClientId],
+    round: int,
+    max_examples: int | None = None,
+    watch: Callable[[Reply | Failure], None] | None = None,
+) -> dict[str, Any]:
+    """Asks every client to evaluate ``params``; see :func:`summary` for what comes back."""
+    meta = {"split": "test"} | ({} if max_examples is None else {"max_examples": max_examples})
+    request = Request("evaluate", round, params, meta)
+    sums: dict[ClientId, Tree] = {}
+    failed: dict[ClientId, str] = {}
+    for answer in session.exchange(dict.fromkeys(clients, request)):
+        if watch is not None:
+            watch(answer)
+        if isinstance(answer, Failure):
+            failed[answer.client] = answer.reason
+        else:
+            sums[answer.client] = answer.tensors
+    found = summary(task, {client: sums[client] for client in clients if client in sums})
+    return found | ({"failed": failed} if failed else {})
+
+
+def summary(task: Task, sums: Mapping[ClientId, Tree]) -> dict[str, Any]:
+    """``pooled`` and per-owner metrics, and of the owners' losses the mean, the worst and the spread (standard deviation).
+
+    Owners without test examples are not among ``owners``.
+    """
+    owners = {client: task.summarise(own) for client, own in sums.items()}
+    owners = {client: metrics for client, metrics in owners.items() if not math.isnan(metrics["loss"])}
+    if not owners:
+        return {"pooled": {}, "owners": {}}
+    pooled: dict[str, torch.Tensor] = {}
+    for client in owners:
+        for name, value in sums[client].items():
+            pooled[name] = pooled[name] + value if name in pooled else value.clone()
+    losses = {client: metrics["loss"] for client, metrics in owners.items()}
+    worst = max(losses, key=lambda client: losses[client])
+    return {
+        "pooled": task.summarise(pooled),
+        "owners": owners,
+        "mean": statistics.fmean(losses.values()),
+        "worst": {"owner": worst, "loss": losses[worst]},
+        "spread": statistics.pstdev(losses.values()),
+    }

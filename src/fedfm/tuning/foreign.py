@@ -1,0 +1,93 @@
+"""Any other method of the ``peft`` library, one client at a time.
+
+Mangrulkar et al., `PEFT <https://github.com/huggingface/peft>`_.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedfm.core.errors import ConfigError
+from fedfm.core.keys import Key
+from fedfm.core.registry import suggest
+from fedfm.core.tree import Tree
+from fedfm.core.tuning import Tuned, Tuning
+from fedfm.models import Foundation
+from fedfm.tuning import layout
+from fedfm.tuning.full import UnbankedModel
+
+
+@dataclass(frozen=True)
+class Peft(Tuning):
+    """A tuning method of ``peft`` by its type; runs unbanked.
+
+    Args:
+        type: ``peft``'s name of it: ``VERA``, ``ADALORA``, ``LOHA``, ``OFT``, ``PROMPT_TUNING``, ``P_TUNING``...
+        config: Its configuration, name and value.
+
+    Raises:
+        ConfigError: if ``peft`` does not know the type or refuses the configuration.
+    """
+
+    concerns = ("parameter-efficient",)
+
+    type: str
+    config: tuple[tuple[str, Any], ...] = ()
+
+    def __post_init__(self) -> None:
+        if isinstance(self.config, Mapping):
+            object.__setattr__(self, "config", tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in self.config.items())))
+
+    def attach(self, foundation: Foundation) -> Tuned:
+        """The base wrapped by ``peft``."""
+        import peft
+
+        known = {str(kind.value): cls for kind, cls in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+        if self.type not in known:
+            raise ConfigError(f"tuning.Peft.type: peft has no {self.type!r}.{suggest(self.type, known)}")
+        values = {k: list(v) if isinstance(v, tuple) else v for k, v in self.config}
+        try:
+            config = known[self.type](task_type=layout.TASK_TYPES.get(foundation.head), **values)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(Key.root(0).fold("peft", self.type).seed())
+                model = peft.get_peft_model(foundation.model, config)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"tuning.Peft: {self.type} refuses its configuration: {error}") from error
+        trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        # The caller differentiates with respect to its own rows; the library's copies need no gradients.
+        for p in trainable.values():
+            p.requires_grad_(False)
+        foundation.adapted = model
+        return UnbankedModel(foundation, model, trainable, early=False)
+
+    def save(self, foundation: Foundation, params: Tree, folder: Path) -> None:
+        """In ``peft``'s layout, by ``peft``."""
+        self._filled(foundation, params).save_pretrained(str(folder))
+
+    def merge(self, foundation: Foundation, params: Tree) -> Any:
+        """The base with the adapter folded in, where the method can be.
+
+        Raises:
+            ConfigError: for methods that live in the input (prompts).
+        """
+        model = self._filled(foundation, params)
+        if not hasattr(model, "merge_and_unload"):
+            raise ConfigError(f"tuning.Peft: {self.type} cannot be merged into a model; export it without --merge.")
+        return model.merge_and_unload()
+
+    def _filled(self, foundation: Foundation, params: Tree) -> Any:
+        if foundation.adapted is None:
+            self.attach(foundation)
+        # Training never changes the model itself, and merging would: work on a copy.
+        model = copy.deepcopy(foundation.adapted)
+        own = dict(model.named_parameters())
+        with torch.no_grad():
+            for name, value in params.items():
+                own[name].copy_(value)
+        return model

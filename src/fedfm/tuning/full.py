@@ -1,0 +1,82 @@
+"""Full-parameter tuning: everything trains, one client at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedfm.core.check import Finding, Plan, warn
+from fedfm.core.keys import Key
+from fedfm.core.task import Batch
+from fedfm.core.tree import Spec, Tree
+from fedfm.core.tuning import Tuned, Tuning
+from fedfm.models import Foundation
+from fedfm.models.foundation import save as save_model
+from fedfm.tuning import layout
+from fedfm.tuning.bank import Asker
+
+
+@dataclass(frozen=True)
+class Full(Tuning):
+    """Every parameter trains and travels. Cannot bank: each client needs its own weights in every layer."""
+
+    def check(self, plan: Plan) -> Iterator[Finding]:
+        """Embedding rows tell which tokens an owner has."""
+        yield warn(
+            "tuning",
+            "trainable embeddings travel: their rows show which tokens an owner's text has. Freeze them (LoRA), or add differential privacy.",
+        )
+
+    def attach(self, foundation: Foundation) -> Tuned:
+        """The model itself, called with each client's parameters."""
+        return UnbankedModel(foundation, foundation.model, dict(foundation.model.named_parameters()))
+
+    def save(self, foundation: Foundation, params: Tree, folder: Path) -> None:
+        """A full model in the Hugging Face layout."""
+        save_model(foundation, self.merge(foundation, params), folder)
+
+    def merge(self, foundation: Foundation, params: Tree) -> Any:
+        """The base with its parameters replaced."""
+        return layout.merged(foundation, params, {})
+
+
+class UnbankedModel(Tuned):
+    """A model called with one client's parameters in place of its own."""
+
+    banks = False
+
+    def __init__(self, foundation: Foundation, model: nn.Module, trainable: dict[str, nn.Parameter], early: bool = True) -> None:
+        self.model, self.trainable = model, trainable
+        self.spec = Spec(tuple(trainable), tuple(tuple(p.shape) for p in trainable.values()), (torch.float32,) * len(trainable))
+        self.asker = Asker(foundation, early=early)
+        self.bound: dict[str, torch.Tensor] = {}
+        self.dropout: Key | None = None
+
+    def init(self, key: Key) -> Tree:
+        """The model's own values."""
+        return {name: p.detach().to("cpu", torch.float32).clone() for name, p in self.trainable.items()}
+
+    def bind(self, theta_kd: torch.Tensor, dropout: list[Key] | None = None) -> None:
+        """Puts one client's row in place."""
+        assert theta_kd.shape[0] == 1, "full parameters do not bank"
+        leaves = self.spec.unflatten(theta_kd[0])
+        self.bound = {name: leaf.to(self.trainable[name].dtype) for name, leaf in leaves.items()}
+        self.dropout = dropout[0] if dropout else None
+
+    def logits(self, batch: Batch) -> torch.Tensor:
+        """Logits ``(P, C)`` at the batch's targets."""
+        self.model.train(self.dropout is not None)
+        if self.dropout is None:
+            return self.asker(self._call, batch)
+        # An adapter of another library draws its dropout from the global generator.
+        with torch.random.fork_rng():
+            torch.manual_seed(self.dropout.seed())
+            return self.asker(self._call, batch)
+
+    def _call(self, **inputs: Any) -> Any:
+        return torch.func.functional_call(self.model, self.bound, (), inputs)

@@ -1,0 +1,122 @@
+"""(IA)3: learned rescaling of keys, values and feed-forward activations.
+
+Liu et al., `Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than In-Context Learning <https://arxiv.org/abs/2205.05638>`_, 2022.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedfm.core.errors import ConfigError
+from fedfm.core.keys import Key
+from fedfm.core.tree import Tree
+from fedfm.core.tuning import Tuning
+from fedfm.models import Foundation
+from fedfm.tuning import layout
+from fedfm.tuning.bank import BankedModel, Site, in_out, is_conv1d, is_linear, match
+from fedfm.tuning.head import head_sites
+
+# Per family: layers whose output is scaled, and layers whose input is (the second half of the feed-forward block).
+_FAMILIES = (
+    (("k_proj", "v_proj"), ("down_proj",)),
+    (("key", "value"), ("output.dense",)),
+    (("c_attn",), ("mlp.c_proj",)),
+    (("k_lin", "v_lin"), ("lin2",)),
+    (("k", "v"), ("wo",)),
+)
+
+
+@dataclass(frozen=True)
+class IA3(Tuning):
+    """``l * (W x)`` for keys and values, ``W (l * x)`` for the feed-forward output; the vectors ``l`` train, from ones.
+
+    Args:
+        targets: Layers whose output is scaled; ``None`` takes keys and values.
+        feedforward: Layers whose input is scaled; ``None`` takes the second layer of each feed-forward block.
+        modules_to_save: Linear modules trained in full beside the vectors; ``None`` takes a classification head that is new.
+
+    Raises:
+        ConfigError: if a target matches nothing.
+    """
+
+    concerns = ("parameter-efficient", "communication")
+
+    targets: tuple[str, ...] | None = None
+    feedforward: tuple[str, ...] | None = None
+    modules_to_save: tuple[str, ...] | None = None
+
+    def attach(self, foundation: Foundation) -> BankedModel:
+        """One site for each vector."""
+        outputs, inputs = self._targets(foundation)
+        # BERT's attention output is called output.dense too; only the feed-forward one is meant.
+        fed = [(n, m) for n, m in match(foundation, inputs, "tuning.IA3.feedforward") if "attention" not in n] if inputs else []
+        scaled = match(foundation, outputs, "tuning.IA3.targets") if outputs else []
+        sites: list[Site] = [_IA3Site(name, module, feedforward=False) for name, module in scaled]
+        sites += [_IA3Site(name, module, feedforward=True) for name, module in fed if name not in dict(scaled)]
+        if not sites:
+            raise ConfigError("tuning.IA3: nothing to train; name targets or feedforward layers.")
+        return BankedModel(
+            foundation, [*sites, *head_sites(foundation, self.modules_to_save, "tuning.IA3.modules_to_save", prefix=layout.PREFIX)]
+        )
+
+    def _targets(self, foundation: Foundation) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        if self.targets is not None and self.feedforward is not None:
+            return self.targets, self.feedforward
+        names = [name for name, m in foundation.model.named_modules() if is_linear(m)]
+        for outputs, inputs in _FAMILIES:
+            if all(any(name.endswith("." + part) for name in names) for part in (*outputs, *inputs)):
+                return (outputs if self.targets is None else self.targets), (inputs if self.feedforward is None else self.feedforward)
+        raise ConfigError(
+            f"tuning.IA3: the layers of {type(foundation.model).__name__} are not known here; name both targets and feedforward."
+        )
+
+    def save(self, foundation: Foundation, params: Tree, folder: Path) -> None:
+        """``adapter_config.json`` and ``adapter_model.safetensors``."""
+        vectors = {name.removeprefix(layout.PREFIX).removesuffix(".ia3_l"): p for name, p in params.items() if name.endswith(".ia3_l")}
+        config = {
+            "peft_type": "IA3",
+            "target_modules": list(vectors),
+            "feedforward_modules": [name for name, p in vectors.items() if p.shape[0] == 1],
+            "fan_in_fan_out": any(is_conv1d(foundation.model.get_submodule(name)) for name in vectors),
+        }
+        layout.save_adapter(foundation, params, config, folder)
+
+    def merge(self, foundation: Foundation, params: Tree) -> Any:
+        """The vectors multiplied into the weights."""
+        deltas: dict[str, torch.Tensor] = {}
+        scales: dict[str, torch.Tensor] = {}
+        for name, p in params.items():
+            if name.endswith(".ia3_l"):
+                module = name.removeprefix(layout.PREFIX).removesuffix(".ia3_l")
+                layer = foundation.model.get_submodule(module)
+                weight = layer.weight.detach().cpu().double()
+                vector = p.double().T if is_conv1d(layer) else p.double()
+                deltas[module] = weight * vector - weight
+                if p.shape[1] == 1 and getattr(layer, "bias", None) is not None:
+                    scales[f"{module}.bias"] = layer.bias.detach().cpu().double() * p.double().squeeze(1)
+        return layout.merged(foundation, params, deltas, scales)
+
+
+class _IA3Site(Site):
+    def __init__(self, name: str, module: nn.Module, feedforward: bool) -> None:
+        n, m = in_out(module)
+        super().__init__(name, module, {f"{layout.PREFIX}{name}.ia3_l": (1, n) if feedforward else (m, 1)})
+        self.feedforward = feedforward
+
+    def init(self, key: Key) -> list[torch.Tensor]:
+        return [torch.ones(shape) for shape in self.shapes.values()]
+
+    def hook(self) -> None:
+        if self.feedforward:
+            self.module.register_forward_pre_hook(lambda module, args: (self._scaled(args[0]),))
+        else:
+            self.module.register_forward_hook(lambda module, args, output: self._scaled(output))
+
+    def _scaled(self, x: torch.Tensor) -> torch.Tensor:
+        vector_kd = self.leaves[0].to(x.dtype).flatten(1)
+        return (self.blocks(x) * vector_kd.unsqueeze(1)).view_as(x)

@@ -6,6 +6,7 @@ the old file, then the folder synced. A reader sees the old file or the new one,
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -53,7 +54,8 @@ def write_atomic(path: Path, data: bytes) -> None:
         sync_folder(path.parent)
         step(f"renamed {path.name}")
     except OSError as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
 
 

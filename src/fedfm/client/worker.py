@@ -1,0 +1,110 @@
+"""A client as a process of its own: ``python -m fedfm.client.worker``, frames in at stdin, frames out at stdout.
+
+Its first message says who it is: the recipe as text, the folder of its own data, the folder in which it keeps its
+memory, the run's key. It opens no other owner's data, answers one request after the other, and ends with its parent.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING, Any
+
+from fedfm.client.frames import Inbox, Outbox
+
+if TYPE_CHECKING:
+    from fedfm.client.runtime import Runtime
+
+# A message's header is at most 1 MiB, and the first message has no tensors.
+_MAX_HELLO = 2 << 20
+
+log = logging.getLogger(__name__)
+
+
+def serve(incoming: int, outgoing: int) -> None:
+    """Answers the frames that arrive at one descriptor with frames to the other, as long as the process lives."""
+    from fedfm.core.messages import Failure, Message, Reply, Request, pack, unpack
+
+    inbox, outbox = Inbox(incoming, _MAX_HELLO), Outbox(outgoing)
+
+    def send(message: Message) -> None:
+        outbox.send(pack(message))
+        outbox.flush()
+
+    hello = unpack(memoryview(inbox.receive() or b""))
+    assert isinstance(hello, Request)
+    client, inbox.max_bytes = str(hello.meta["client"]), int(hello.meta["max_bytes"] or 0)
+    frames: SimpleQueue[bytearray] = SimpleQueue()
+    threading.Thread(target=_read, args=(inbox, frames), daemon=True).start()
+    try:
+        runtime = _runtime(client, hello.meta)
+    except Exception as error:
+        log.exception("could not start")
+        send(Failure(client, "start", _line(error)))
+        return
+    send(Reply(client, hello.verb, hello.round))
+    while True:
+        request = unpack(memoryview(frames.get()))
+        assert isinstance(request, Request)
+        try:
+            (answer,) = runtime.handle({client: request})
+        except Exception as error:
+            log.exception("%s of round %d failed", request.verb, request.round)
+            answer = Failure(client, request.verb, _line(error))
+        send(answer)
+
+
+def _runtime(client: str, told: Mapping[str, Any]) -> Runtime:
+    import torch
+
+    from fedfm import recipe
+    from fedfm.client.runtime import Runtime
+    from fedfm.client.site import Site
+    from fedfm.client.store import StateStore
+    from fedfm.core.keys import Key
+    from fedfm.data import Shard
+
+    # The order in which a sum is taken, and so its last bits, depends on the number of threads.
+    torch.set_num_threads(told["threads"])
+    shard, folder = Shard.open(Path(told["data"])), Path(told["folder"])
+    key, choices = Key(bytes.fromhex(told["key"])), json.loads(told["choices"])
+    site = Site(recipe.load(told["recipe"]), (client,), lambda _: shard, shard.labels, key, folder, choices)
+    runtime = Runtime(site, StateStore(folder))
+    # A model that does not load is a failure to start, not of the first round.
+    runtime.bank  # noqa: B018
+    return runtime
+
+
+def _read(inbox: Inbox, frames: SimpleQueue[bytearray]) -> None:
+    """Takes frames off the pipe while the client works, so that it is known at once when the parent is gone."""
+    try:
+        while True:
+            frames.put(inbox.receive() or bytearray())
+    except Exception as error:
+        # Whatever the client has written is durable; there is nobody left to answer.
+        log.info("the server is gone: %r", error)
+        os._exit(0 if isinstance(error, EOFError) else 1)
+
+
+def _line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}"
+
+
+def main() -> None:
+    """Serves on stdin and stdout, which from then on are closed to everything else: what is printed goes to the log."""
+    incoming, outgoing = os.dup(0), os.dup(1)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.dup2(2, 1)
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log.info("started, process %d", os.getpid())
+    serve(incoming, outgoing)
+
+
+if __name__ == "__main__":
+    main()

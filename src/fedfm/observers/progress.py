@@ -163,7 +163,7 @@ class Story:
         if self.loss is not None and len(self.pooled) > 1:
             text += f": loss {loss(self.pooled[0])} -> {loss(self.loss)} ({change(self.pooled[0], self.loss)})"
         text += f", {size(self.bytes_up)} up, {size(self.bytes_down)} down"
-        return text + (f", {len(self.failures)} failed answers" if self.failures else "")
+        return text + (f", {len(self.failures)} failed {'answer' if len(self.failures) == 1 else 'answers'}" if self.failures else "")
 
 
 def tokens_per_second(record: RoundRecord) -> float | None:
@@ -181,7 +181,9 @@ class _Lines(Watcher):
         self.said: tuple[str, float] = ("", 0.0)
 
     def print(self, text: str) -> None:
-        self.file.write(text + "\n")
+        # An owner's name that the log's encoding lacks must not end a run.
+        encoding = self.file.encoding or "utf-8"
+        self.file.write(text.encode(encoding, "replace").decode(encoding) + "\n")
         self.file.flush()
 
     def stage(self, text: str, done: int | None = None, total: int | None = None) -> None:

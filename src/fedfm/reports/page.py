@@ -1,0 +1,380 @@
+"""The report: one self-contained page from a run's folder.
+
+Everything that comes from data (owners' names, reasons of failures, the recipe) is escaped, by the
+template or by the pictures; the page loads nothing from anywhere and runs no script.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup, escape
+
+from fedfm.core.disk import write_atomic
+from fedfm.core.words import change, clean, count, duration, loss, number, size
+from fedfm.reports import svg, table
+from fedfm.reports.reading import Run, numbers, read
+
+OWNERS_SHOWN = 24
+LABELS_SHOWN = 7
+FAILURES_SHOWN = 20
+# How a metric other than the loss is read: its name on the page, and whether it is a share.
+METRICS = {
+    "accuracy": ("Accuracy", True),
+    "token_accuracy": ("Token accuracy", True),
+    "macro_f1": ("Macro F1", True),
+    "perplexity": ("Perplexity", False),
+}
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One number of the first row."""
+
+    name: str
+    value: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class OwnerCell:
+    """One owner among the small multiples."""
+
+    name: str
+    first: str
+    last: str
+    change: str
+    better: bool
+    picture: Markup
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One bar: ``pieces`` are (CSS class, share of the longest bar in %, what it is)."""
+
+    name: str
+    value: str
+    pieces: Sequence[tuple[str, float, str]]
+
+
+def render(folder: Path) -> Path:
+    """Writes ``report.html`` into a run's folder and returns its path.
+
+    Raises:
+        RunError: if ``folder`` is not a run's, or cannot be written.
+    """
+    import jinja2
+
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"clean": clean, "loss": loss, "count": count, "size": size}
+    path = folder / "report.html"
+    write_atomic(path, environment.get_template("report.html").render(picture(read(folder))).encode("utf-8", "replace"))
+    return path
+
+
+def picture(run: Run) -> dict[str, Any]:
+    """What the template shows."""
+    rows = table.owner_rows(run.compare) if run.compare else []
+    failures = [(round.round, failure) for round in run.rounds for failure in round.failures]
+    return {
+        "name": run.name,
+        "headline": headline(run),
+        "verdict": table.verdict(run.compare) if run.compare else "",
+        "travelled": table.travelled(run.compare) if run.compare else "",
+        "tiles": tiles(run),
+        "loss_chart": loss_chart(run),
+        "band": any(round.band() for round in run.evaluations),
+        "wide_band": max((len(round.owners) for round in run.evaluations), default=0) > 10,
+        "ends": ends(run),
+        "owners": owners(run),
+        "num_owners": len(last_losses(run)),
+        "rows": comparison(rows),
+        "num_rows": len(rows),
+        "mean": table.mean_row(rows) if len(rows) > 1 else None,
+        "pooled": table.pooled(run.compare) if run.compare else None,
+        "titles": table.ENDS,
+        "num_paying": sum(row.pays for row in rows),
+        "split": split(run.split),
+        "split_area": split_area(run.split),
+        "labels": labels(run.split),
+        "num_split": len(run.split),
+        "costs": costs(run),
+        "time": time_bar(run),
+        "failures": failures[:FAILURES_SHOWN],
+        "num_failures": len(failures),
+        "num_answers": sum(len(round.cohort) for round in run.rounds),
+        "failing": Counter(str(failure.get("client", "?")) for _, failure in failures).most_common(5),
+        "recipe": highlight(run.recipe),
+        "envelope": flatten({**run.envelope, **run.plan}),
+        "shown": OWNERS_SHOWN,
+    }
+
+
+def num_owners(run: Run) -> int:
+    """Owners known from the split, else those ever seen."""
+    return len(run.split) or len({name for round in run.rounds for name in (*round.owners, *round.cohort)})
+
+
+def headline(run: Run) -> str:
+    """The result in a sentence."""
+    if not run.rounds:
+        return "Nothing has been trained yet."
+    n = num_owners(run)
+    where = f" across {n} owner{'' if n == 1 else 's'}" if n else ""
+
+    def rounds(k: int) -> str:
+        return f"{k} round{'' if k == 1 else 's'}{where}"
+
+    last = run.rounds[-1].round
+    evaluated = [round for round in run.evaluations if round.pooled]
+    if not evaluated:
+        trained = [round.train for round in run.rounds if round.train is not None]
+        told = f"training loss from {loss(trained[0])} to {loss(trained[-1])}, nothing evaluated" if trained else "no loss was recorded"
+        return f"{rounds(last)}: {told}."
+    first, end = evaluated[0], evaluated[-1]
+    if end.loss is None:
+        return f"After {rounds(end.round)} the held-out loss is not a finite number: the model has diverged."
+    if end.round == 0:
+        return f"Before training, the held-out loss{where} is {loss(end.loss)}."
+    if first is end or first.loss is None:
+        return f"After {rounds(end.round)} the held-out loss is {loss(end.loss)}."
+    if end.loss == first.loss:
+        return f"{rounds(end.round)} left the held-out loss at {loss(end.loss)}."
+    verb = "brought the held-out loss down" if end.loss < first.loss else "took the held-out loss up"
+    return f"{rounds(end.round)} {verb} from {loss(first.loss)} to {loss(end.loss)} ({change(first.loss, end.loss)})."
+
+
+def tiles(run: Run) -> list[Tile]:
+    """The first row of numbers."""
+    found: list[Tile] = []
+    seen = [round for round in run.evaluations if round.pooled]
+    if seen:
+        first, last = seen[0], seen[-1]
+        found.append(Tile("Held-out loss", loss(last.loss), _from(first.loss, last.loss, loss) if last is not first else ""))
+        for name, (title, share) in METRICS.items():
+            before, after = first.pooled.get(name), last.pooled.get(name)
+            if after is not None and len(found) < 2:
+                read_as = percent if share else loss
+                found.append(Tile(title, read_as(after), _from(before, after, read_as) if last is not first else ""))
+    if len(last_losses(run)) > 1 and (worst := run.evaluations[-1].worst):
+        found.append(Tile("Worst owner", loss(worst[1]), clean(worst[0], 28)))
+    up, down = total(run, "bytes_up"), total(run, "bytes_down")
+    if up or down:
+        found.append(Tile("Travelled", size(up + down), f"{size(up)} up, {size(down)} down"))
+    seconds = total(run, "seconds")
+    training = sum(round.seconds.get("train", 0.0) for round in run.rounds)
+    tokens = sum(round.tokens for round in run.rounds)
+    if seconds:
+        found.append(Tile("Time", duration(seconds), f"{count(tokens / training)} tokens/s in training" if tokens and training else ""))
+    return found
+
+
+def total(run: Run, name: str) -> float:
+    """A total from the ledger, or from the rounds where there is no ledger."""
+    told = run.ledger.get(name)
+    if isinstance(told, dict):
+        told = sum(value or 0.0 for value in numbers(told).values())
+    if number(told) is not None:
+        return number(told) or 0.0
+    return sum(sum(round.seconds.values()) if name == "seconds" else float(getattr(round, name)) for round in run.rounds)
+
+
+def percent(value: Any) -> str:
+    """``93.5 %``."""
+    x = number(value)
+    return "-" if x is None else f"{100 * x:.1f} %"
+
+
+def _from(before: float | None, after: float | None, read_as: Any) -> str:
+    if before is None or after is None:
+        return ""
+    return f"from {read_as(before)}" + (f" ({change(before, after)})" if read_as is loss else "")
+
+
+def loss_chart(run: Run) -> Markup:
+    """Loss by round: pooled, the worst owner, the owners' range, training, and the two ends where they are known."""
+    seen = run.evaluations
+    lines = [
+        svg.Line("worst owner", "worst", [(r.round, r.worst[1] if r.worst else None) for r in seen if r.owners]),
+        svg.Line("pooled", "federated", [(r.round, r.loss) for r in seen if r.pooled]),
+        svg.Line("training", "training", [(r.round, r.train) for r in run.rounds if r.train is not None]),
+    ]
+    if seen and max(len(r.owners) for r in seen) < 2:
+        del lines[0]  # with one owner the worst is all there is
+    band = [(float(r.round), *edges) for r in seen if (edges := r.band())]
+    row = table.pooled(run.compare) if run.compare else None
+    levels = [
+        svg.Line(label, style, [(0, value)])
+        for label, style, value in (("local-only", "local", row.local), ("centralised", "centralised", row.centralised))
+        if value is not None
+    ] if row else []  # fmt: skip
+    told = ", ".join(f"{line.label} from {loss(line.points[0][1])} to {loss(line.points[-1][1])}" for line in lines if line.points)
+    return svg.chart([line for line in lines if line.points], band, levels, f"Loss by round: {told}.")
+
+
+def ends(run: Run) -> list[Bar]:
+    """Pooled test loss under the four ways, as bars from zero."""
+    if not run.compare:
+        return []
+    values = {key: value for key, value in table.pooled(run.compare).values().items() if value is not None}
+    longest = max((abs(value) for value in values.values()), default=0.0)
+    return [Bar(table.ENDS[key], loss(value), [(key, 100 * abs(value) / longest if longest else 0.0, "")]) for key, value in values.items()]
+
+
+def last_losses(run: Run) -> dict[str, float | None]:
+    """Each owner's loss at the last evaluation that has owners."""
+    return dict(next((r.owners for r in reversed(run.evaluations) if r.owners), {}))
+
+
+def owners(run: Run) -> list[OwnerCell]:
+    """Small multiples on one scale: the largest owners, and the worst ones where there are too many to show."""
+    seen = [round for round in run.evaluations if round.owners]
+    last = last_losses(run)
+    sizes = {str(row.get("owner")): number(row.get("tokens")) or 0.0 for row in run.split}
+    names = sorted(last, key=lambda name: (-sizes.get(name, 0.0), name))
+    if len(names) > OWNERS_SHOWN:
+        by_loss = sorted(last, key=lambda name: (-(number(last[name]) or 0.0), name))
+        half = OWNERS_SHOWN // 2
+        names = names[:half] + [name for name in by_loss if name not in names[:half]][:half]
+    curves = {name: [(float(r.round), r.owners.get(name)) for r in seen if name in r.owners] for name in names}
+    values = [y for points in curves.values() for _, y in points if y is not None]
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    cells = []
+    for name, points in curves.items():
+        known = [y for _, y in points if y is not None]
+        first, end = (known[0], known[-1]) if known else (None, None)
+        better = first is not None and end is not None and end <= first
+        cells.append(OwnerCell(name, loss(first), loss(end), change(first, end), better, svg.spark(points, low, high, "federated")))
+    return cells
+
+
+def comparison(rows: Sequence[table.Row]) -> list[tuple[table.Row, Markup, str]]:
+    """Rows of the comparison with their picture, and the change against working alone."""
+    values = [value for row in rows for value in row.values().values() if value is not None]
+    low, high = min(values, default=0.0), max(values, default=1.0)
+    return [(row, svg.markers(list(row.values().items()), low, high), change(row.local, row.federated)) for row in rows[:OWNERS_SHOWN]]
+
+
+def _histogram(row: Mapping[str, Any]) -> dict[str, float]:
+    return {name: value for name, value in numbers(row.get("labels")).items() if value}
+
+
+def labels(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """The commonest labels with their CSS class; the rest are ``others``."""
+    totals: dict[str, float] = {}
+    for row in rows:
+        for name, n in _histogram(row).items():
+            totals[name] = totals.get(name, 0.0) + n
+    if len(totals) < 2:
+        return []
+    common = [(name, f"c{i}") for i, (name, _) in enumerate(sorted(totals.items(), key=lambda item: -item[1])[:LABELS_SHOWN])]
+    return [*common, ("others", "other")] if len(totals) > LABELS_SHOWN else common
+
+
+def split(rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
+    """A bar per owner, the largest first: its tokens, divided by label where there are labels."""
+    classes = dict(labels(rows))
+    sizes = [number(row.get("tokens")) or number(row.get("train")) or 0.0 for row in rows]
+    longest = max(sizes, default=0.0)
+    bars = []
+    for value, row in sorted(zip(sizes, rows, strict=True), key=lambda item: (-item[0], str(item[1].get("owner"))))[:OWNERS_SHOWN]:
+        width = 100 * value / longest if longest else 0.0
+        parts: dict[tuple[str, str], float] = {}
+        for label, n in _histogram(row).items():
+            key = (classes.get(label, "other"), label if label in classes else "others")
+            parts[key] = parts.get(key, 0.0) + n
+        whole = sum(parts.values())
+        pieces = (
+            [(style, width * n / whole, f"{label}: {count(n)}") for (style, label), n in sorted(parts.items())] if classes and whole else []
+        )
+        told = f"{count(row.get('tokens'))} tokens · {count(row.get('train'))} train, {count(row.get('test'))} test"
+        bars.append(Bar(str(row.get("owner", "?")), told, pieces or [("c0", width, "")]))
+    return bars
+
+
+def split_area(rows: Sequence[Mapping[str, Any]]) -> Markup:
+    """Where there are more owners than bars: all of them, by size."""
+    if len(rows) <= OWNERS_SHOWN:
+        return Markup("")
+    return svg.area([number(row.get("tokens")) or 0.0 for row in rows], f"Tokens of {len(rows)} owners, largest to smallest.")
+
+
+def costs(run: Run) -> list[tuple[str, str]]:
+    """What the run cost."""
+    up, down = total(run, "bytes_up"), total(run, "bytes_down")
+    answers = sum(len(round.cohort) for round in run.rounds)
+    told = {name: number(run.ledger.get(name)) for name in run.ledger}
+    found = [("Sent by the owners", size(up)), ("Sent to the owners", size(down))]
+    if answers:
+        found.append(("Per client and round", f"{size(up / answers)} up, {size(down / answers)} down"))
+    travelled = numbers(run.compare.get("travelled")) if run.compare else {}
+    full = travelled.get("bytes_if_full_model")
+    if full and up + down:
+        found.append(("If the whole model travelled", f"{size(full)} ({full / (up + down):,.0f} times as much)"))
+    if told.get("bytes_evaluate"):
+        found.append(("Evaluation, both ways", size(told["bytes_evaluate"])))
+    for name, title in {
+        "client_rounds": "Updates that counted",
+        "steps": "Optimizer steps",
+        "examples": "Examples seen",
+        "tokens": "Tokens seen",
+    }.items():
+        if told.get(name) is not None:
+            found.append((title, count(told[name])))
+    if told.get("flops"):
+        found.append(("Arithmetic (estimate)", f"{count(told['flops'])}FLOP"))
+    if told.get("peak_memory"):
+        found.append(("Peak memory", size(told["peak_memory"])))
+    if told.get("epsilon") is not None:
+        found.append(("Privacy spent", f"ε = {told['epsilon']:.3g}"))
+    return [*found, ("Time", duration(total(run, "seconds")))]
+
+
+def time_bar(run: Run) -> Bar | None:
+    """Where the seconds went."""
+    phases: dict[str, float] = {}
+    for round in run.rounds:
+        for name, n in round.seconds.items():
+            phases[name] = phases.get(name, 0.0) + n
+    whole = sum(phases.values())
+    if not whole:
+        return None
+    pieces = [
+        (f"c{i % LABELS_SHOWN}", 100 * n / whole, f"{name} {duration(n)}")
+        for i, (name, n) in enumerate(sorted(phases.items(), key=lambda item: -item[1]))
+    ]
+    return Bar("Where the time went", duration(whole), pieces)
+
+
+def flatten(value: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested mappings as dotted names."""
+    found: list[tuple[str, str]] = []
+    for name, item in value.items():
+        if isinstance(item, dict):
+            found.extend(flatten(item, f"{prefix}{name}."))
+        elif prefix or name != "event":
+            found.append((f"{prefix}{name}", clean(item, 120)))
+    return found
+
+
+def highlight(recipe: str) -> Markup:
+    """The recipe with its keys and comments set apart."""
+    lines = []
+    for line in recipe.rstrip().splitlines():
+        key = re.match(r"(\s*(?:- )?)([\w.]+)(:.*)", line)
+        if line.lstrip().startswith("#"):
+            lines.append(Markup("<i>{}</i>").format(line))
+        else:
+            lines.append(Markup("{}<b>{}</b>{}").format(*key.groups()) if key else escape(line))
+    return Markup("\n").join(lines)

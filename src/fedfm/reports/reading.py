@@ -1,0 +1,174 @@
+"""What a run left in its folder, read without trusting that all of it is there."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedfm.core.errors import RunError
+from fedfm.core.words import number
+
+
+@dataclass(frozen=True)
+class Round:
+    """One line of ``metrics.jsonl``.
+
+    Args:
+        pooled: Metrics on everyone's held-out data; empty where nothing was evaluated.
+        owners: Held-out loss of each owner.
+        tokens: Tokens trained on.
+    """
+
+    round: int
+    pooled: Mapping[str, float | None] = field(default_factory=dict)
+    owners: Mapping[str, float | None] = field(default_factory=dict)
+    train: float | None = None
+    tokens: float = 0.0
+    bytes_up: float = 0.0
+    bytes_down: float = 0.0
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    cohort: Sequence[str] = ()
+    failures: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def evaluated(self) -> bool:
+        """Whether there is anything held-out to show."""
+        return bool(self.pooled or self.owners)
+
+    @property
+    def loss(self) -> float | None:
+        """The pooled held-out loss."""
+        return self.pooled.get("loss")
+
+    @property
+    def worst(self) -> tuple[str, float] | None:
+        """The owner with the highest held-out loss."""
+        return max(((name, value) for name, value in self.owners.items() if value is not None), key=lambda item: item[1], default=None)
+
+    def band(self) -> tuple[float, float] | None:
+        """The range of the owners' losses; of the middle 80 % where there are more than ten."""
+        values = sorted(value for value in self.owners.values() if value is not None)
+        if len(values) < 2:
+            return None
+        cut = len(values) // 10 if len(values) > 10 else 0
+        return values[cut], values[-1 - cut]
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's folder.
+
+    Args:
+        recipe: The text of ``recipe.yaml``.
+        rounds: In order, each once.
+        split: A row per owner: ``owner``, ``train``, ``test``, ``tokens``, ``labels``.
+        compare: The comparison table, where ``fedfm compare`` has filled it.
+        envelope: The journal's first line: versions, threads, platform.
+        plan: What was chosen by measuring.
+    """
+
+    name: str
+    recipe: str
+    rounds: Sequence[Round]
+    ledger: Mapping[str, Any]
+    split: Sequence[Mapping[str, Any]]
+    compare: Mapping[str, Any] | None
+    envelope: Mapping[str, Any]
+    plan: Mapping[str, Any]
+
+    @property
+    def evaluations(self) -> list[Round]:
+        """Rounds with held-out losses."""
+        return [round for round in self.rounds if round.evaluated]
+
+
+def read(folder: Path) -> Run:
+    """The run in ``folder``. A missing file is an empty section; an unfinished last line is dropped.
+
+    Raises:
+        RunError: if this is not a run's folder, or one of its files is not what a run writes.
+    """
+    if not (folder / "recipe.yaml").is_file() and not (folder / "metrics.jsonl").is_file():
+        raise RunError(f"{folder} is not a run's folder: it has neither recipe.yaml nor metrics.jsonl. Give the folder named by --out.")
+    recipe = _text(folder / "recipe.yaml")
+    journal = _lines(folder / "journal.jsonl")
+    rounds = {item.round: item for item in map(_round, _lines(folder / "metrics.jsonl"))}
+    split = _json(folder / "split.json")
+    compare = _json(folder / "compare.json")
+    return Run(
+        name=_name(recipe) or folder.resolve().name,
+        recipe=recipe,
+        rounds=[rounds[k] for k in sorted(rounds)],
+        ledger=_mapping(_json(folder / "ledger.json")),
+        split=[row for row in split if isinstance(row, dict)] if isinstance(split, list) else [],
+        compare=compare if isinstance(compare, dict) else None,
+        envelope=journal[0] if journal else {},
+        plan=next((line for line in reversed(journal) if line.get("event") == "plan"), {}),
+    )
+
+
+def _round(line: Mapping[str, Any]) -> Round:
+    metrics = _mapping(line.get("metrics"))
+    report = _mapping(metrics.get("eval"))
+    told = [_mapping(item) for item in _mapping(line.get("clients")).values()]
+    return Round(
+        round=int(number(line.get("round")) or 0),
+        pooled=numbers(report.get("pooled")),
+        owners={owner: number(_mapping(item).get("loss")) for owner, item in _mapping(report.get("owners")).items()},
+        train=number(metrics.get("train_loss")),
+        tokens=math.fsum(number(item.get("tokens")) or 0.0 for item in told),
+        bytes_up=number(line.get("bytes_up")) or 0.0,
+        bytes_down=number(line.get("bytes_down")) or 0.0,
+        seconds={name: value for name, value in numbers(line.get("seconds")).items() if value is not None},
+        cohort=[str(client) for client in _list(line.get("cohort"))],
+        failures=[item for item in _list(line.get("failures")) if isinstance(item, dict)],
+    )
+
+
+def numbers(value: Any) -> dict[str, float | None]:
+    """The entries of a mapping as numbers, None where they are not; empty for anything else."""
+    return {str(name): number(item) for name, item in _mapping(value).items()}
+
+
+def _mapping(value: Any) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+
+
+def _json(path: Path) -> Any:
+    return _parse(path, 1, text) if (text := _text(path)).strip() else None
+
+
+def _lines(path: Path) -> list[Mapping[str, Any]]:
+    lines = _text(path).split("\n")
+    # What follows the last newline is a line that a crash left unfinished, or nothing.
+    return [_mapping(_parse(path, i, line)) for i, line in enumerate(lines[:-1], 1) if line.strip()]
+
+
+def _parse(path: Path, line: int, text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RunError(
+            f"{path}, line {line}, is not JSON: {error}. A run never writes this; restore the file or remove the line."
+        ) from error
+
+
+def _name(recipe: str) -> str:
+    import yaml
+
+    try:
+        return str(_mapping(yaml.safe_load(recipe)).get("name") or "")
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return ""  # the report shows a recipe that cannot be read as it is

@@ -186,7 +186,7 @@ def load(spec: Model, head: Head, labels: Sequence[str] = (), device: str = "aut
         )
     model.config.use_cache = False
     if spec.gradient_checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.activation_checkpointing_enable()
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     model.to(where).train()

@@ -1,0 +1,192 @@
+"""The bank equals one client at a time, and centralised training in the limits where it must."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import tiny
+import torch
+
+from fedfm.client.train import Bank, Job, Trained
+from fedfm.core.keys import Key
+from fedfm.core.parts import LocalTrainer
+from fedfm.core.task import Task
+from fedfm.core.tuning import Tuned, Tuning
+from fedfm.local import SGD, AdamW, FedProx
+from fedfm.tasks import CausalLM, Classification, MaskedLM
+from fedfm.tuning import IA3, BitFit, Full, Head, LoRA
+
+TASKS: dict[str, Task] = {"Llama": CausalLM(), "GPT2": CausalLM(), "Bert": MaskedLM()}
+TUNINGS: dict[str, Tuning] = {
+    "lora": LoRA(r=2),
+    "lora-dropout": LoRA(r=2, dropout=0.3, targets=("all-linear",)),
+    "ia3": IA3(),
+    "bitfit": BitFit(),
+    "head": Head(),
+    "lora-head": LoRA(r=2),
+}
+
+
+def bank_of(shape: str, tuning: Tuning, local: LocalTrainer, classify: bool = False) -> Bank:
+    labels = ("a", "b", "c") if classify else ()
+    foundation = tiny.foundation(shape, "sequence_classification" if classify else None, labels)
+    task: Task = Classification() if classify else TASKS[shape]
+    if isinstance(task, MaskedLM):
+        task.encoder(foundation.tokenizer)
+    return Bank(tuning.attach(foundation), task, local, foundation.tokenizer.pad_token_id, torch.device("cpu"), Key.root(1))
+
+
+def jobs_of(counts: list[int], shortest: int, longest: int, classify: bool = False) -> list[Job]:
+    return [Job(f"client{i}", tiny.examples(i, count, shortest, longest, 3 if classify else 0)) for i, count in enumerate(counts)]
+
+
+def start_of(tuned: Tuned) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    return {name: p + 0.05 * torch.randn(p.shape, generator=generator) for name, p in tuned.init(Key.root(2)).items()}
+
+
+def relative(a: list[Trained], b: list[Trained]) -> float:
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        assert x.client == y.client
+        assert x.metrics["steps"] == y.metrics["steps"]
+        assert x.metrics["tokens"] == y.metrics["tokens"]
+        left, right = (torch.cat([leaf.reshape(-1).double() for leaf in t.delta.values()]) for t in (x, y))
+        assert right.norm() > 0
+        worst = max(worst, float((left - right).norm() / right.norm()))
+    return worst
+
+
+@pytest.mark.parametrize("shape", list(tiny.CONFIGS))
+@pytest.mark.parametrize("kind", list(TUNINGS))
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_bank_equals_one_client_at_a_time(shape: str, kind: str, optimizer: str) -> None:
+    if shape == "Llama" and kind == "bitfit":
+        pytest.skip("Llama has no biases")
+    classify = "head" in kind
+    # Epochs over unequal owners: unequal steps. Partial batches, two micro-batches a step, ragged lengths.
+    local: LocalTrainer = (
+        SGD(lr=0.3, momentum=0.9, epochs=1, batch_size=2, accumulate=2)
+        if optimizer == "sgd"
+        else AdamW(lr=1e-3, eps=1e-4, epochs=1, batch_size=2, accumulate=2, schedule="cosine", warmup=1, weight_decay=0.01)
+    )
+    bank = bank_of(shape, TUNINGS[kind], local, classify)
+    jobs = jobs_of([5, 12, 3, 8], 4, 11, classify)
+    start = start_of(bank.tuned)
+    together = bank.train(start, jobs, round=3)
+    alone = [bank.train(start, [job], round=3)[0] for job in jobs]
+    assert len({t.metrics["steps"] for t in together}) > 1
+    assert relative(together, alone) < (1e-6 if optimizer == "sgd" else 1e-4)
+    assert all(t.finite for t in together)
+
+
+def test_who_shares_the_bank_does_not_matter() -> None:
+    bank = bank_of("Llama", LoRA(r=2, dropout=0.2), SGD(lr=0.3, steps=4, batch_size=2))
+    jobs, start = jobs_of([6, 9, 4], 4, 12), start_of(bank.tuned)
+    forth, back = bank.train(start, jobs, 1), bank.train(start, jobs[::-1], 1)[::-1]
+    assert relative(forth, back) < 1e-6
+
+
+def test_a_client_whose_loss_is_nan_does_not_touch_the_others() -> None:
+    bank = bank_of("Llama", LoRA(r=2), SGD(lr=0.3, steps=3, batch_size=2))
+    jobs, start = jobs_of([6, 6, 6], 9, 9), start_of(bank.tuned)
+    good = bank.train(start, jobs, 1)
+
+    class Exploding(SGD):
+        def step(self, cohort, grad_kd, lr_k, step):  # type: ignore[no-untyped-def]
+            super().step(cohort, grad_kd, lr_k, step)
+            cohort.theta_kd[1] = float("nan")
+
+    bank.local = Exploding(lr=0.3, steps=3, batch_size=2)
+    bad = bank.train(start, jobs, 1)
+    assert [t.finite for t in bad] == [True, False, True]
+    assert torch.equal(bad[0].params_d, good[0].params_d)
+    assert torch.equal(bad[2].params_d, good[2].params_d)
+
+
+@pytest.mark.parametrize("shape", list(tiny.CONFIGS))
+@pytest.mark.parametrize("tuning", [LoRA(r=2), Full()])
+def test_one_full_batch_step_per_client_is_one_central_step(shape: str, tuning: Tuning) -> None:
+    """Equal example counts and lengths make the mean of the clients' gradients the pooled gradient."""
+    if shape == "Bert":
+        pytest.skip("a masked model draws different masks for different owners")
+    bank = bank_of(shape, tuning, SGD(lr=0.5, steps=1, batch_size=None))
+    jobs, start = jobs_of([4, 4, 4], 9, 9), start_of(bank.tuned)
+    pooled = tiny.Memory([job.examples.ids(i) for job in jobs for i in range(4)])
+    clients = [bank.train(start, [job], 1)[0] for job in jobs]
+    (central,) = bank.train(start, [Job("all", pooled)], 1)
+    mean = torch.stack([t.params_d for t in clients]).double().mean(0)
+    moved = (central.params_d - bank.tuned.spec.flatten(start)).double()
+    assert ((mean - central.params_d.double()).norm() / moved.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("shape", ["Llama", "GPT2"])
+def test_training_equals_a_plain_loop_over_peft(shape: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    from fedfm.data import plan
+    from fedfm.tuning.layout import plain_copy
+
+    local = AdamW(lr=1e-2, eps=1e-4, steps=4, batch_size=3, max_grad_norm=0.05, weight_decay=0.1)
+    bank = bank_of(shape, LoRA(r=2, alpha=4.0), local)
+    (job,), start = jobs_of([7], 9, 9), start_of(bank.tuned)
+    (ours,) = bank.train(start, [job], 1)
+
+    targets = ["c_attn"] if shape == "GPT2" else ["q_proj", "v_proj"]
+    theirs = get_peft_model(plain_copy(bank.tuned.foundation), LoraConfig(r=2, lora_alpha=4, target_modules=targets, fan_in_fan_out=shape == "GPT2"))
+    names = {name: name.replace(".default", "") for name, p in theirs.named_parameters() if p.requires_grad}
+    own = dict(theirs.named_parameters())
+    with torch.no_grad():
+        for name, saved in names.items():
+            own[name].copy_(start[saved])
+    optimizer = torch.optim.AdamW([own[name] for name in names], lr=1e-2, eps=1e-4, weight_decay=0.1)
+    for index in plan(job.examples, local.work, bank.key.fold("batches", 1, job.client), bank.key.fold("buckets", 1)):
+        ids = torch.stack([torch.as_tensor(job.examples.ids(int(i))) for i in index])
+        loss = torch.nn.functional.cross_entropy(theirs(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([own[name] for name in names], 0.05)
+        optimizer.step()
+    flat = bank.tuned.spec.flatten({saved: own[name].detach() for name, saved in names.items()})
+    moved = (ours.params_d - bank.tuned.spec.flatten(start)).norm()
+    assert (ours.params_d - flat).norm() / moved < 1e-4
+
+
+def test_fedprox_without_pull_is_its_inner_trainer_and_with_it_stays_nearer() -> None:
+    inner = SGD(lr=0.3, steps=6, batch_size=2)
+    bank = bank_of("Llama", LoRA(r=2), inner)
+    jobs, start = jobs_of([6, 9], 9, 9), start_of(bank.tuned)
+    plain = bank.train(start, jobs, 1)
+    bank.local = FedProx(inner, mu=0.0)
+    assert relative(bank.train(start, jobs, 1), plain) == 0
+    bank.local = FedProx(inner, mu=1.0)
+    start_d = bank.tuned.spec.flatten(start)
+    for near, far in zip(bank.train(start, jobs, 1), plain, strict=True):
+        assert (near.params_d - start_d).norm() < (far.params_d - start_d).norm()
+
+
+def test_gradient_checkpointing_changes_nothing() -> None:
+    from fedfm.models import load
+
+    def trained(checkpointing: bool) -> Trained:
+        foundation = load(replace(tiny.spec("Llama"), gradient_checkpointing=checkpointing), "causal_lm", (), "cpu", Key.root(0))
+        local = SGD(lr=0.3, steps=2, batch_size=2)
+        bank = Bank(LoRA(r=2, dropout=0.2).attach(foundation), CausalLM(), local, 0, torch.device("cpu"), Key.root(1))
+        return bank.train(start_of(bank.tuned), jobs_of([6], 9, 9), 1)[0]
+
+    assert torch.equal(trained(True).params_d, trained(False).params_d)
+
+
+def test_evaluation_in_a_bank_equals_evaluation_one_by_one() -> None:
+    bank = bank_of("Llama", LoRA(r=2), SGD())
+    sets = [tiny.examples(i, count, 4, 11) for i, count in enumerate([5, 9, 2])]
+    theta_kd = torch.stack([bank.tuned.spec.flatten(start_of(bank.tuned)) * (1 + k) for k in range(3)])
+    together = bank.evaluate(theta_kd, sets, max_tokens=60)
+    shared = bank.evaluate(theta_kd[:1], sets, max_tokens=60)
+    for k in range(3):
+        alone = bank.evaluate(theta_kd[k : k + 1], [sets[k]])
+        for name, value in alone.items():
+            torch.testing.assert_close(together[name][k], value[0], rtol=1e-5, atol=1e-5)
+    for name, value in bank.evaluate(theta_kd[:1], [sets[1]]).items():
+        torch.testing.assert_close(shared[name][1], value[0], rtol=1e-5, atol=1e-5)

@@ -1,0 +1,202 @@
+"""Our tunings equal PEFT's on the same weights, save in PEFT's layout, and merge into plain models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+
+from fedfm.core.errors import ConfigError
+from fedfm.core.keys import Key
+from fedfm.core.task import Batch
+from fedfm.core.tuning import Tuning
+from fedfm.models import Foundation
+from fedfm.tuning import IA3, BitFit, Full, Head, LoRA, Peft, load_adapter
+from fedfm.tuning.layout import plain_copy
+
+TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
+SHAPES = list(tiny.CONFIGS)
+
+
+def batch_of(foundation: Foundation, clients: int = 1, rows: int = 2, length: int = 7, seed: int = 0) -> Batch:
+    import numpy as np
+
+    generator = torch.Generator().manual_seed(seed)
+    total = clients * rows
+    ids = torch.randint(5, 290, (total, length), generator=generator)
+    sequence = foundation.head == "sequence_classification"
+    count = total if sequence else total * length
+    row_p = torch.arange(total) if sequence else torch.arange(total).repeat_interleave(length)
+    return Batch(
+        input_ids=ids,
+        attention_mask=None,
+        position_p=None if sequence else torch.arange(count),
+        row_p=row_p,
+        target_p=torch.zeros(count, dtype=torch.int64),
+        owner_p=row_p // rows,
+        num_clients=clients,
+        lengths=np.full(clients, length),
+        real_rows=np.full(clients, rows),
+        num_tokens=total * length,
+    )
+
+
+def logits(foundation: Foundation, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    with torch.no_grad():
+        out = model(input_ids=batch.input_ids).logits
+    return out if foundation.head == "sequence_classification" else out.reshape(-1, out.shape[-1])
+
+
+def disturbed(params: dict[str, torch.Tensor], seed: int = 1) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: p + 0.2 * torch.randn(p.shape, generator=generator) for name, p in params.items()}
+
+
+def ours(tuning: Tuning, foundation: Foundation, batch: Batch, seed: int = 1) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    tuned = tuning.attach(foundation)
+    params = disturbed(dict(tuned.init(Key.root(0))), seed)
+    tuned.bind(tuned.spec.flatten(params).unsqueeze(0))
+    with torch.no_grad():
+        return tuned.logits(batch), params
+
+
+BANKED = {
+    "lora": lambda shape: LoRA(r=3, alpha=5.0, targets=("all-linear",), rslora=True),
+    "ia3": lambda shape: IA3(),
+    "bitfit": lambda shape: BitFit(),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_peft_loads_what_we_save_and_gives_the_same_logits(shape: str, kind: str, tmp_path: Path) -> None:
+    foundation = tiny.foundation(shape)
+    batch, tuning = batch_of(foundation), BANKED[kind](shape)
+    mine, params = ours(tuning, foundation, batch)
+    tuning.save(foundation, params, tmp_path / "adapter")
+    theirs = PeftModel.from_pretrained(plain_copy(foundation), str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(mine, logits(foundation, theirs, batch), **TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_we_load_what_peft_saves_and_give_the_same_logits(shape: str, kind: str, tmp_path: Path) -> None:
+    foundation = tiny.foundation(shape)
+    batch = batch_of(foundation)
+    config = (
+        LoraConfig(r=4, lora_alpha=7, target_modules=["c_attn" if shape == "GPT2" else "query" if shape == "Bert" else "q_proj"])
+        if kind == "lora"
+        else IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"])
+        if shape == "GPT2"
+        else IA3Config(target_modules=["key", "intermediate.dense"], feedforward_modules=[])
+        if shape == "Bert"
+        else IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
+    )
+    config.fan_in_fan_out = shape == "GPT2"
+    theirs = get_peft_model(plain_copy(foundation), config).eval()
+    with torch.no_grad():
+        for name, p in theirs.named_parameters():
+            if "lora_" in name or "ia3_" in name:
+                p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+    theirs.save_pretrained(str(tmp_path))
+    tuning, params = load_adapter(tmp_path)
+    tuned = tuning.attach(foundation)
+    tuned.bind(tuned.spec.flatten(params).unsqueeze(0))
+    with torch.no_grad():
+        mine = tuned.logits(batch)
+    torch.testing.assert_close(mine, logits(foundation, theirs, batch), **TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", list(BANKED))
+def test_merged_model_gives_the_same_logits(shape: str, kind: str) -> None:
+    foundation = tiny.foundation(shape)
+    if shape == "Llama" and kind == "bitfit":
+        with pytest.raises(ConfigError, match="no biases"):
+            BitFit().attach(foundation)
+        return
+    batch, tuning = batch_of(foundation), BANKED[kind](shape)
+    mine, params = ours(tuning, foundation, batch)
+    torch.testing.assert_close(mine, logits(foundation, tuning.merge(foundation, params), batch), **TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", [*BANKED, "head", "lora+head"])
+def test_row_block_k_is_computed_with_client_k(shape: str, kind: str) -> None:
+    sequence = "head" in kind
+    make = {"head": lambda shape: Head(), "lora+head": lambda shape: LoRA(r=2)}.get(kind) or BANKED[kind]
+    foundation = tiny.foundation(shape, "sequence_classification" if sequence else None, ("a", "b", "c") if sequence else ())
+    if shape == "Llama" and kind == "bitfit":
+        pytest.skip("Llama has no biases")
+    tuned = make(shape).attach(foundation)
+    batch = batch_of(foundation, clients=3)
+    start = dict(tuned.init(Key.root(0)))
+    theta_kd = torch.stack([tuned.spec.flatten(disturbed(start, seed)) for seed in range(3)])
+    tuned.bind(theta_kd)
+    with torch.no_grad():
+        together = tuned.logits(batch)
+        for k in range(3):
+            tuned.bind(theta_kd[k : k + 1])
+            rows = slice(2 * k, 2 * k + 2)
+            alone = batch_of(foundation)
+            alone.input_ids = batch.input_ids[rows]
+            torch.testing.assert_close(together[batch.owner_p == k], tuned.logits(alone), **TOLERANCE)
+
+
+def test_a_new_head_is_saved_with_the_adapter_and_loads_in_peft(tmp_path: Path) -> None:
+    foundation = tiny.foundation("Bert", "sequence_classification", ("a", "b", "c"))
+    batch, tuning = batch_of(foundation), LoRA(r=2)
+    mine, params = ours(tuning, foundation, batch)
+    assert any("classifier" in name for name in params)
+    tuning.save(foundation, params, tmp_path)
+    theirs = PeftModel.from_pretrained(plain_copy(foundation), str(tmp_path)).eval()
+    torch.testing.assert_close(mine, logits(foundation, theirs, batch), **TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_lora_starts_from_the_base(shape: str) -> None:
+    foundation = tiny.foundation(shape)
+    batch, tuned = batch_of(foundation), LoRA().attach(foundation)
+    tuned.bind(tuned.spec.flatten(tuned.init(Key.root(3))).unsqueeze(0))
+    with torch.no_grad():
+        torch.testing.assert_close(tuned.logits(batch), logits(foundation, plain_copy(foundation), batch), **TOLERANCE)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_full_is_the_model_itself(shape: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    foundation = tiny.foundation(shape)
+    batch = batch_of(foundation)
+    mine, params = ours(Full(), foundation, batch)
+    Full().save(foundation, params, tmp_path)
+    auto = AutoModelForMaskedLM if shape == "Bert" else AutoModelForCausalLM
+    torch.testing.assert_close(mine, logits(foundation, auto.from_pretrained(tmp_path).eval(), batch), **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["LOHA", "PROMPT_TUNING"])
+def test_any_other_method_of_peft_runs_and_saves(kind: str, tmp_path: Path) -> None:
+    foundation = tiny.foundation("Llama")
+    plain, batch = plain_copy(foundation), batch_of(foundation)
+    tuning = Peft(kind, {"r": 2, "target_modules": ["q_proj"]} if kind == "LOHA" else {"num_virtual_tokens": 3})  # type: ignore[arg-type]
+    mine, params = ours(tuning, foundation, batch)
+    tuning.save(foundation, params, tmp_path)
+    theirs = PeftModel.from_pretrained(plain, str(tmp_path)).eval()
+    with torch.no_grad():
+        out = theirs(input_ids=batch.input_ids).logits[:, -7:]
+    torch.testing.assert_close(mine, out.reshape(-1, out.shape[-1]), **TOLERANCE)
+
+
+def test_refusals() -> None:
+    foundation = tiny.foundation("Llama")
+    with pytest.raises(ConfigError, match=r"LoRA.r is -1"):
+        LoRA(r=-1)
+    with pytest.raises(ConfigError, match=r"'q_prj' matches no linear layer.*Did you mean 'q_proj'"):
+        LoRA(targets=("q_prj",)).attach(foundation)
+    with pytest.raises(ConfigError, match="no 'VERRA'.*Did you mean 'VERA'"):
+        Peft("VERRA").attach(foundation)
+    with pytest.raises(ConfigError, match="no new head"):
+        Head().attach(foundation)

@@ -39,8 +39,28 @@ class Example:
     label: str | None = None
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a task must know of a tokenizer once text is ids.
+
+    Args:
+        size: Ids are below it.
+        special: Ids that are not text.
+        mask: The mask token's id; ``None`` where there is none.
+    """
+
+    size: int
+    special: tuple[int, ...] = ()
+    mask: int | None = None
+
+
 class Examples(Protocol):
     """An owner's encoded sequences; may live on disk."""
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Of the tokenizer that made the ids."""
+        ...
 
     def __len__(self) -> int: ...
     @property
@@ -62,7 +82,13 @@ class Examples(Protocol):
 
 
 class Encoder(ABC):
-    """Rows of one owner, as they stream in, to examples."""
+    """Rows of one owner, as they stream in, to examples.
+
+    Attributes:
+        dropped: Rows so far that gave nothing to learn from (empty text, no target left).
+    """
+
+    dropped: int = 0
 
     @abstractmethod
     def add(self, rows: Sequence[Row]) -> list[Example]:
@@ -78,10 +104,18 @@ class Encoder(ABC):
 
 
 class Task(Part, ABC):
-    """What is learned."""
+    """What is learned.
+
+    Attributes:
+        head: What the model ends in.
+        max_length: Tokens of the longest sequence it makes.
+        labels: The classes, where the recipe names them; ``None`` takes them from the data.
+    """
 
     room = "tasks"
     head: ClassVar[Head] = "causal_lm"
+    max_length: int
+    labels: tuple[str, ...] | None = None
 
     @property
     @abstractmethod

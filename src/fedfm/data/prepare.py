@@ -1,0 +1,340 @@
+"""Rows to examples on disk, once: one streaming pass (and one before it, where a partitioner must see all labels).
+
+Memory stays bounded however large the files and however many the owners: rows wait in small groups
+for the tokenizer, and what it makes is appended to the owner's files, of which two are open at a time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedfm.core import disk
+from fedfm.core.errors import ConfigError, DataError
+from fedfm.core.keys import Key
+from fedfm.core.task import Encoder, Example, IntArray, Task
+from fedfm.data import owners as layout
+from fedfm.data.owners import Owners
+from fedfm.data.sources import Record, Source, name_in, open_source, value_in
+from fedfm.data.spec import Data
+
+log = logging.getLogger(__name__)
+
+_GROUP = 256  # rows that one owner's tokenizer call takes
+_WAITING = 8_000_000  # characters that may wait over all owners
+_REPORT = 1000
+
+OwnerOf = Callable[[Record], str]
+
+
+def prepare(
+    data: Data,
+    task: Task,
+    tokenizer: Any,
+    *,
+    key: Key,
+    max_context: int | None = None,
+    cache: Path | None = None,
+    progress: Callable[[str, int], None] | None = None,
+) -> Owners:
+    """Everybody's examples, from the cache where nothing has changed.
+
+    Args:
+        tokenizer: A ``PreTrainedTokenizerFast``.
+        key: Draws the partition and what is held out.
+        max_context: The longest sequence that the model takes.
+        cache: Where prepared data is kept; default ``$FEDFM_CACHE/data``, else ``~/.cache/fedfm/data``.
+        progress: Told the stage (``divide``, ``encode``) and how many rows it has seen.
+
+    Raises:
+        DataError: if a file, row or column is unusable, or no owner is left.
+        ConfigError: if the recipe does not say who owns a row, or asks for more than the model's context.
+        RunError: if the cache cannot be written.
+    """
+    source = open_source(data.source)
+    test = open_source(data.test) if data.test is not None else None
+    if data.by is None and data.partition is None and source.owner is None:
+        raise ConfigError(
+            f"data does not say who owns the rows of {data.source}. Set 'by' to the column that names the owner, "
+            "or 'partition' to simulate owners (for example IID(clients=8))."
+        )
+    if max_context is not None and task.max_length > max_context:
+        raise ConfigError(
+            f"The task's max_length is {task.max_length} tokens, but the model's context is {max_context}. Set max_length to at most {max_context}."
+        )
+    fingerprint = _fingerprint(data, task, tokenizer, key, source, test)
+    root = cache or Path(os.environ.get("FEDFM_CACHE") or Path.home() / ".cache" / "fedfm") / "data"
+    folder = root / fingerprint
+    if not (folder / "owners.json").exists():
+        try:
+            root.mkdir(parents=True, exist_ok=True)
+            temporary = Path(tempfile.mkdtemp(prefix=f".{fingerprint}-", dir=root))
+            try:
+                _Build(data, task, tokenizer, key, temporary, fingerprint, progress or (lambda stage, rows: None)).run(source, test)
+                temporary.replace(folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
+        except OSError as error:
+            # Another process may have built the same meanwhile; its result is as good.
+            if not (folder / "owners.json").exists():
+                raise disk.cannot_write(folder, error) from error
+    owners = Owners.open(folder)
+    for owner, reason in owners.left_out.items():
+        log.warning("owner %s is left out: %s", owner, reason)
+    if owners.dropped:
+        log.info("%d rows gave nothing to learn from", owners.dropped)
+    return owners
+
+
+def _fingerprint(data: Data, task: Task, tokenizer: Any, key: Key, source: Source, test: Source | None) -> str:
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Left over from the last call, not part of what the tokenizer is.
+    backend.update(truncation=None, padding=None)
+    stamps = [source.stamp, test.stamp if test else ""]
+    known = [
+        layout.VERSION,
+        repr(data),
+        repr(task),
+        *stamps,
+        key.digest.hex(),
+        backend,
+        tokenizer.special_tokens_map,
+        tokenizer.chat_template,
+    ]
+    return hashlib.blake2b(json.dumps(known, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()
+
+
+@dataclass
+class _Split:
+    """Training or test examples of one owner while they are written."""
+
+    stem: Path
+    encoder: Encoder
+    waiting: list[Record] = field(default_factory=list)
+    examples: int = 0
+    tokens: int = 0
+    labels: Counter[str] = field(default_factory=Counter)
+
+    def drain(self, codes: dict[str, int], end: bool = False) -> None:
+        """Encodes and writes what waits; ``codes`` numbers the labels in the order in which they appear."""
+        found = self.encoder.add(self.waiting) if self.waiting else []
+        self.waiting = []
+        self._write(found + self.encoder.flush() if end else found, codes)
+
+    def _write(self, found: list[Example], codes: dict[str, int]) -> None:
+        if not found:
+            return
+        labels = [example.label for example in found if example.label is not None]
+        self.labels.update(labels)
+        ends = self.tokens + np.cumsum([len(example.ids) for example in found])
+        classes = [-1 if example.label is None else codes.setdefault(example.label, len(codes)) for example in found]
+        index = np.column_stack([ends, [example.start for example in found], classes])
+        _append(Path(f"{self.stem}.ids.npy"), np.concatenate([example.ids for example in found]).astype("<i4"), self.tokens)
+        _append(Path(f"{self.stem}.index.npy"), index.astype("<i8"), self.examples)
+        self.examples += len(found)
+        self.tokens = int(ends[-1])
+
+
+@dataclass
+class _Owner:
+    """One owner while its rows stream by."""
+
+    folder: Path
+    train: _Split
+    test: _Split
+    held_out: Iterator[int]
+    next_test: int
+    rows: int = 0
+    train_rows: int = 0
+
+
+class _Build:
+    def __init__(
+        self, data: Data, task: Task, tokenizer: Any, key: Key, folder: Path, fingerprint: str, progress: Callable[[str, int], None]
+    ) -> None:
+        self.data, self.task, self.tokenizer, self.key = data, task, tokenizer, key
+        self.folder, self.fingerprint, self.progress = folder, fingerprint, progress
+        self.owners: dict[str, _Owner] = {}
+        self.codes: dict[str, int] = {}
+        self.waiting = 0
+
+    def run(self, source: Source, test: Source | None) -> None:
+        """Fills the folder."""
+        train_owner, test_owner = self._owners_of(source)
+        for record in self._watched(source):
+            self._train(record, train_owner(record))
+        if test is not None:
+            for record in self._watched(test):
+                owner = self._owner(test_owner(record))
+                self._wait(owner.test, record)
+        self._drain(end=True)
+        self._finish()
+
+    def _watched(self, source: Source, stage: str = "encode") -> Iterator[Record]:
+        number = 0
+        for number, record in enumerate(source.rows(), 1):
+            yield record
+            if number % _REPORT == 0:
+                self.progress(stage, number)
+        self.progress(stage, number)
+
+    def _owners_of(self, source: Source) -> tuple[OwnerOf, OwnerOf]:
+        """How to tell the owner of a training row and of a test row."""
+        partition = self.data.partition
+        if partition is None:
+            column = self.data.by or source.owner
+            assert column is not None
+            return (lambda record: name_in(record, column)), (lambda record: name_in(record, column))
+        label = partition.label or self.task.label_column
+        if partition.needs_label and label is None:
+            raise ConfigError(f"{partition!r} divides rows by label, but the task {self.task!r} has none. Set its 'label' to a column.")
+        use = label if partition.needs_label else None
+        labels = [name_in(record, use) if use else None for record in self._watched(source, "divide")]
+        client_n = partition.assign(labels, self.key.fold("partition").numpy())
+        names = [f"client{k:0{len(str(partition.clients - 1))}d}" for k in range(partition.clients)]
+        for client in names:
+            self._owner(client)
+        # A test row goes to a client with the probability with which a training row of its label did, so both have one distribution.
+        codes = {found: code for code, found in enumerate(dict.fromkeys(labels))}
+        counts_lk = np.zeros((len(codes), partition.clients), dtype=np.int64)
+        np.add.at(counts_lk, (np.array([codes[found] for found in labels]), client_n), 1)
+        rng, rows = self.key.fold("partition", "test").numpy(), iter(client_n)
+
+        def of_test(record: Record) -> str:
+            code = codes.get(name_in(record, use) if use else None)
+            share_k = counts_lk.sum(0) if code is None else counts_lk[code]
+            return names[int(rng.choice(partition.clients, p=share_k / share_k.sum()))]
+
+        return (lambda record: names[next(rows)]), of_test
+
+    def _owner(self, owner: str) -> _Owner:
+        if owner not in self.owners:
+            folder = self.folder / disk.slug(owner)
+            folder.mkdir()
+            fraction = self.data.test_fraction if self.data.test is None else 0.0
+            held_out = _held_out(self.key.fold("held out", owner).numpy(), fraction)
+            train, test = (_Split(folder / split, self.task.encoder(self.tokenizer)) for split in ("train", "test"))
+            self.owners[owner] = _Owner(folder, train, test, held_out, next(held_out))
+        return self.owners[owner]
+
+    def _train(self, record: Record, name: str) -> None:
+        owner = self._owner(name)
+        if owner.train_rows == self.data.limit:
+            return
+        while owner.next_test < owner.rows:
+            owner.next_test = next(owner.held_out)
+        tested = owner.rows == owner.next_test and owner.rows >= self.data.min_examples
+        owner.rows += 1
+        owner.train_rows += not tested
+        self._wait(owner.test if tested else owner.train, record)
+
+    def _wait(self, split: _Split, record: Record) -> None:
+        kept = Record({column: value_in(record, column) for column in self.task.columns}, record.where)
+        split.waiting.append(kept)
+        self.waiting += sum(len(entry) for entry in kept.values() if isinstance(entry, str))
+        if len(split.waiting) == _GROUP:
+            split.drain(self.codes)
+        if self.waiting > _WAITING:
+            self._drain()
+
+    def _drain(self, end: bool = False) -> None:
+        self.waiting = 0
+        for owner in self.owners.values():
+            for split in (owner.train, owner.test):
+                split.drain(self.codes, end)
+
+    def _finish(self) -> None:
+        usable: dict[str, _Owner] = {}
+        left_out: dict[str, str] = {}
+        for name, owner in sorted(self.owners.items()):
+            reason = self._unusable(owner)
+            if reason is None:
+                usable[name] = owner
+            else:
+                left_out[name] = reason
+                shutil.rmtree(owner.folder)
+        if not usable:
+            reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
+            raise DataError(f"No owner in {self.data.source} has usable data ({reasons}). Check the columns and min_examples.")
+        labels = self._labels(usable)
+        self._number(usable, labels)
+        heads = {}
+        special = sorted(self.tokenizer.all_special_ids)
+        vocabulary = {"size": len(self.tokenizer), "special": special, "mask": self.tokenizer.mask_token_id}
+        for name, owner in usable.items():
+            histogram = dict(sorted(owner.train.labels.items()))
+            head = {"train": owner.train.examples, "test": owner.test.examples, "tokens": owner.train.tokens, "histogram": histogram}
+            heads[name] = head
+            layout.write(owner.folder / "shard.json", {"owner": name, "labels": labels, "vocabulary": vocabulary, **head})
+        dropped = sum(split.encoder.dropped for owner in self.owners.values() for split in (owner.train, owner.test))
+        known = {"fingerprint": self.fingerprint, "dropped": dropped, "labels": labels, "left_out": left_out, "owners": heads}
+        layout.write(self.folder / "owners.json", known)
+
+    def _unusable(self, owner: _Owner) -> str | None:
+        if owner.train.examples >= self.data.min_examples:
+            return None
+        if owner.train_rows == 0:
+            return "it has test rows but no training rows" if owner.test.examples else "it has no rows"
+        if owner.train.examples == 0:
+            return f"none of its {owner.train_rows} training rows holds usable text"
+        return f"it has {owner.train.examples} usable training example(s), fewer than min_examples={self.data.min_examples}"
+
+    def _labels(self, usable: dict[str, _Owner]) -> list[str]:
+        # Rows held out of the same source are as much a sign of a class as those that train; a test file is not.
+        training = [owner.train.labels for owner in usable.values()]
+        if self.data.test is None:
+            training += [owner.test.labels for owner in usable.values()]
+        found = {label for labels in training for label in labels}
+        known = list(self.task.labels) if self.task.labels is not None else sorted(found)
+        for name, owner in usable.items():
+            unknown = sorted((set(owner.train.labels) | set(owner.test.labels)) - set(known))
+            if unknown:
+                what = "test label" if unknown[0] not in found else "label"
+                source = "the task's labels" if self.task.labels is not None else "the training data"
+                raise DataError(
+                    f"Owner {name!r} has the {what} {unknown[0]!r}, which is not in {source} ({len(known)} classes: {', '.join(known[:8])}"
+                    f"{', ...' if len(known) > 8 else ''}). Remove these rows or add the class."
+                )
+        return known
+
+    def _number(self, usable: dict[str, _Owner], labels: list[str]) -> None:
+        """Replaces the numbers given to labels as they appeared by their places in ``labels``."""
+        if not self.codes:
+            return
+        place_c = np.array([labels.index(label) if label in labels else -1 for label in self.codes])
+        for owner in usable.values():
+            for split in (owner.train, owner.test):
+                if split.examples:
+                    index = np.load(f"{split.stem}.index.npy", mmap_mode="r+", allow_pickle=False)
+                    index[:, 2] = place_c[index[:, 2]]
+                    index.flush()
+
+
+def _held_out(rng: np.random.Generator, fraction: float) -> Iterator[int]:
+    """Rows to hold out: one in each stretch of ``1 / fraction`` rows, so that small owners get their share too."""
+    if fraction == 0:
+        yield sys.maxsize
+    for stretch in count():
+        yield int((stretch + rng.random()) / fraction)
+
+
+def _append(path: Path, rows: IntArray, before: int) -> None:
+    """Adds rows to an ``.npy`` file that has ``before``; NumPy pads headers so that the growing axis can be written anew in place."""
+    header = {"descr": rows.dtype.str, "fortran_order": False, "shape": (before + len(rows), *rows.shape[1:])}
+    with path.open("r+b" if before else "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.seek(0, os.SEEK_END)
+        file.write(rows.tobytes())

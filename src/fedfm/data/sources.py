@@ -1,0 +1,277 @@
+"""Where rows come from, read one at a time; every row knows the file and line it was read at."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from fedfm.core.errors import ConfigError, DataError, MissingExtra
+from fedfm.core.registry import suggest
+from fedfm.core.task import Row
+
+TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
+PIECE = 4000
+"""Characters of a row cut from a longer text."""
+_HASHED = 64_000_000  # bytes of the largest file that is read for its stamp
+
+
+class Record(dict[str, Any]):
+    """A row, and where it was read (``path:line``)."""
+
+    def __init__(self, row: Mapping[str, Any] | Iterable[tuple[str, Any]], where: str) -> None:
+        super().__init__(row)
+        self.where = where
+
+
+def where(row: Row) -> str:
+    """Where a row was read, for messages."""
+    return row.where if isinstance(row, Record) else "a row"
+
+
+def value_in(row: Row, column: str) -> Any:
+    """The row's entry in ``column``.
+
+    Raises:
+        DataError: if it has no such column.
+    """
+    try:
+        return row[column]
+    except KeyError:
+        raise DataError(f"{where(row)} has no column {column!r}.{suggest(column, row)} Its columns: {', '.join(row)}.") from None
+
+
+def text_in(row: Row, column: str) -> str:
+    """The row's text in ``column``.
+
+    Raises:
+        DataError: if it is absent or not text.
+    """
+    found = value_in(row, column)
+    if not isinstance(found, str):
+        raise DataError(f"{where(row)}: column {column!r} holds {_show(found)}, which is not text.")
+    return found
+
+
+def name_in(row: Row, column: str) -> str:
+    """The row's owner or label in ``column``: text, or a number as text.
+
+    Raises:
+        DataError: if it is absent, empty or neither.
+    """
+    found = value_in(row, column)
+    if found is None or found == "" or not isinstance(found, str | int | float):
+        raise DataError(f"{where(row)}: column {column!r} holds {_show(found)}, where a name or a number is needed.")
+    return str(found)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows that can be read more than once.
+
+    Args:
+        location: As the user gave it.
+        read: Starts reading.
+        stamp: Changes when the rows do.
+        owner: The column that names a row's owner, where the source provides one.
+    """
+
+    location: str
+    read: Callable[[], Iterator[Record]]
+    stamp: str
+    owner: str | None = None
+
+    def rows(self) -> Iterator[Record]:
+        """Every row.
+
+        Raises:
+            DataError: naming the file and line that cannot be read, or if there is no row at all.
+        """
+        empty = True
+        for row in self.read():
+            empty = False
+            yield row
+        if empty:
+            raise DataError(f"{self.location} has no rows, so there is nothing to learn from.")
+
+
+def open_source(location: str) -> Source:
+    """The source that ``location`` names; what it may be is told in :class:`fedfm.data.Data`.
+
+    Raises:
+        DataError: if it does not exist.
+        ConfigError: if it is of no known kind.
+        MissingExtra: if reading it needs a package that is not installed.
+    """
+    if location == "stdlib":
+        from fedfm.data import stdlib
+
+        return Source(location, stdlib.rows, stamp(stdlib.files()), owner="owner")
+    if location.startswith("hf:"):
+        return _hub(location)
+    path = Path(location).expanduser()
+    if path.is_dir():
+        if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
+            return _hub(f"hf:{path}")
+        files = text_files(path)
+        return Source(location, lambda: _texts(path, files), stamp(files), owner="owner")
+    if not path.exists():
+        near = suggest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else f" Nor does {path.parent}."
+        raise DataError(f"{location} does not exist.{near} A data set of the Hugging Face hub is written hf:NAME.")
+    kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
+    readers = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet}
+    if kind not in readers or (kind == "parquet" and path.suffix == ".gz"):
+        raise ConfigError(f"{location} is of no kind that can be read; known are .jsonl and .csv (also .gz), .parquet and folders of text.")
+    return Source(location, lambda: readers[kind](path), stamp([path]))
+
+
+def stamp(files: Iterable[Path]) -> str:
+    """A digest of the files' names and contents, so that a copy or a touched file is the same data; of size and time where they are large."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in files:
+        state = path.stat()
+        digest.update(f"{path.name}\0{state.st_size}\0".encode())
+        digest.update(str(state.st_mtime_ns).encode() if state.st_size > _HASHED else path.read_bytes())
+    return digest.hexdigest()
+
+
+def pieces(file: TextIO) -> Iterator[tuple[int, str]]:
+    """A long text as pieces of about :data:`PIECE` characters that end where a line does, each with the number of its first line."""
+    first, line, held, size = 1, 1, list[str](), 0
+    # The bound on readline keeps memory flat where a file is one endless line.
+    while part := file.readline(PIECE):
+        held.append(part)
+        size += len(part)
+        line += part.endswith("\n")
+        if size >= PIECE:
+            yield first, "".join(held)
+            first, held, size = line, [], 0
+    if held:
+        yield first, "".join(held)
+
+
+def text_files(folder: Path) -> list[Path]:
+    """The text files below ``folder``, sorted; hidden ones are not data.
+
+    Raises:
+        DataError: if there are none.
+    """
+    found = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.suffix.lower() in TEXT_SUFFIXES
+        and path.is_file()
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+    )
+    if not found:
+        raise DataError(f"{folder} holds no text files ({', '.join(TEXT_SUFFIXES)}). To read one data file, name the file itself.")
+    return found
+
+
+def _texts(folder: Path, files: list[Path]) -> Iterator[Record]:
+    for path in files:
+        relative = path.relative_to(folder)
+        owner = relative.parts[0] if len(relative.parts) > 1 else relative.stem
+        try:
+            with path.open(encoding="utf-8-sig") as file:
+                for line, piece in pieces(file):
+                    yield Record({"text": piece, "owner": owner, "path": str(relative)}, f"{path}:{line}")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+
+
+def _jsonl(path: Path) -> Iterator[Record]:
+    number = 0
+    try:
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise DataError(
+                        f"{path}:{number} is not valid JSON: {error}. A .jsonl file has one JSON object on each line."
+                    ) from error
+                if not isinstance(row, dict):
+                    raise DataError(f"{path}:{number} holds {_show(row)}, not a JSON object with columns.")
+                yield Record(row, f"{path}:{number}")
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{path} cannot be read beyond line {number}: {error}.") from error
+
+
+def _csv(path: Path) -> Iterator[Record]:
+    # The module's default bound of 131,072 characters refuses ordinary documents.
+    csv.field_size_limit(2**31 - 1)
+    number = 0
+    try:
+        with (
+            gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+            if path.suffix == ".gz"
+            else path.open(encoding="utf-8-sig", newline="") as file
+        ):
+            reader = csv.reader(file, strict=True)
+            header = next(reader, [])
+            if len(set(header)) < len(header):
+                raise DataError(f"{path}:1 names a column twice: {', '.join(header)}.")
+            for values in reader:
+                number = reader.line_num
+                if values and len(values) != len(header):
+                    raise DataError(f"{path}:{number} has {len(values)} values for {len(header)} columns ({', '.join(header)}).")
+                if values:
+                    yield Record(zip(header, values), f"{path}:{number}")
+    except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read beyond line {number}: {error}.") from error
+
+
+def _parquet(path: Path) -> Iterator[Record]:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise MissingExtra("pyarrow", "data", f"Reading {path}") from error
+    number = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(batch_size=1024):
+                for row in batch.to_pylist():
+                    number += 1
+                    yield Record(row, f"{path}:{number}")
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{path} cannot be read beyond row {number}: {error}") from error
+
+
+def _hub(location: str) -> Source:
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingExtra("datasets", "data", f"Reading {location}") from error
+    dataset_name, _, split = location.removeprefix("hf:").partition(":")
+    try:
+        if Path(dataset_name).expanduser().is_dir():
+            found = datasets.load_from_disk(str(Path(dataset_name).expanduser()))
+            dataset = found[split or "train"] if isinstance(found, datasets.DatasetDict) else found
+        else:
+            dataset = datasets.load_dataset(dataset_name, split=split or "train")
+    except Exception as error:  # the package raises errors of many kinds: network, hub, missing configuration, builder
+        raise DataError(f"{location} could not be loaded: {error}") from error
+    classes = {column: kind for column, kind in dataset.features.items() if isinstance(kind, datasets.ClassLabel)}
+
+    def read() -> Iterator[Record]:
+        for number, row in enumerate(dataset, 1):
+            # Classes are stored as numbers; their names are what a person reads.
+            named = {column: kind.int2str(row[column]) for column, kind in classes.items() if row[column] is not None}
+            yield Record({**row, **named}, f"{location}:{number}")
+
+    return Source(location, read, dataset._fingerprint)
+
+
+def _show(found: Any) -> str:
+    short = repr(found)
+    return f"{type(found).__name__} {short if len(short) <= 40 else short[:37] + '...'}"

@@ -1,0 +1,58 @@
+"""Who owns what."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedfm.core.errors import ConfigError
+from fedfm.core.parts import Part
+from fedfm.data.partition import Partitioner
+
+
+@dataclass(frozen=True)
+class Data(Part):
+    """Rows and their owners: from a column, from the source itself, or drawn by a partitioner.
+
+    Sources: ``.jsonl`` and ``.csv`` (also ``.gz``), ``.parquet``, a folder of text files (an owner is a subfolder, or a file where there are
+    none), a data set that ``datasets`` saved, ``hf:name`` or ``hf:name:split`` from the Hugging Face hub, and ``stdlib``, the source of
+    Python's standard library (an owner is a package). Files are streamed and may be larger than memory.
+
+    Args:
+        source: Where training rows come from.
+        test: Where test rows come from; ``None`` holds out rows of each owner.
+        by: Column that names a row's owner.
+        partition: Divides rows among simulated clients; not together with ``by``.
+        test_fraction: Share of an owner's rows held out where ``test`` is ``None``, at most 0.5; its first ``min_examples`` rows always train.
+        min_examples: Fewest training examples of an owner; one with fewer is named and left out.
+        limit: Most training rows of an owner, its first ones; ``None`` for all.
+
+    Raises:
+        ConfigError: if a number is out of range or both ``by`` and ``partition`` are given.
+    """
+
+    room = "data"
+
+    source: str
+    test: str | None = None
+    by: str | None = None
+    partition: Partitioner | None = None
+    test_fraction: float = 0.1
+    min_examples: int = 2
+    limit: int | None = None
+
+    def __post_init__(self) -> None:
+        if not self.source:
+            raise ConfigError("data.source is empty; give a file, a folder, 'hf:name' or 'stdlib'.")
+        if self.by is not None and self.partition is not None:
+            raise ConfigError(
+                f"data has both by={self.by!r} and partition={self.partition!r}, but a row has one owner. "
+                "Keep 'by' for owners that are in the data, 'partition' to simulate them."
+            )
+        if not 0 <= self.test_fraction <= 0.5:
+            raise ConfigError(f"data.test_fraction is {self.test_fraction}; it must be from 0 to 0.5. For more, give a test file.")
+        if self.min_examples < 1:
+            raise ConfigError(
+                f"data.min_examples is {self.min_examples}; it must be 1 or more, for an owner without examples cannot train."
+            )
+        if self.limit is not None and self.limit < 1:
+            raise ConfigError(f"data.limit is {self.limit}; it must be 1 or more, or null for all rows.")

@@ -1,0 +1,72 @@
+"""Data that is always there: the Python standard library of the user's own machine.
+
+Real text with natural owners: each top-level package or module of at least :data:`MIN_BYTES` is
+one, unequal in size and in kind. Its manual, ``pydoc_data.topics``, belongs to none of them and is
+the public text on which a base model can be trained.
+"""
+
+from __future__ import annotations
+
+import sysconfig
+import tokenize
+from collections import defaultdict
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+from fedfm.core.errors import DataError
+from fedfm.data.sources import Record, pieces
+
+MIN_BYTES = 100_000
+"""Fewest bytes of source that make a package an owner."""
+_NOT_OWNERS = {"site-packages", "dist-packages", "pydoc_data", "turtledemo"}
+_TESTS = {"test", "tests", "idle_test"}
+
+
+@cache
+def files() -> tuple[Path, ...]:
+    """Every source file of every owner, sorted.
+
+    Raises:
+        DataError: if this Python came without the sources of its library.
+    """
+    root = _root()
+    by_owner: dict[str, list[Path]] = defaultdict(list)
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).parts
+        if parts[0] not in _NOT_OWNERS and not _TESTS.intersection(parts[:-1]):
+            by_owner[_owner(path)].append(path)
+    found = tuple(path for paths in by_owner.values() if sum(p.stat().st_size for p in paths) >= MIN_BYTES for path in paths)
+    if not found:
+        raise DataError(f"{root} holds no library sources, so 'stdlib' has no owners. Use a Python that has them, or other data.")
+    return found
+
+
+def rows() -> Iterator[Record]:
+    """Pieces of source, with columns ``text``, ``owner`` and ``path``."""
+    for path in files():
+        # Sources declare their own encoding.
+        with tokenize.open(path) as file:
+            for line, piece in pieces(file):
+                yield Record({"text": piece, "owner": _owner(path), "path": str(path.relative_to(_root()))}, f"{path}:{line}")
+
+
+def public_text() -> Iterator[str]:
+    """The topics of Python's manual, one at a time.
+
+    Raises:
+        DataError: if this Python came without them.
+    """
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise DataError("This Python came without pydoc_data.topics, which is the public text. Give a text of your own.") from error
+    yield from (topics[name] for name in sorted(topics))
+
+
+def _root() -> Path:
+    return Path(sysconfig.get_path("stdlib"))
+
+
+def _owner(path: Path) -> str:
+    return path.relative_to(_root()).parts[0].removesuffix(".py")

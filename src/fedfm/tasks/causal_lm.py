@@ -1,0 +1,79 @@
+"""Causal language modelling: predict each next token."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from fedfm.core.task import Encoder, Example, Examples, IntArray, Row, Task
+from fedfm.core.tree import Tree
+from fedfm.tasks.sequences import ends, language_metrics, require_length, shifted, texts_of, tokenize
+
+
+@dataclass(frozen=True)
+class CausalLM(Task):
+    """Predicts each next token of an owner's texts: ``-mean log p(x_t | x_<t)``.
+
+    Packed, the texts of an owner are joined, each opened by BOS (where the tokenizer has one) and closed by EOS, and cut into blocks of
+    ``max_length``: no padding, nothing lost but a last block of one token. A block may span texts, and then attends across them.
+    Not packed, each text is one example, cut to ``max_length``.
+
+    Args:
+        text: Column that holds the text.
+        max_length: Tokens of an example, at least 2.
+        packed: Whether texts are joined into full blocks.
+
+    Raises:
+        ConfigError: if ``max_length`` is below 2.
+    """
+
+    text: str = "text"
+    max_length: int = 128
+    packed: bool = True
+
+    def __post_init__(self) -> None:
+        require_length(self, self.max_length, 2)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that a row must have."""
+        return (self.text,)
+
+    def encoder(self, tokenizer: Any) -> Encoder:
+        """A fresh encoder for one owner."""
+        return _Encoder(self, tokenizer)
+
+    def rows(self, examples: Examples, index: IntArray, rng: np.random.Generator) -> list[tuple[IntArray, IntArray]]:
+        """Ids, and at each position the next one."""
+        found = [examples.ids(i) for i in index.tolist()]
+        return [(ids, shifted(ids)) for ids in found]
+
+    def summarise(self, sums: Tree) -> dict[str, float]:
+        """``loss``, ``perplexity``, ``token_accuracy``."""
+        return language_metrics(sums)
+
+
+class _Encoder(Encoder):
+    def __init__(self, task: CausalLM, tokenizer: Any) -> None:
+        self.task, self.tokenizer = task, tokenizer
+        self.bos, self.eos = ends(tokenizer, "CausalLM")
+        self.rest = np.zeros(0, dtype=np.int32)
+
+    def add(self, rows: Sequence[Row]) -> list[Example]:
+        texts = texts_of(rows, self.task.text)
+        self.dropped += len(rows) - len(texts)
+        closed = [np.array([*self.bos, *ids, self.eos], dtype=np.int32) for ids in tokenize(self.tokenizer, texts)]
+        size = self.task.max_length
+        if not self.task.packed:
+            return [Example(ids[:size]) for ids in closed]
+        stream = np.concatenate([self.rest, *closed])
+        full = len(stream) // size * size
+        self.rest = stream[full:].copy()
+        return [Example(block) for block in stream[:full].reshape(-1, size)]
+
+    def flush(self) -> list[Example]:
+        rest, self.rest = self.rest, self.rest[:0]
+        return [Example(rest)] if len(rest) >= 2 else []

@@ -1,0 +1,92 @@
+"""Sequence classification."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedfm.core.errors import ConfigError
+from fedfm.core.task import Encoder, Example, Examples, IntArray, Row, Task
+from fedfm.core.tree import Tree
+from fedfm.data.sources import name_in, text_in
+from fedfm.tasks.sequences import ratio, require_length, tokenize
+
+
+@dataclass(frozen=True)
+class Classification(Task):
+    """Predicts one class for a text: ``-log p(label | text)``.
+
+    Args:
+        text: Column that holds the text.
+        label: Column that holds the class, as text or a number.
+        max_length: Tokens of an example with its special tokens, at least 2; longer texts are cut.
+        labels: The classes in the order of their indices; ``None`` takes all that occur in training, sorted.
+
+    Raises:
+        ConfigError: if a value is out of range or a class is named twice.
+    """
+
+    text: str = "text"
+    label: str = "label"
+    max_length: int = 128
+    labels: tuple[str, ...] | None = None
+
+    head = "sequence_classification"
+
+    def __post_init__(self) -> None:
+        require_length(self, self.max_length, 2)
+        if self.labels is not None and (len(self.labels) < 2 or len(set(self.labels)) < len(self.labels)):
+            raise ConfigError(f"{self!r}: labels must name two or more different classes.")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that a row must have."""
+        return (self.text, self.label)
+
+    @property
+    def label_column(self) -> str:
+        """The column that holds a row's class."""
+        return self.label
+
+    def encoder(self, tokenizer: Any) -> Encoder:
+        """A fresh encoder for one owner."""
+        return _Encoder(self, tokenizer)
+
+    def rows(self, examples: Examples, index: IntArray, rng: np.random.Generator) -> list[tuple[IntArray, IntArray]]:
+        """Ids, and the class."""
+        return [(examples.ids(i), np.array([examples.label(i)])) for i in index.tolist()]
+
+    def stats(self, logits_pc: torch.Tensor, target_p: torch.Tensor, owner_p: torch.Tensor, num_clients: int) -> dict[str, torch.Tensor]:
+        """Adds, for each class, true positives, false positives and false negatives ``(K, C)``."""
+        sums = super().stats(logits_pc, target_p, owner_p, num_clients)
+        guess_p, num_classes = logits_pc.argmax(-1), logits_pc.shape[-1]
+
+        def count(class_p: torch.Tensor, one_p: torch.Tensor) -> torch.Tensor:
+            zero = torch.zeros(num_clients * num_classes, dtype=torch.float64, device=owner_p.device)
+            return zero.index_add(0, owner_p * num_classes + class_p, one_p.double()).view(num_clients, num_classes)
+
+        wrong_p = guess_p != target_p
+        return {**sums, "tp": count(target_p, ~wrong_p), "fp": count(guess_p, wrong_p), "fn": count(target_p, wrong_p)}
+
+    def summarise(self, sums: Tree) -> dict[str, float]:
+        """``loss``, ``accuracy`` and ``macro_f1``, the mean of ``2 tp / (2 tp + fp + fn)`` over the classes that occur or were guessed."""
+        both_c = 2 * sums["tp"] + sums["fp"] + sums["fn"]
+        f1_c = 2 * sums["tp"][both_c > 0] / both_c[both_c > 0]
+        loss, accuracy = (ratio(sums[key], sums["targets"]) for key in ("loss", "hits"))
+        return {"loss": loss, "accuracy": accuracy, "macro_f1": ratio(f1_c.sum(), len(f1_c))}
+
+
+class _Encoder(Encoder):
+    def __init__(self, task: Classification, tokenizer: Any) -> None:
+        self.task, self.tokenizer = task, tokenizer
+
+    def add(self, rows: Sequence[Row]) -> list[Example]:
+        pairs = [(text_in(row, self.task.text), name_in(row, self.task.label)) for row in rows]
+        used = [(words, label) for words, label in pairs if words.strip()]
+        self.dropped += len(pairs) - len(used)
+        encoded = tokenize(self.tokenizer, [words for words, _ in used], special=True, max_length=self.task.max_length)
+        return [Example(np.array(ids, dtype=np.int32), label=label) for ids, (_, label) in zip(encoded, used)]

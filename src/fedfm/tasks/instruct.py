@@ -1,0 +1,154 @@
+"""Instruction tuning: learn to answer, not to ask.
+
+The ``alpaca`` template is that of Taori et al., `Stanford Alpaca
+<https://github.com/tatsu-lab/stanford_alpaca>`_, 2023.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from fedfm.core.errors import ConfigError, DataError, ModelError
+from fedfm.core.task import Encoder, Example, Examples, IntArray, Row, Task
+from fedfm.core.tree import Tree
+from fedfm.data.sources import text_in, value_in, where
+from fedfm.tasks.sequences import ends, language_metrics, require_length, shifted, tokenize
+
+_ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+_ALPACA_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. "
+    "Write a response that appropriately completes the request.\n\n"
+)
+
+
+@dataclass(frozen=True)
+class Instruct(Task):
+    """Predicts the tokens of a response and its EOS, given the instruction: the loss is on the response alone.
+
+    With an empty instruction column it would be ``CausalLM(packed=False)`` on the responses, less their first token.
+
+    Args:
+        instruction: Column that holds the instruction.
+        input: Column with context for it, which may be empty; ``None`` for none.
+        response: Column that holds the response.
+        max_length: Tokens of an example, at least 8.
+        template: ``plain`` (paragraphs), ``alpaca``, or ``chat`` (the tokenizer's own).
+        on_long: ``truncate`` cuts the middle of the prompt, keeping at least a quarter of ``max_length`` of it, and only then the end of the
+            response; ``drop`` leaves the example out. Dropped ones are counted.
+
+    Raises:
+        ConfigError: if a value is out of range.
+    """
+
+    instruction: str = "instruction"
+    input: str | None = None
+    response: str = "response"
+    max_length: int = 256
+    template: Literal["plain", "chat", "alpaca"] = "plain"
+    on_long: Literal["truncate", "drop"] = "truncate"
+
+    def __post_init__(self) -> None:
+        require_length(self, self.max_length, 8)
+        if self.template not in ("plain", "chat", "alpaca"):
+            raise ConfigError(f"{self!r}: template must be plain, chat or alpaca.")
+        if self.on_long not in ("truncate", "drop"):
+            raise ConfigError(f"{self!r}: on_long must be truncate or drop.")
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns that a row must have."""
+        return tuple(column for column in (self.instruction, self.input, self.response) if column is not None)
+
+    def encoder(self, tokenizer: Any) -> Encoder:
+        """A fresh encoder for one owner."""
+        return _Encoder(self, tokenizer)
+
+    def prompt(self, tokenizer: Any, instruction: str, context: str = "") -> str:
+        """What the model reads before it answers, as in training (BOS aside, which only the chat template writes itself).
+
+        Raises:
+            ModelError: if the template is ``chat`` and the tokenizer has none.
+        """
+        if self.template == "chat":
+            return _chat(tokenizer, instruction, context, None)
+        if self.template == "alpaca":
+            asked = f"{_ALPACA_INPUT if context else _ALPACA}### Instruction:\n{instruction}\n\n"
+            return asked + (f"### Input:\n{context}\n\n" if context else "") + "### Response:\n"
+        return f"{instruction}\n\n{context}\n\n" if context else f"{instruction}\n\n"
+
+    def rows(self, examples: Examples, index: IntArray, rng: np.random.Generator) -> list[tuple[IntArray, IntArray]]:
+        """Ids, and the next one at each position from the one before the response on."""
+        found = [(examples.ids(i), examples.start(i)) for i in index.tolist()]
+        return [(ids, shifted(ids, start)) for ids, start in found]
+
+    def summarise(self, sums: Tree) -> dict[str, float]:
+        """``loss``, ``perplexity``, ``token_accuracy``, of the responses."""
+        return language_metrics(sums)
+
+
+def _chat(tokenizer: Any, instruction: str, context: str, response: str | None) -> str:
+    if tokenizer.chat_template is None:
+        raise ModelError("Instruct(template='chat') needs a chat template, but the tokenizer has none. Use template: plain or alpaca.")
+    messages = [{"role": "user", "content": f"{instruction}\n\n{context}" if context else instruction}]
+    if response is not None:
+        messages.append({"role": "assistant", "content": response})
+    # Written as text and tokenized here: what apply_chat_template returns for ids differs between versions.
+    written: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)
+    return written
+
+
+class _Encoder(Encoder):
+    def __init__(self, task: Instruct, tokenizer: Any) -> None:
+        self.task, self.tokenizer = task, tokenizer
+        self.bos, self.eos = ends(tokenizer, "Instruct")
+        if task.template == "chat":
+            self.bos = []  # the template writes it
+
+    def add(self, rows: Sequence[Row]) -> list[Example]:
+        prompts, responses = [], []
+        for row in rows:
+            instruction, response = text_in(row, self.task.instruction), text_in(row, self.task.response)
+            context = self._context(row)
+            if not response.strip() or not (instruction.strip() or context):
+                self.dropped += 1
+                continue
+            prompts.append(self.task.prompt(self.tokenizer, instruction, context))
+            responses.append(self._response(instruction, context, response, prompts[-1]))
+        # Tokenized apart, as the prompt stands alone when the model is asked.
+        pairs = zip(tokenize(self.tokenizer, prompts), tokenize(self.tokenizer, responses))
+        found = [self._example([*self.bos, *prompt], self._closed(response)) for prompt, response in pairs]
+        self.dropped += found.count(None)
+        return [example for example in found if example is not None]
+
+    def _context(self, row: Row) -> str:
+        if self.task.input is None:
+            return ""
+        found = value_in(row, self.task.input)
+        if found is not None and not isinstance(found, str):
+            raise DataError(f"{where(row)}: column {self.task.input!r} holds {type(found).__name__} {found!r}, which is not text.")
+        return (found or "").strip()
+
+    def _response(self, instruction: str, context: str, response: str, prompt: str) -> str:
+        if self.task.template != "chat":
+            return response
+        whole = _chat(self.tokenizer, instruction, context, response)
+        # Some templates write more before an answer than within a conversation; then the answer follows the prompt as it is.
+        return whole[len(prompt) :] if whole.startswith(prompt) else response
+
+    def _closed(self, response: list[int]) -> list[int]:
+        # A chat template closes its answers itself.
+        return response if self.eos in response else [*response, self.eos]
+
+    def _example(self, prompt: list[int], response: list[int]) -> Example | None:
+        size = self.task.max_length
+        if len(prompt) + len(response) > size:
+            if self.task.on_long == "drop":
+                return None
+            room = min(len(prompt), max(size - len(response), size // 4))
+            prompt = prompt[: room // 2] + prompt[len(prompt) - (room - room // 2) :]
+            response = response[: size - len(prompt)]
+        return Example(np.array(prompt + response, dtype=np.int32), start=len(prompt))

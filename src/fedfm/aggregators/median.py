@@ -1,0 +1,32 @@
+"""Coordinate-wise median.
+
+Yin, Chen, Ramchandran, Bartlett, `Byzantine-Robust Distributed Learning: Towards Optimal Statistical Rates
+<https://arxiv.org/abs/1803.01498>`_, 2018.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from fedfm.aggregators.trimmed_mean import TrimmedMean
+from fedfm.core.parts import Aggregator, RoundContext, Traits, Update, traits
+
+
+@dataclass(frozen=True)
+class CoordinateMedian(Aggregator):
+    """The median of each coordinate; the mean of the middle two where their number is even.
+
+    Ignores weights. Stays among honest values while fewer than half of the clients lie. Of one or two updates it is the mean.
+    """
+
+    concerns = ("robustness",)
+
+    def traits(self) -> Traits:
+        """Compares clients, and is no weighted sum of them."""
+        return traits(needs=["single-updates"], hides=["weighted-sum"])
+
+    def __call__(self, updates: Iterable[Update], ctx: RoundContext) -> Update:
+        """The trimmed mean that keeps one or two values."""
+        us = list(updates)
+        return TrimmedMean(trim=max(0, len(us) - 1) // 2)(us, ctx)

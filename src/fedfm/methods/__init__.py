@@ -1,0 +1,3 @@
+"""Papers made of several parts."""
+
+from fedfm.methods.scaffold import Scaffold as Scaffold

@@ -1,0 +1,35 @@
+"""Federated averaging's global step.
+
+McMahan, Moore, Ramage, Hampson, Aguera y Arcas, `Communication-Efficient Learning of Deep Networks from Decentralized Data
+<https://arxiv.org/abs/1602.05629>`_, 2016.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from fedfm.core.errors import ConfigError
+from fedfm.core.parts import RoundContext, ServerOptimizer, Tree, Update
+
+
+@dataclass(frozen=True)
+class FedAvg(ServerOptimizer):
+    """``w += lr * delta``. With ``lr=1`` the new parameters are the mean of the clients' parameters.
+
+    Args:
+        lr: Server learning rate.
+
+    Raises:
+        ConfigError: if ``lr`` is not a finite number above 0.
+    """
+
+    lr: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not (self.lr > 0 and math.isfinite(self.lr)):
+            raise ConfigError(f"FedAvg.lr is {self.lr}; it must be a finite number above 0.")
+
+    def step(self, params: Tree, update: Update, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
+        """One step along the delta."""
+        return {name: (w + self.lr * update.payload[name]).to(w.dtype) for name, w in params.items()}, state

@@ -1,0 +1,13 @@
+"""Public conformance suites: what every part of a room must do. A failed law is an ``AssertionError`` that says which.
+
+Example:
+    >>> from fedfm.transforms import ClipByNorm
+    >>> check_transform(ClipByNorm(max_norm=0.1))
+"""
+
+from fedfm.testing.aggregators import check_aggregator as check_aggregator
+from fedfm.testing.parts import check_part as check_part
+from fedfm.testing.parts import examples as examples
+from fedfm.testing.samplers import check_sampler as check_sampler
+from fedfm.testing.server import check_server as check_server
+from fedfm.testing.transforms import check_transform as check_transform

@@ -69,7 +69,7 @@ class Story:
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self.clock = clock
-        self.info = RunInfo("run", 0, 0, 0, "", 0, 0)
+        self.started, self.info = False, RunInfo("run", 0, 0, 0, "", 0, 0)
         self.began = self.last = clock()
         self.laps: deque[float] = deque(maxlen=8)
         self.done = 0
@@ -86,7 +86,7 @@ class Story:
 
     def start(self, info: RunInfo) -> None:
         """Time runs from here."""
-        self.info, self.done = info, info.resumed_from or 0
+        self.started, self.info, self.done = True, info, info.resumed_from or 0
         self.began = self.last = self.clock()
 
     def answer(self, answer: Reply | Failure) -> None:
@@ -102,7 +102,7 @@ class Story:
         self.answered.clear()
         self.bytes_up += record.bytes_up
         self.bytes_down += record.bytes_down
-        self.failures.extend((record.round, failure) for failure in record.failures)
+        self.failures.extend((record.round, failure) for failure in failures(record))
         self.train = number(record.metrics.get("train_loss"))
         for client, told in record.clients.items():
             self.sizes[client] = max(self.sizes.get(client, 0.0), number(told.get("weight")) or 0.0)
@@ -148,7 +148,7 @@ class Story:
         share = f" ({100 * info.num_trainable / info.num_params:.2g} %)" if info.num_params else ""
         choices = [f"{clean(name)} {clean(value)}" for name, value in info.choices.items()]
         parts = [
-            f"{clean(info.name)}: {clean(info.model)}, {count(info.num_params)} parameters, {count(info.num_trainable)} trainable{share}",
+            f"{clean(info.name)}: {clean(info.model)}, {count(info.num_trainable)} trainable{share}",
             f"{info.num_clients} owners, {info.cohort_size} a round",
             *choices,
             f"{info.device} x {info.threads}" if info.device == "cpu" else info.device,
@@ -171,6 +171,14 @@ def tokens_per_second(record: RoundRecord) -> float | None:
     seconds = number(record.seconds.get("train"))
     tokens = sum(number(told.get("tokens")) or 0.0 for told in record.clients.values())
     return tokens / seconds if tokens and seconds else None
+
+
+def failures(record: RoundRecord) -> list[Failure]:
+    """Who failed in training and in evaluation."""
+    from fedfm.core.messages import Failure
+
+    report = record.metrics.get("eval") or {}
+    return [*record.failures, *(Failure(client, "evaluate", reason) for client, reason in report.get("failed", {}).items())]
 
 
 class _Lines(Watcher):
@@ -221,11 +229,13 @@ class _Lines(Watcher):
                 duration(story.left),
             )
         )
-        for failure in record.failures:
+        for failure in failures(record):
             self.print(f"{'':>9} {clean(failure.client)} failed in {clean(failure.stage)}: {clean(failure.reason)}")
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
-        self.print(self.story.ending(summary is not None))
+        # A run that never began ends in its error alone.
+        if self.story.started:
+            self.print(self.story.ending(summary is not None))
 
 
 class _Live(Watcher):
@@ -278,7 +288,8 @@ class _Live(Watcher):
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
         self.hide_stages()
-        self.draw(self.story.ending(summary is not None))
+        if self.story.started:
+            self.draw(self.story.ending(summary is not None))
         self.live.stop()
 
     def draw(self, last: str | None = None) -> None:

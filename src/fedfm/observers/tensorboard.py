@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fedfm.core.errors import ConfigError, MissingExtra
 from fedfm.core.words import number
 from fedfm.observers.base import Observer, RunInfo, Watcher
-from fedfm.observers.progress import tokens_per_second
+from fedfm.observers.progress import failures, tokens_per_second
 
 if TYPE_CHECKING:
     from fedfm.core.round import RoundRecord
@@ -82,7 +82,7 @@ def scalars(record: RoundRecord) -> Iterator[tuple[str, float]]:
         "bytes/down": record.bytes_down,
         "speed/tokens_per_second": tokens_per_second(record),
         "clients/answered": len(record.clients),
-        "clients/failed": len(record.failures),
+        "clients/failed": len(failures(record)),
     }
     for tag, value in curves.items():
         x = number(value)

@@ -137,14 +137,14 @@ def headline(run: Run) -> str:
         return f"{k} round{'' if k == 1 else 's'}{where}"
 
     last = run.rounds[-1].round
-    evaluated = [round for round in run.evaluations if round.pooled]
-    if not evaluated:
+    finite = [round for round in run.evaluations if round.loss is not None]
+    if not any(round.pooled for round in run.evaluations):
         trained = [round.train for round in run.rounds if round.train is not None]
         told = f"training loss from {loss(trained[0])} to {loss(trained[-1])}, nothing evaluated" if trained else "no loss was recorded"
         return f"{rounds(last)}: {told}."
-    first, end = evaluated[0], evaluated[-1]
+    first, end = (finite or run.evaluations)[0], run.evaluations[-1]
     if end.loss is None:
-        return f"After {rounds(end.round)} the held-out loss is not a finite number: the model has diverged."
+        return f"After {rounds(end.round)} there is no finite held-out loss: the model has diverged, or nobody could evaluate it."
     if end.round == 0:
         return f"Before training, the held-out loss{where} is {loss(end.loss)}."
     if first is end or first.loss is None:
@@ -160,7 +160,7 @@ def tiles(run: Run) -> list[Tile]:
     found: list[Tile] = []
     seen = [round for round in run.evaluations if round.pooled]
     if seen:
-        first, last = seen[0], seen[-1]
+        first, last = seen[0], run.evaluations[-1]
         found.append(Tile("Held-out loss", loss(last.loss), _from(first.loss, last.loss, loss) if last is not first else ""))
         for name, (title, share) in METRICS.items():
             before, after = first.pooled.get(name), last.pooled.get(name)

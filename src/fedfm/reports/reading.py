@@ -18,12 +18,15 @@ class Round:
     """One line of ``metrics.jsonl``.
 
     Args:
-        pooled: Metrics on everyone's held-out data; empty where nothing was evaluated.
+        failures: Of training and of evaluation.
+        evaluated: Whether held-out losses were asked for.
+        pooled: Metrics on everyone's held-out data; empty where nobody had any to tell.
         owners: Held-out loss of each owner.
         tokens: Tokens trained on.
     """
 
     round: int
+    evaluated: bool = False
     pooled: Mapping[str, float | None] = field(default_factory=dict)
     owners: Mapping[str, float | None] = field(default_factory=dict)
     train: float | None = None
@@ -33,11 +36,6 @@ class Round:
     seconds: Mapping[str, float] = field(default_factory=dict)
     cohort: Sequence[str] = ()
     failures: Sequence[Mapping[str, Any]] = ()
-
-    @property
-    def evaluated(self) -> bool:
-        """Whether there is anything held-out to show."""
-        return bool(self.pooled or self.owners)
 
     @property
     def loss(self) -> float | None:
@@ -82,7 +80,7 @@ class Run:
 
     @property
     def evaluations(self) -> list[Round]:
-        """Rounds with held-out losses."""
+        """Rounds in which held-out losses were asked for."""
         return [round for round in self.rounds if round.evaluated]
 
 
@@ -114,9 +112,11 @@ def read(folder: Path) -> Run:
 def _round(line: Mapping[str, Any]) -> Round:
     metrics = _mapping(line.get("metrics"))
     report = _mapping(metrics.get("eval"))
+    unheard = _mapping(report.get("failed")).items()
     told = [_mapping(item) for item in _mapping(line.get("clients")).values()]
     return Round(
         round=int(number(line.get("round")) or 0),
+        evaluated="eval" in metrics,
         pooled=numbers(report.get("pooled")),
         owners={owner: number(_mapping(item).get("loss")) for owner, item in _mapping(report.get("owners")).items()},
         train=number(metrics.get("train_loss")),
@@ -125,7 +125,10 @@ def _round(line: Mapping[str, Any]) -> Round:
         bytes_down=number(line.get("bytes_down")) or 0.0,
         seconds={name: value for name, value in numbers(line.get("seconds")).items() if value is not None},
         cohort=[str(client) for client in _list(line.get("cohort"))],
-        failures=[item for item in _list(line.get("failures")) if isinstance(item, dict)],
+        failures=[
+            *(item for item in _list(line.get("failures")) if isinstance(item, dict)),
+            *({"client": client, "stage": "evaluate", "reason": reason} for client, reason in unheard),
+        ],
     )
 
 

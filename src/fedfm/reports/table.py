@@ -134,9 +134,10 @@ def comparison_table(compare: Mapping[str, Any], limit: int = 20) -> Table:
     from rich.text import Text
 
     shown, rest, last = _sections(compare, limit)
+    caption = "\n".join(filter(None, (verdict(compare), travelled(compare) and f"Travelled: {travelled(compare)}.")))
     table = Table(
         title="Held-out loss",
-        caption=verdict(compare) or None,
+        caption=caption,
         caption_justify="left",
         title_justify="left",
         box=None,

@@ -1,0 +1,251 @@
+"""Observers: what a person sees of a run, and what TensorBoard gets."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedfm.core import words
+from fedfm.core.errors import ConfigError, MissingExtra
+from fedfm.core.messages import Failure, Reply
+from fedfm.core.round import RoundRecord
+from fedfm.observers import Progress, TensorBoard
+from fedfm.observers.base import RunInfo
+
+INFO = RunInfo("quick", 3, 2, 2, "Llama", 1_000_000, 10_000, choices={"bank": 2})
+
+
+def record(round: int, losses: dict[str, float | None] | None, failures: tuple[Failure, ...] = ()) -> RoundRecord:
+    seen = [value for value in (losses or {}).values() if value is not None]
+    report = {
+        "pooled": {"loss": sum(seen) / len(seen) if seen else None},
+        "owners": {owner: {"loss": x} for owner, x in (losses or {}).items()},
+    }
+    metrics: dict[str, Any] = {
+        "update_norm": 0.5,
+        **({"eval": report} if losses is not None else {}),
+        **({"train_loss": 2.5} if round else {}),
+    }
+    clients = (
+        {"ana": {"loss": 2.0, "weight": 30.0, "tokens": 1000.0}, "bob": {"loss": 3.0, "weight": 10.0, "tokens": 1000.0}} if round else {}
+    )
+    return RoundRecord(
+        round, tuple(clients), failures, clients, metrics, 2048 * bool(round), 4096 * bool(round), {"train": 2.0} if round else {}
+    )
+
+
+def play(progress: Progress, failures: tuple[Failure, ...] = ()) -> None:
+    progress.stage("tokenizing", 0, 2)
+    progress.stage("tokenizing", 2, 2)
+    progress.start(INFO)
+    for k in range(4):
+        for owner in ("ana", "bob"):
+            if k:
+                progress.answer(k, Reply(owner, "train", k))
+        progress.round(record(k, {"ana": 4.0 - k, "bob": 5.0 - k}, failures if k == 2 else ()))
+    progress.close({})
+
+
+def shown(live: bool, failures: tuple[Failure, ...] = ()) -> str:
+    file, clock = io.StringIO(), itertools.count(0.0, 10.0)
+    play(Progress(file, live=live, clock=lambda: next(clock)), failures)
+    return file.getvalue()
+
+
+# --- laws
+
+
+@given(st.lists(st.none() | st.floats() | st.integers(), max_size=60), st.integers(1, 20))
+def test_a_sparkline_fits_its_width_and_keeps_gaps(values: list[float | None], width: int) -> None:
+    line = words.sparkline(values, width)
+    assert len(line) == min(len(values), width)
+    assert set(line) <= {*words.BLOCKS, " "}
+    if len(values) <= width:
+        assert [c == " " for c in line] == [words.number(value) is None for value in values]
+
+
+def test_a_sparkline_falls_when_the_loss_does() -> None:
+    assert words.sparkline([3.0, 2.5, 1.0]) == "█▆▁"
+
+
+@given(st.text())
+def test_clean_text_cannot_steer_a_terminal(text: str) -> None:
+    assert all(c.isprintable() or c == " " or not c.isascii() for c in words.clean(text))
+    assert not any(c in words.clean(text) for c in "\x1b\n\r\x07\x9b\u202e")
+
+
+@given(st.none() | st.floats() | st.integers() | st.text())
+def test_every_value_reads(value: Any) -> None:
+    for read in (words.size, words.count, words.duration, words.loss):
+        assert isinstance(read(value), str)
+
+
+@pytest.mark.parametrize(
+    ("read", "value", "text"),
+    [
+        (words.size, 999, "999 B"), (words.size, 999_999, "1.00 MB"), (words.size, 1_234_567, "1.23 MB"), (words.count, 12_345, "12.3 k"), (words.count, 7, "7"),
+        (words.duration, 3.21, "3.2 s"), (words.duration, 59.99, "1:00"), (words.duration, 3723, "1:02:03"), (words.loss, 3.41234, "3.412"), (words.loss, float("nan"), "-"),
+        (words.loss, 12.345, "12.35"), (words.loss, 2e7, "2.00e+07"),
+    ],
+)  # fmt: skip
+def test_numbers_read_as_a_person_writes_them(read: Any, value: Any, text: str) -> None:
+    assert read(value) == text
+
+
+# --- progress
+
+
+def test_a_log_has_one_line_per_round_and_names_failures() -> None:
+    text = shown(live=False, failures=(Failure("bob", "train", "out of memory"),))
+    lines = text.splitlines()
+    assert lines[:2] == ["- tokenizing 0/2", "- tokenizing 2/2"]
+    assert "Llama, 10.0 k trainable (1 %)" in lines[2] and "bank 2" in lines[2]
+    rounds = [line for line in lines if "/3 " in line and not line.startswith("done")]
+    assert [line.split()[0] for line in rounds] == ["0/3", "1/3", "2/3", "3/3"]
+    assert [line.split()[1] for line in rounds] == ["4.500", "3.500", "2.500", "1.500"]
+    assert lines[lines.index(rounds[2]) + 1].split(maxsplit=1) == ["bob", "failed in train: out of memory"]
+    # One column per number: every round's line ends where the heading's does.
+    assert len({len(line) for line in [lines[3], *rounds[1:]]}) == 1
+    assert "1.00 k" in rounds[1]  # 2,000 tokens in 2 seconds
+    assert lines[-1].startswith("done after round 3/3") and "4.500 -> 1.500 (-66.7 %)" in lines[-1] and "6.14 kB up" in lines[-1]
+    assert "\x1b" not in text
+
+
+def test_time_left_is_the_pace_times_the_rounds_that_remain() -> None:
+    clock = iter([0.0, 0.0, 5.0, 15.0, 25.0, 25.0])
+    progress = Progress(io.StringIO(), live=False, clock=lambda: next(clock))
+    progress.start(INFO)
+    for k in range(3):
+        progress.round(record(k, None))
+    assert progress.story.left == 10.0  # the evaluation before training is not a round
+
+
+def test_the_live_display_shows_owners_trends_and_the_worst() -> None:
+    text = shown(live=True, failures=(Failure("bob", "train", "out of [bold]memory"),))
+    for part in ("ana", "bob", "worst", "█", "-66.7 %", "out of [bold]memory", "done after round 3/3"):
+        assert part in text
+
+
+def test_the_live_display_counts_answers_within_a_round() -> None:
+    file = io.StringIO()
+    progress = Progress(file, live=True)
+    progress.start(INFO)
+    progress.answer(1, Reply("ana", "train", 1))
+    progress.answer(1, Failure("bob", "train", "out of memory"))
+    progress.close(None)
+    assert "round 1, 2 of 2 answered" in file.getvalue() and "stopped after round 0/3" in file.getvalue()
+
+
+def test_the_worst_owner_is_always_in_the_table() -> None:
+    progress = Progress(io.StringIO(), live=False)
+    progress.start(INFO)
+    losses: dict[str, float | None] = {f"o{i}": float(i) for i in range(50)}
+    progress.round(record(0, losses))
+    assert progress.story.largest(5)[-1] == "o49" and len(progress.story.largest(5)) == 5
+
+
+def test_training_losses_stand_in_where_nothing_is_evaluated() -> None:
+    file = io.StringIO()
+    progress = Progress(file, live=False)
+    progress.start(INFO)
+    progress.round(record(1, None))
+    assert progress.story.history == {"ana": [2.0], "bob": [3.0]} and not progress.story.evaluated
+    assert "bob 3.000" in file.getvalue()
+
+
+@pytest.mark.parametrize("live", [False, True])
+@pytest.mark.parametrize("losses", [None, {}, {"ana": None}, {"ana": float("nan"), "bob": float("inf")}])
+def test_missing_and_infinite_losses_do_not_stop_a_run(live: bool, losses: dict[str, float | None] | None) -> None:
+    progress = Progress(io.StringIO(), live=live)
+    progress.start(INFO)
+    for k in range(3):
+        progress.round(record(k, losses))
+    progress.close(None)
+
+
+def test_a_name_that_the_log_cannot_encode_does_not_stop_a_run() -> None:
+    file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    progress = Progress(file, live=False)
+    progress.start(INFO)
+    progress.round(record(0, {"Ωmega\x1b[31m": 1.0}))
+    file.seek(0)
+    assert "?mega" in file.read()
+
+
+def test_an_interrupted_run_says_so() -> None:
+    file = io.StringIO()
+    progress = Progress(file, live=False)
+    progress.start(INFO)
+    progress.round(record(1, None))
+    progress.close(None)
+    assert file.getvalue().splitlines()[-1].startswith("stopped after round 1/3")
+
+
+def test_a_run_that_never_began_says_nothing_more() -> None:
+    for live in (False, True):
+        file = io.StringIO()
+        Progress(file, live=live).close(None)
+        assert "stopped" not in file.getvalue()
+
+
+def test_who_could_not_be_evaluated_is_named() -> None:
+    file = io.StringIO()
+    progress = Progress(file, live=False)
+    progress.start(INFO)
+    progress.round(replace(record(0, None), metrics={"eval": {"pooled": {"loss": 1.0}, "owners": {}, "failed": {"bob": "unreadable"}}}))
+    assert "bob failed in evaluate: unreadable" in file.getvalue()
+
+
+def test_rich_is_imported_for_a_terminal_only() -> None:
+    code = "import io, sys; from fedfm.observers import Progress; Progress(io.StringIO()); sys.exit('rich' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(Path(words.__file__).parents[2])}).returncode == 0
+
+
+# --- TensorBoard
+
+
+def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_tensorboard_gets_every_round_and_a_resumed_run_takes_back_later_ones(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    watcher = TensorBoard().open(tmp_path, None)  # type: ignore[arg-type]
+    watcher.start(INFO)
+    for k in range(4):
+        watcher.round(record(k, {"ana": 4.0 - k, "bob <b>": None}))
+    watcher.close(None)
+    assert curves(tmp_path / "tensorboard")["owner/ana"] == [(0, 4.0), (1, 3.0), (2, 2.0), (3, 1.0)]
+
+    watcher = TensorBoard().open(tmp_path, None)  # type: ignore[arg-type]
+    watcher.start(RunInfo("quick", 3, 2, 2, "Llama", 1, 1, resumed_from=1))
+    for k in (2, 3):
+        watcher.round(record(k, {"ana": 8.0 - k}))
+    watcher.close({})
+    found = curves(tmp_path / "tensorboard")
+    assert found["owner/ana"] == [(0, 4.0), (1, 3.0), (2, 6.0), (3, 5.0)]
+    assert found["speed/tokens_per_second"][0] == (1, 1000.0)
+    assert not any("bob" in tag for tag in found)
+
+
+def test_tensorboard_needs_its_package_and_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tensorboard", None)
+    with pytest.raises(MissingExtra, match=r"pip install 'fedfm\[track\]'"):
+        TensorBoard().open(Path("x"), None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "tensorboard", sys)
+    with pytest.raises(ConfigError, match="Give dir"):
+        TensorBoard().open(None, None)  # type: ignore[arg-type]

@@ -33,7 +33,7 @@ class RunInfo:
         rounds: How many rounds there will be in all.
         num_clients: Owners with usable data.
         cohort_size: Clients asked in a round.
-        model: The base model, in a few words.
+        model: The base model, in a word or two; its size is told by ``num_params``.
         num_params: Parameters of the base.
         num_trainable: Parameters that train and travel.
         choices: What was chosen by measuring (``bank``: clients in a batch).

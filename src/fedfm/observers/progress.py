@@ -148,7 +148,7 @@ class Story:
         share = f" ({100 * info.num_trainable / info.num_params:.2g} %)" if info.num_params else ""
         choices = [f"{clean(name)} {clean(value)}" for name, value in info.choices.items()]
         parts = [
-            f"{clean(info.name)}: {clean(info.model)}, {count(info.num_trainable)} trainable{share}",
+            f"{clean(info.name)}: {clean(info.model)}, {count(info.num_params)} parameters, {count(info.num_trainable)} trainable{share}",
             f"{info.num_clients} owners, {info.cohort_size} a round",
             *choices,
             f"{info.device} x {info.threads}" if info.device == "cpu" else info.device,
@@ -214,7 +214,7 @@ class _Lines(Watcher):
     def round(self, record: RoundRecord) -> None:
         story = self.story
         evaluated = bool(record.metrics.get("eval"))
-        worst = f"{clean(story.worst[0], 20)} {loss(story.worst[1])}" if story.worst else "-"
+        worst = f"{clean(story.worst[0], 22)} {loss(story.worst[1])}" if story.worst else "-"
         self.print(
             self.row(
                 f"{record.round}/{story.info.rounds}",

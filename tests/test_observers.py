@@ -108,7 +108,7 @@ def test_a_log_has_one_line_per_round_and_names_failures() -> None:
     text = shown(live=False, failures=(Failure("bob", "train", "out of memory"),))
     lines = text.splitlines()
     assert lines[:2] == ["- tokenizing 0/2", "- tokenizing 2/2"]
-    assert "Llama, 10.0 k trainable (1 %)" in lines[2] and "bank 2" in lines[2]
+    assert "Llama, 1.00 M parameters, 10.0 k trainable (1 %)" in lines[2] and "bank 2" in lines[2]
     rounds = [line for line in lines if "/3 " in line and not line.startswith("done")]
     assert [line.split()[0] for line in rounds] == ["0/3", "1/3", "2/3", "3/3"]
     assert [line.split()[1] for line in rounds] == ["4.500", "3.500", "2.500", "1.500"]

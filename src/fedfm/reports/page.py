@@ -317,7 +317,7 @@ def costs(run: Run) -> list[tuple[str, str]]:
     told = {name: number(run.ledger.get(name)) for name in run.ledger}
     found = [("Sent by the owners", size(up)), ("Sent to the owners", size(down))]
     if answers:
-        found.append(("Per client and round", f"{size(up / answers)} up, {size(down / answers)} down"))
+        found.append(("Per update", f"{size(up / answers)} up, {size(down / answers)} down"))
     travelled = numbers(run.compare.get("travelled")) if run.compare else {}
     full = travelled.get("bytes_if_full_model")
     if full and up + down:

@@ -1,0 +1,121 @@
+"""The commands that need a federation."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from fedfm.core import check as plans
+from fedfm.core import words
+from fedfm.core.errors import ConfigError
+from fedfm.observers.progress import Progress
+from fedfm.recipe import dump, located, read
+from fedfm.run.folder import RECIPE
+
+
+def run(recipe: Path, overrides: Sequence[str], out: Path | None, dry_run: bool) -> None:
+    """``fedfm run``."""
+    from fedfm.run.loop import run
+
+    federation = located(read(recipe, overrides))
+    if dry_run:
+        plans.require(federation.resolved())
+        print(dump(federation), end="")
+        return
+    out = out or Path("runs") / federation.name
+    _play(run(federation, out=out, watchers=[_progress()]), out)
+
+
+def resume(path: Path, overrides: Sequence[str]) -> None:
+    """``fedfm resume``."""
+    from fedfm.run.loop import resume
+
+    federation = read(path / RECIPE, overrides) if overrides and (path / RECIPE).is_file() else None
+    _play(resume(path, federation=federation, watchers=[_progress()]), path)
+
+
+def _play(rounds: Iterable[object], out: Path) -> None:
+    try:
+        for _ in rounds:
+            pass
+    except KeyboardInterrupt:
+        print(f"\nStopped; what was completed is kept. Go on with: fedfm resume {out}", file=sys.stderr)
+        sys.exit(130)
+    print(f"model   {out / 'model'}\nreport  {out / 'report.html'}")
+
+
+def compare(recipe: Path, overrides: Sequence[str], out: Path | None) -> None:
+    """``fedfm compare``."""
+    from fedfm.reports import comparison_lines, comparison_table
+    from fedfm.run.compare import compare
+
+    if recipe.is_dir():
+        recipe, out = recipe / RECIPE, out or recipe
+    federation = located(read(recipe, overrides))
+    out = out or Path("runs") / federation.name
+    progress = _progress()
+    try:
+        table = compare(federation, out, watchers=[progress], stage=_say).to_json()
+    except KeyboardInterrupt:
+        print(f"\nStopped; what was completed is kept. Go on with: fedfm compare {out}", file=sys.stderr)
+        sys.exit(130)
+    print()
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(comparison_table(table))
+    else:
+        print("\n".join(comparison_lines(table)))
+    print(f"\nreport  {out / 'report.html'}")
+
+
+def check(recipe: Path, overrides: Sequence[str], data: bool) -> None:
+    """``fedfm check``."""
+    plan = located(read(recipe, overrides)).resolved()
+    num_clients = None
+    if data:
+        from fedfm.client.site import Site
+
+        site = Site.build(plan)
+        assert site.owners is not None
+        num_clients = len(site.clients)
+        for row in site.owners.picture():
+            print(
+                f"{words.clean(row['owner'], 32):<34}{row['train']:>8} train {row['test']:>7} test {words.count(row['tokens']):>9} tokens"
+            )
+        for owner, why in site.owners.left_out.items():
+            print(f"left out  {words.clean(owner)}: {words.clean(why)}")
+    findings = plans.check(plan, num_clients)
+    for finding in findings:
+        print(f"{finding.level:<9} {finding.where}: {finding.text}")
+    if any(finding.level == "refusal" for finding in findings):
+        raise ConfigError(f"{recipe} is refused, for the reasons above.")
+    print(f"{recipe} can run.")
+
+
+def export(run: Path, to: Path, merge: bool) -> None:
+    """``fedfm export``."""
+    from fedfm.run.result import Result
+
+    Result.open(run).export(to, merge)
+    print(to)
+
+
+def generate(run: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> None:
+    """``fedfm generate``."""
+    from fedfm.run.result import Result
+
+    print(Result.open(run).generate(prompt, max_new_tokens, temperature, seed))
+
+
+def _progress() -> Progress:
+    # What goes wrong on the way (a client that fails, an owner left out) is told as it happens.
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    return Progress()
+
+
+def _say(text: str, done: int | None, total: int | None) -> None:
+    if done is None or done == total or done % 10 == 0:
+        print(f"- {text}" + ("" if done is None else f" {done}/{total}"), flush=True)

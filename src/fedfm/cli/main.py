@@ -1,0 +1,152 @@
+"""``fedfm``: run, resume, compare, check, list, show, report, export, generate, quickstart.
+
+Only what ``--help`` needs is imported here; a command imports the rest when it runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedfm.core.errors import FedfmError
+
+app = typer.Typer(
+    name="fedfm",
+    help="Federated Foundation Models: train and tune foundation models over data that cannot leave its owners.",
+    epilog="--debug with any command shows where an error came from.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any field, such as rounds=20 or tuning.LoRA.r=16.")]
+Out = Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME where it is left out.")]
+
+
+@app.command()
+def run(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    out: Out = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the plan, print the resolved recipe, and stop.")] = False,
+) -> None:
+    """Run a recipe."""
+    from fedfm.cli import commands
+
+    commands.run(recipe, overrides or [], out, dry_run)
+
+
+@app.command()
+def resume(run: Run, overrides: Overrides = None) -> None:
+    """Go on with a run after a crash, or with more rounds (rounds=30)."""
+    from fedfm.cli import commands
+
+    commands.resume(run, overrides or [])
+
+
+@app.command()
+def compare(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or the folder of a run that has played its rounds.")],
+    overrides: Overrides = None,
+    out: Out = None,
+) -> None:
+    """Federated beside local-only (each owner alone) and centralised (all data pooled)."""
+    from fedfm.cli import commands
+
+    commands.compare(recipe, overrides or [], out)
+
+
+@app.command()
+def check(
+    recipe: Recipe,
+    overrides: Overrides = None,
+    data: Annotated[bool, typer.Option("--data", help="Prepare the data too, and check the plan against its owners.")] = False,
+) -> None:
+    """Say what a plan guarantees, and refuse what cannot mean what it says."""
+    from fedfm.cli import commands
+
+    commands.check(recipe, overrides or [], data)
+
+
+@app.command(name="list")
+def list_(room: Annotated[str | None, typer.Argument(metavar="[ROOM]", help="One kind of part; all where it is left out.")] = None) -> None:
+    """List the parts, by room and by concern."""
+    from fedfm.cli import parts
+
+    parts.list_parts(room)
+
+
+@app.command()
+def show(part: Annotated[str, typer.Argument(metavar="PART", help="A part's name, such as LoRA.")]) -> None:
+    """Show a part: what it does, its fields, where it is."""
+    from fedfm.cli import parts
+
+    parts.show(part)
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Write a run's report.html again."""
+    from fedfm.reports import render
+
+    print(render(run))
+
+
+@app.command()
+def export(
+    run: Run,
+    to: Annotated[Path, typer.Option(help="The folder to write, which must not hold files.")],
+    merge: Annotated[bool, typer.Option("--merge", help="A whole model with the tuning folded in, instead of an adapter.")] = False,
+) -> None:
+    """Write a run's model in the layout the rest of the world loads."""
+    from fedfm.cli import commands
+
+    commands.export(run, to, merge)
+
+
+@app.command()
+def generate(
+    run: Run,
+    prompt: Annotated[str, typer.Argument(help="What to ask, or the beginning of a text.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written at most.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of the draws, with a temperature.")] = 0,
+) -> None:
+    """Ask a run's model."""
+    from fedfm.cli import commands
+
+    commands.generate(run, prompt, max_new_tokens, temperature, seed)
+
+
+@app.command()
+def quickstart() -> None:
+    """The tour: federated tuning over Python's standard library, offline, in a few minutes."""
+    from fedfm.quickstart import main as tour
+
+    tour()
+
+
+def main() -> None:
+    """The console script. An error a user can meet is one message and exit code 2."""
+    debug = "--debug" in sys.argv
+    try:
+        app(args=[word for word in sys.argv[1:] if word != "--debug"])
+    except FedfmError as error:
+        if debug:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        # The reader of our output (head, less) has seen enough; there is nobody left to tell.
+        sys.stderr.close()
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

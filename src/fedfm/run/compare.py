@@ -1,0 +1,187 @@
+"""Did federating pay? A run beside its two ends: each owner alone, and all data in one place."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedfm.client.runtime import Runtime, Some, plain
+from fedfm.client.site import Site
+from fedfm.client.store import StateStore
+from fedfm.client.train import Bank, Job
+from fedfm.core.errors import DataError
+from fedfm.core.messages import Request
+from fedfm.core.parts import ClientId, Work
+from fedfm.core.tree import Tree
+from fedfm.engines.embedded import Embedded
+from fedfm.federation import Federation
+from fedfm.observers.base import Watcher
+from fedfm.observers.evaluate import summary
+from fedfm.run.folder import COMPARE, RECIPE, RunFolder, latest_state
+from fedfm.run.ledger import Ledger
+from fedfm.run.loop import resume, run
+
+Stage = Callable[[str, int | None, int | None], None]
+Scores = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The table that answers whether federating paid.
+
+    Args:
+        owners: For each owner its held-out loss ``before``, with its own model (``local``), ``federated`` and ``centralised``.
+        pooled: The same four on everybody's test data, all metrics; ``local`` is the mean over the owners' own models.
+        travelled: ``bytes_up`` and ``bytes_down``, and ``bytes_if_full_model`` had the whole model gone both ways.
+        seconds: What each of the three took.
+    """
+
+    owners: list[dict[str, Any]]
+    pooled: dict[str, dict[str, float]]
+    travelled: dict[str, int]
+    seconds: dict[str, float]
+
+    def to_json(self) -> dict[str, Any]:
+        """As written to ``compare.json``."""
+        return asdict(self)
+
+
+def compare(
+    federation: Federation, out: Path | str, rounds: int | None = None, *, watchers: Sequence[Watcher] = (), stage: Stage | None = None
+) -> Comparison:
+    """Runs a federation in ``out`` (or finishes the run that is there), then its two ends from the same start.
+
+    An owner alone takes as many steps as a client that is in every round, ``rounds * steps``, with the same batch and trainer.
+    Centralised training sees the same number of tokens as all rounds together: ``rounds * steps`` steps of a batch ``cohort`` times as large.
+
+    Args:
+        out: The run's folder.
+        stage: Told what is being done and how far it is, after the federated run.
+
+    Raises:
+        DataError: if no owner has test data to compare on.
+    """
+    out, stage = Path(out), stage or (lambda text, done, total: None)
+    federation = federation if rounds is None else replace(federation, rounds=rounds)
+    played = (
+        resume(out, federation=federation, watchers=watchers) if (out / RECIPE).is_file() else run(federation, out=out, watchers=watchers)
+    )
+    for _ in played:
+        pass
+    with RunFolder.open(out) as folder:
+        ends = _Ends(federation, folder)
+        table = ends.compare(stage)
+        folder.write_json(COMPARE, table.to_json())
+    from fedfm.reports import render
+
+    render(out)
+    return table
+
+
+class _Ends:
+    """The two ends of a run, trained by the same bank from the same start."""
+
+    def __init__(self, federation: Federation, folder: RunFolder) -> None:
+        self.site = Site.build(federation)
+        self.site.choices.update(folder.choices())
+        self.plan = self.site.federation
+        self.runtime = Runtime(self.site, StateStore(None))
+        self.start = self.site.tuned.init(self.site.key.fold("init"))
+        last = next(line for line in reversed(folder.journal) if line["event"] == "round")
+        self.ledger = Ledger.from_json(last["ledger"])
+        self.after = latest_state(folder.path).params
+
+    def compare(self, stage: Stage) -> Comparison:
+        began = time.perf_counter()
+        stage("Evaluating before and after", None, None)
+        before, federated = self.score(self.start), self.score(self.after)
+        if not before["owners"]:
+            raise DataError("No owner has test data, so there is nothing to compare on. Give data.test, or a data.test_fraction above 0.")
+        seconds = {"federated": self.ledger.seconds, "evaluate": time.perf_counter() - began}
+
+        began, own, alone = time.perf_counter(), {}, []
+        for done, (client, params) in enumerate(self.alone()):
+            scores = self.score(params)
+            own[client] = scores["owners"].get(client, {}).get("loss")
+            alone.append(scores["pooled"])
+            stage("Training each owner alone", done + 1, len(self.site.clients))
+        seconds["local"] = time.perf_counter() - began
+
+        began = time.perf_counter()
+        stage("Training on all data in one place", None, None)
+        centralised = self.score(self.centralised())
+        seconds["centralised"] = time.perf_counter() - began
+
+        ways = {"before": before, "federated": federated, "centralised": centralised}
+        owners = [
+            {"owner": client, "local": own[client], **{way: scores["owners"].get(client, {}).get("loss") for way, scores in ways.items()}}
+            for client in self.site.clients
+            if client in before["owners"]
+        ]
+        full = self.site.foundation.num_params * getattr(torch, self.plan.model.dtype).itemsize
+        travelled = {
+            "bytes_up": self.ledger.bytes_up,
+            "bytes_down": self.ledger.bytes_down,
+            "bytes_if_full_model": 2 * full * self.ledger.client_rounds,
+        }
+        pooled = {way: scores["pooled"] for way, scores in ways.items()} | {"local": _mean(alone)}
+        return Comparison(owners, pooled, travelled, seconds)
+
+    def score(self, params: Tree) -> Scores:
+        """Metrics of one model on every owner's test data, and pooled."""
+        tests, most = [self.site.open_shard(client).test for client in self.site.clients], self.plan.evaluate.max_examples
+        sets = tests if most is None else [Some(test, most) for test in tests]
+        sums = self.runtime.bank.evaluate(self.site.tuned.spec.flatten(params).unsqueeze(0), sets)
+        return summary(
+            self.plan.task, {client: {name: value[i].cpu() for name, value in sums.items()} for i, client in enumerate(self.site.clients)}
+        )
+
+    def alone(self) -> Iterator[tuple[ClientId, Tree]]:
+        """Each owner's own model. Owners with as many steps share a bank."""
+        groups: dict[int, list[ClientId]] = {}
+        for client in self.site.clients:
+            groups.setdefault(self.plan.rounds * self.steps(len(self.site.open_shard(client).train)), []).append(client)
+        engine = self.plan.engine if isinstance(self.plan.engine, Embedded) else Embedded()
+        size = engine.open(self.site).bank_size(list(self.site.clients), Request("train", 1, self.start))
+        for steps, clients in groups.items():
+            for first in range(0, len(clients), size):
+                for client, params_d in self.runtime.train_alone(clients[first : first + size], self.start, steps):
+                    yield client, self.site.tuned.spec.unflatten(params_d)
+
+    def centralised(self) -> Tree:
+        """The model of somebody who holds all data."""
+        assert self.site.owners is not None
+        everyone = self.site.owners.pooled()
+        examples = everyone.shard(everyone.ids[0]).train
+        cohort, local, bank = self.plan.sampler.cohort_size(len(self.site.clients)), plain(self.plan.local), self.runtime.bank
+        work = local.work
+        # Where clients make passes over their own data, an owner of mean size stands for each of the cohort.
+        steps = self.steps(math.ceil(len(examples) / len(self.site.clients)))
+        batch = None if work.batch_size is None else work.batch_size * cohort
+        work = Work(batch, self.plan.rounds * steps, None, work.accumulate, work.max_grad_norm)
+        whole = Bank(self.site.tuned, self.plan.task, local, bank.pad_id, bank.device, self.site.key.fold("centralised"))
+        if not work.steps:
+            return self.start
+        (trained,) = whole.train(self.start, [Job(everyone.ids[0], examples)], round=1, work=work)
+        return self.site.tuned.spec.unflatten(trained.params_d)
+
+    def steps(self, num_examples: int) -> int:
+        """Steps in a round of an owner with so many training examples."""
+        work = self.plan.local.work
+        if work.steps is not None:
+            return work.steps
+        batch = num_examples if work.batch_size is None else work.batch_size * work.accumulate
+        return (work.epochs or 1) * math.ceil(num_examples / max(batch, 1))
+
+
+def _mean(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of each metric; a model that diverged has none, and makes the mean NaN rather than look better."""
+    names = {name: None for report in reports for name in report}
+    return {name: statistics.fmean(report.get(name, math.nan) for report in reports) for name in names}

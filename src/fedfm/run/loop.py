@@ -1,0 +1,302 @@
+"""The loop: evaluate, play a round, commit it, tell who looks on; and the same again after a crash."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import logging
+import platform
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fedfm
+from fedfm.client.site import Site
+from fedfm.core import check
+from fedfm.core.errors import FedfmError, RunError
+from fedfm.core.messages import Failure, Reply
+from fedfm.core.parts import Session
+from fedfm.core.round import Meter, RoundRecord, ServerState, play, start
+from fedfm.federation import Federation
+from fedfm.models.foundation import flops_per_token
+from fedfm.observers.base import RunInfo, Watcher
+from fedfm.observers.evaluate import evaluate
+from fedfm.recipe import dump, load, located, read
+from fedfm.run.folder import MODEL, RECIPE, SPLIT, RunFolder
+from fedfm.run.ledger import Ledger
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    federation: Federation, rounds: int | None = None, *, out: Path | str | None = None, watchers: Sequence[Watcher] = ()
+) -> Iterator[tuple[ServerState, RoundRecord]]:
+    """Runs a federation; yields the state and the record of each round once it is committed. Round 0 is the evaluation before training.
+
+    Args:
+        rounds: Instead of the federation's own number.
+        out: The run's folder, which must not hold a run yet; ``None`` leaves nothing on disk.
+        watchers: Look on beside the federation's observers.
+
+    Raises:
+        PlanError: if the plan cannot mean what it says.
+        RunError: if the folder holds a run already or cannot be written.
+        RoundError: if a round fails under the recipe's rule; what was committed before stays, and ``resume`` goes on from it.
+
+    Example:
+        >>> *_, (state, record) = run(federation, rounds=3)  # doctest: +SKIP
+    """
+    federation = located(federation if rounds is None else replace(federation, rounds=rounds))
+    check.require(federation.resolved())
+    if out is None:
+        yield from _go(federation, None, watchers)
+        return
+    with RunFolder.create(Path(out), dump(federation)) as folder:
+        try:
+            _note_start(folder, federation)
+            yield from _go(federation, folder, watchers)
+        except FedfmError:
+            # A run that did not get as far as its first evaluation leaves nothing worth going on with.
+            if folder.first("round") is None:
+                folder.discard()
+            raise
+
+
+def resume(
+    path: Path | str, rounds: int | None = None, *, federation: Federation | None = None, watchers: Sequence[Watcher] = ()
+) -> Iterator[tuple[ServerState, RoundRecord]]:
+    """Goes on with the run in ``path`` from its last committed round, and ends bit-identical to a run that was never interrupted.
+
+    Args:
+        rounds: A new number of rounds in all.
+        federation: A changed recipe; only ``rounds`` and ``observers`` may differ from what ran.
+
+    Raises:
+        RunError: if there is no run, its recipe has changed, or more rounds are done than are asked for.
+    """
+    path = Path(path)
+    with RunFolder.open(path) as folder:
+        federation = read(path / RECIPE) if federation is None else located(federation)
+        federation = federation if rounds is None else replace(federation, rounds=rounds)
+        began, ran = folder.first("start"), folder.first("recipe")
+        if ran is not None:
+            _require_same(load(ran["text"]), federation, path)
+        if began is not None:
+            changed = [
+                f"{name} {began.get(name)} -> {now}" for name, now in envelope().items() if name != "time" and began.get(name) != now
+            ]
+            if changed:
+                log.warning(
+                    "This is not where the run began (%s): it goes on, but may differ from an unbroken one by float rounding.",
+                    ", ".join(changed),
+                )
+        check.require(federation.resolved())
+        restored = folder.restore()
+        if restored is not None and restored[0].round > federation.rounds:
+            raise RunError(
+                f"{path} has completed {restored[0].round} rounds, more than the {federation.rounds} asked for. Ask for rounds={restored[0].round} or more."
+            )
+        folder.write_text(RECIPE, dump(federation))
+        if ran is None:
+            _note_start(folder, federation)
+        else:
+            folder.note("resume", **envelope(), round=restored[0].round if restored else 0, rounds=federation.rounds)
+        yield from _go(federation, folder, watchers, restored)
+
+
+def envelope() -> dict[str, Any]:
+    """Where numbers come from, to the last bit: versions, threads, instruction set."""
+    return {
+        "time": datetime.now(UTC).isoformat(timespec="seconds"),
+        "fedfm": fedfm.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": version("transformers"),
+        "machine": platform.machine(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _note_start(folder: RunFolder, federation: Federation) -> None:
+    text = dump(federation)
+    folder.note("start", **envelope(), recipe=hashlib.blake2b(text.encode(), digest_size=8).hexdigest())
+    folder.note("recipe", text=text)
+
+
+def _require_same(ran: Federation, asked: Federation, path: Path) -> None:
+    before, after = (dump(replace(f, rounds=0, observers=())).splitlines() for f in (ran, asked))
+    if before != after:
+        lines = [line for line in difflib.unified_diff(before, after, n=0, lineterm="") if not line.startswith(("---", "+++", "@@"))]
+        raise RunError(
+            f"The recipe of {path} has changed since its rounds were played; what follows would belong to neither. "
+            "Only rounds and observers may change. Undo this, or start a new run:\n" + "\n".join(f"  {line}" for line in lines)
+        )
+
+
+@dataclass
+class _Watchers:
+    """All who look on, as one."""
+
+    all: Sequence[Watcher]
+    closed: bool = False
+
+    def stage(self, text: str, done: int | None = None, total: int | None = None) -> None:
+        for watcher in self.all:
+            watcher.stage(text, done, total)
+
+    def start(self, info: RunInfo) -> None:
+        for watcher in self.all:
+            watcher.start(info)
+
+    def answer(self, round: int, answer: Reply | Failure) -> None:
+        for watcher in self.all:
+            watcher.answer(round, answer)
+
+    def round(self, record: RoundRecord) -> None:
+        for watcher in self.all:
+            watcher.round(record)
+
+    def close(self, ledger: Ledger | None) -> None:
+        if not self.closed:
+            self.closed = True
+            for watcher in self.all:
+                watcher.close(None if ledger is None else ledger.to_json())
+
+
+def _go(
+    federation: Federation, folder: RunFolder | None, watchers: Sequence[Watcher], restored: tuple[ServerState, Ledger] | None = None
+) -> Iterator[tuple[ServerState, RoundRecord]]:
+    path = None if folder is None else folder.path
+    with ExitStack() as stack:
+        watch = _Watchers([*watchers, *(observer.open(path, federation) for observer in federation.observers)])
+        stack.callback(watch.close, None)
+        site = Site.build(federation, path, progress=watch.stage)
+        plan = site.federation
+        for finding in check.require(plan, len(site.clients)):
+            if finding.level == "warning":
+                log.warning("%s: %s", finding.where, finding.text)
+        if folder is not None:
+            site.choices.update(folder.choices())
+            _note_data(folder, site)
+        watch.stage("Starting the engine")
+        session = stack.enter_context(plan.engine.open(site))
+        state, ledger = restored or (start(plan, site.tuned.init(site.key.fold("init"))), Ledger())
+        info = _info(site, None if restored is None else state.round)
+        watch.start(info)
+        flops = flops_per_token(info.num_params, info.num_trainable)
+
+        if restored is None:
+            record = _evaluated(site, session, state, RoundRecord(0, (), (), {}, {}, 0, 0), watch)
+            ledger = _commit(folder, site, session, state, record, ledger, flops, watch)
+            yield state, record
+        while state.round < plan.rounds:
+            state, record = play(plan, state, session, site.clients, site.key, partial(watch.answer, state.round + 1))
+            record = _evaluated(site, session, state, record, watch)
+            ledger = _commit(folder, site, session, state, record, ledger, flops, watch)
+            yield state, record
+        if folder is not None:
+            watch.stage("Writing the model and the report")
+            _finish(site, folder, state, ledger)
+        watch.close(ledger)
+
+
+def _note_data(folder: RunFolder, site: Site) -> None:
+    """What the owners have, into the folder; the same data must be there when a run goes on."""
+    assert site.owners is not None
+    now = site.owners.fingerprint
+    before = folder.first("data")
+    if before is None:
+        folder.note("data", fingerprint=now, left_out=site.owners.left_out, dropped=site.owners.dropped, labels=site.labels)
+    elif before["fingerprint"] != now:
+        log.warning("The data is not what it was when %s began: it goes on, but not as an unbroken run would have.", folder.path)
+    folder.write_json(SPLIT, site.owners.picture())
+
+
+def _evaluated(site: Site, session: Session, state: ServerState, record: RoundRecord, watch: _Watchers) -> RoundRecord:
+    """The record with ``eval`` among its metrics, where an evaluation is due."""
+    plan = site.federation
+    if not plan.evaluate.due(record.round, plan.rounds):
+        return record
+    began, meter = time.perf_counter(), Meter(session)
+    report = evaluate(plan.task, meter, state.params, site.clients, record.round, plan.evaluate.max_examples)
+    for client, reason in report.get("failed", {}).items():
+        log.warning("round %d: %s could not be evaluated: %s", record.round, client, reason)
+    metrics = {**record.metrics, "eval": report, "bytes_evaluate": meter.bytes_up + meter.bytes_down}
+    return replace(record, metrics=metrics, seconds={**record.seconds, "evaluate": time.perf_counter() - began})
+
+
+def _commit(
+    folder: RunFolder | None,
+    site: Site,
+    session: Session,
+    state: ServerState,
+    record: RoundRecord,
+    ledger: Ledger,
+    flops: int,
+    watch: _Watchers,
+) -> Ledger:
+    ledger = ledger.add(record, flops)
+    if folder is not None:
+        with _uninterrupted():
+            choices = {**getattr(session, "choices", {}), **site.choices}
+            if choices != folder.choices():
+                folder.note("plan", **choices)
+            folder.commit(state, record, ledger)
+    watch.round(record)
+    return ledger
+
+
+def _finish(site: Site, folder: RunFolder, state: ServerState, ledger: Ledger) -> None:
+    from fedfm.reports import render
+
+    def write(fresh: Path) -> None:
+        site.federation.tuning.save(site.foundation, state.params, fresh)
+        site.foundation.tokenizer.save_pretrained(fresh)
+
+    folder.replace_folder(MODEL, write)
+    folder.note("end", round=state.round, ledger=ledger.to_json())
+    render(folder.path)
+
+
+def _info(site: Site, resumed_from: int | None) -> RunInfo:
+    plan, spec = site.federation, site.foundation.spec
+    return RunInfo(
+        name=plan.name,
+        rounds=plan.rounds,
+        num_clients=len(site.clients),
+        cohort_size=plan.sampler.cohort_size(len(site.clients)),
+        model=(spec.source or spec.architecture or "").rstrip("/").rpartition("/")[2],
+        num_params=site.foundation.num_params,
+        num_trainable=site.tuned.spec.size,
+        device=str(site.foundation.device),
+        threads=torch.get_num_threads(),
+        choices=dict(site.choices),
+        resumed_from=resumed_from,
+    )
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Holds Ctrl-C back until the block is done."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[int] = []
+    previous = signal.signal(signal.SIGINT, lambda number, _frame: held.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous or signal.SIG_DFL)
+    if held:
+        raise KeyboardInterrupt

@@ -1,0 +1,92 @@
+"""What a run has made: its model, to take elsewhere or to ask something."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedfm.core.errors import ConfigError, RunError
+from fedfm.core.keys import Key
+from fedfm.core.round import ServerState
+from fedfm.federation import Federation
+from fedfm.models import Foundation, load
+from fedfm.models.foundation import save
+from fedfm.recipe import read
+from fedfm.run.folder import JOURNAL, RECIPE, latest_state, read_lines
+from fedfm.tasks import Instruct
+
+
+@dataclass
+class Result:
+    """A run's base model and its newest tuning. Reads the run's folder and changes nothing in it; needs no data."""
+
+    federation: Federation
+    foundation: Foundation
+    state: ServerState
+
+    @staticmethod
+    def open(path: Path) -> Result:
+        """The result of the run in ``path``, finished or not.
+
+        Raises:
+            RunError: if there is no run, or no round was completed.
+        """
+        state = latest_state(path)
+        federation = read(path / RECIPE).resolved()
+        data = next((line for line in read_lines(path / JOURNAL) if line["event"] == "data"), {})
+        key, device = Key.root(federation.seed), getattr(federation.engine, "device", "auto")
+        return Result(federation, load(federation.model, federation.task.head, data.get("labels", ()), device, key), state)
+
+    def export(self, to: Path, merge: bool = False) -> None:
+        """Writes the adapter in PEFT's layout, or with ``merge`` a whole model in Hugging Face's, and the tokenizer.
+
+        Raises:
+            RunError: if ``to`` holds files already.
+        """
+        if to.exists() and (not to.is_dir() or any(to.iterdir())):
+            raise RunError(f"{to} holds files already, and an export does not overwrite. Choose another --to.")
+        tuning = self.federation.tuning
+        if merge:
+            save(self.foundation, tuning.merge(self.foundation, self.state.params), to)
+        else:
+            to.mkdir(parents=True, exist_ok=True)
+            tuning.save(self.foundation, self.state.params, to)
+            self.foundation.tokenizer.save_pretrained(to)
+
+    def generate(self, prompt: str, max_new_tokens: int = 100, temperature: float = 0.0, seed: int = 0) -> str:
+        """The model's answer to ``prompt``, which is put into the task's template where it has one.
+
+        Args:
+            temperature: 0 takes the likeliest token each time.
+
+        Raises:
+            ConfigError: if the model does not write text.
+        """
+        if self.federation.task.head != "causal_lm":
+            raise ConfigError(
+                f"This run's task is {type(self.federation.task).__name__}, whose model does not write text; generate needs CausalLM or Instruct."
+            )
+        task, tokenizer = self.federation.task, self.foundation.tokenizer
+        chat = isinstance(task, Instruct) and task.template == "chat"
+        text = task.prompt(tokenizer, prompt) if isinstance(task, Instruct) else prompt
+        bos = [] if chat or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+        ids = torch.tensor([[*bos, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
+        room = self.foundation.max_context
+        if ids.shape[1] == 0 or (room is not None and ids.shape[1] >= room):
+            raise ConfigError(
+                f"The prompt has {ids.shape[1]} tokens; the model reads at least 1 and fewer than {room} with room for an answer."
+            )
+        new = max_new_tokens if room is None else min(max_new_tokens, room - ids.shape[1])
+        model: Any = self.federation.tuning.merge(self.foundation, self.state.params).eval()
+        model.config.use_cache = True
+        drawing = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
+        with torch.random.fork_rng(devices=[]), torch.inference_mode():
+            torch.manual_seed(seed)
+            out = model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, pad_token_id=tokenizer.pad_token_id, **drawing
+            )
+        answer: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+        return answer

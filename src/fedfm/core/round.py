@@ -18,6 +18,7 @@ from fedfm.core.errors import MessageError, RoundError
 from fedfm.core.keys import Key
 from fedfm.core.messages import Failure, Reply, Request
 from fedfm.core.parts import ClientId, RoundContext, Session, Update
+from fedfm.core.sums import LIMIT
 from fedfm.core.tree import Spec, Tree, norm
 
 log = logging.getLogger(__name__)
@@ -121,10 +122,8 @@ def play(
     expected = expected_payload(plan, state.params)
 
     def updates() -> Iterator[Update]:
-        for update in _collect(plan, meter, cohort, request, ctx, failures):
+        for update in _collect(plan, meter, cohort, request, expected, ctx, failures):
             told[update.client or "*"] = {"weight": update.weight, **update.metrics}
-            # One leaf-by-leaf check stands between what arrived and the sum.
-            expected.require(update.payload, f"Round {ctx.round}, update of {update.client or 'the cohort'}")
             yield update
 
     aggregate = plan.aggregator(updates(), ctx)
@@ -161,18 +160,21 @@ def expected_payload(plan: Plan, params: Tree) -> Spec:
 
 
 def _collect(
-    plan: Plan, session: Session, cohort: Sequence[ClientId], request: Request, ctx: RoundContext, failures: list[Failure]
+    plan: Plan, session: Session, cohort: Sequence[ClientId], request: Request, expected: Spec, ctx: RoundContext, failures: list[Failure]
 ) -> Iterator[Update]:
     """Decoded updates as they arrive; asks again or gives up as the recipe says."""
     pending, arrived = list(cohort), 0
     for attempt in range(2 if plan.on_failure == "retry" else 1):
         failed: list[Failure] = []
-        for item in plan.channel.collect(session, {client: request for client in pending}, plan.deadline, ctx):
+        for item in plan.channel.collect(session, dict.fromkeys(pending, request), plan.deadline, ctx):
             if isinstance(item, Failure):
                 failed.append(item)
             else:
                 try:
                     update = decode(plan, item, ctx)
+                    # One leaf-by-leaf check stands between what arrived and the sum.
+                    expected.require(update.payload, "Its update")
+                    require_summable(update)
                 except MessageError as error:
                     failed.append(Failure(item.client or "*", "decode", str(error)))
                     continue
@@ -206,3 +208,18 @@ def decode(plan: Plan, update: Update, ctx: RoundContext) -> Update:
     for transform in reversed(plan.transforms):
         update = transform.decode(update, ctx)
     return update
+
+
+def require_summable(update: Update) -> None:
+    """Refuses an update so large that, with a few like it, no sum could hold it.
+
+    Raises:
+        MessageError: if a value times the weight reaches 1/256 of what an exact sum can hold.
+    """
+    bound = LIMIT / 256
+    for name, leaf in update.payload.items():
+        largest = max(abs(end.item()) for end in leaf.aminmax()) if leaf.numel() else 0.0
+        if not largest * update.weight < bound:
+            raise MessageError(
+                f"Its tensor {name!r} reaches {largest:.3g} with weight {update.weight:g}; a sum takes products below {bound:.3g}."
+            )

@@ -13,6 +13,7 @@ from fedfm.core.errors import MessageError
 
 _HIGH = 2.0**24
 _LOW = 2.0**80
+LIMIT = 2.0**38
 _CARRY_EVERY = 64
 _CHUNK = 1 << 16  # keeps the temporaries of a large vector in cache
 
@@ -43,7 +44,7 @@ class ExactSum:
         x_d = x_d.detach().cpu()
         bound = self._bound + (max(abs(end.item()) for end in x_d.aminmax()) * abs(weight) if x_d.numel() else 0.0)
         # NaN fails this comparison too.
-        if not bound < 2.0**38:
+        if not bound < LIMIT:
             raise MessageError("A weighted update holds a value that is not finite or too large; sums of 2^38 and more are refused.")
         self._bound = bound
         for x, high, low in zip(*(torch.split(v, _CHUNK) for v in (x_d, self._high, self._low)), strict=True):

@@ -55,7 +55,7 @@ class Spec:
         leaves = torch.split(x_d, list(self.sizes), dim=-1)
         lead = tuple(x_d.shape[:-1])
         return {
-            name: leaf.view(*lead, *shape).to(dtype)
+            name: leaf.view((*lead, *shape)).to(dtype)
             for name, shape, dtype, leaf in zip(self.names, self.shapes, self.dtypes, leaves, strict=True)
         }
 

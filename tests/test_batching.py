@@ -3,7 +3,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfm.core.keys import Key
@@ -12,6 +12,7 @@ from fedfm.core.task import IGNORE, Vocabulary
 from fedfm.data import collate, plan, waste
 
 KEY = Key.root(0)
+quick = settings(deadline=None, max_examples=50)
 
 
 class Lengths:
@@ -38,6 +39,7 @@ class Lengths:
 lengths = st.lists(st.integers(1, 40), min_size=1, max_size=60)
 
 
+@quick
 @given(lengths, st.integers(1, 9), st.integers(1, 3), st.integers(1, 3))
 def test_an_epoch_takes_every_example_exactly_once(lengths, batch_size, accumulate, epochs):
     steps = plan(Lengths(lengths), Work(batch_size, None, epochs, accumulate), KEY.fold("a"), KEY.fold("r"))
@@ -49,6 +51,7 @@ def test_an_epoch_takes_every_example_exactly_once(lengths, batch_size, accumula
     assert all(0 < len(step) <= batch_size * accumulate for step in steps)
 
 
+@quick
 @given(lengths, st.integers(1, 9), st.integers(0, 30))
 def test_steps_go_on_over_shuffles_and_use_examples_evenly(lengths, batch_size, num):
     steps = plan(Lengths(lengths), Work(batch_size, num, None), KEY.fold("a"), KEY.fold("r"))
@@ -57,6 +60,7 @@ def test_steps_go_on_over_shuffles_and_use_examples_evenly(lengths, batch_size, 
     assert uses.max() - uses.min() <= 1
 
 
+@quick
 @given(lengths, st.integers(1, 4))
 def test_all_examples_at_once(lengths, num):
     everything = list(range(len(lengths)))
@@ -65,6 +69,7 @@ def test_all_examples_at_once(lengths, num):
     assert [step.tolist() for step in plan(Lengths(lengths), Work(len(lengths), None, num), KEY, KEY)] == [everything] * num
 
 
+@quick
 @given(lengths)
 def test_a_plan_is_a_function_of_its_arguments(lengths):
     def of(client, round):
@@ -124,6 +129,7 @@ def clients_rows(draw):
     return made
 
 
+@quick
 @given(clients_rows(), st.integers(1, 8), st.booleans())
 def test_collate_keeps_every_token_and_target(parts, multiple, causal):
     rows = max(1, max(len(part) for part in parts))
@@ -154,6 +160,7 @@ def test_collate_keeps_every_token_and_target(parts, multiple, causal):
     assert waste(batch) == pytest.approx(1 - batch.num_tokens / (len(parts) * rows * width))
 
 
+@quick
 @given(clients_rows())
 def test_collate_of_one_client_is_its_block(parts):
     rows = max(1, max(len(part) for part in parts))

@@ -103,17 +103,11 @@ def _fingerprint(data: Data, task: Task, tokenizer: Any, key: Key, source: Sourc
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # Left over from the last call, not part of what the tokenizer is.
     backend.update(truncation=None, padding=None)
-    stamps = [source.stamp, test.stamp if test else ""]
-    known = [
-        layout.VERSION,
-        repr(data),
-        repr(task),
-        *stamps,
-        key.digest.hex(),
-        backend,
-        tokenizer.special_tokens_map,
-        tokenizer.chat_template,
-    ]
+    # Where the files lie does not change what they hold.
+    rules = {part.name: repr(getattr(data, part.name)) for part in fields(data) if part.name not in ("source", "test")}
+    stamps = [source.stamp, test.stamp if test else None]
+    words = [backend, tokenizer.special_tokens_map, tokenizer.chat_template]
+    known = [layout.VERSION, rules, repr(task), stamps, words, key.digest.hex()]
     return hashlib.blake2b(json.dumps(known, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()
 
 

@@ -19,7 +19,7 @@ from fedfm.core.task import Row
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
 PIECE = 4000
 """Characters of a row cut from a longer text."""
-_HASHED = 64_000_000  # bytes of the largest file that is read for its stamp
+_HASHED = 256_000_000  # bytes of the largest file that is read for its stamp
 
 
 class Record(dict[str, Any]):
@@ -112,7 +112,7 @@ def open_source(location: str) -> Source:
     if location == "stdlib":
         from fedfm.data import stdlib
 
-        return Source(location, stdlib.rows, stamp(stdlib.files()), owner="owner")
+        return Source(location, stdlib.rows, stamp(stdlib.files(), stdlib.root()), owner="owner")
     if location.startswith("hf:"):
         return _hub(location)
     path = Path(location).expanduser()
@@ -120,7 +120,7 @@ def open_source(location: str) -> Source:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             return _hub(f"hf:{path}")
         files = text_files(path)
-        return Source(location, lambda: _texts(path, files), stamp(files), owner="owner")
+        return Source(location, lambda: _texts(path, files), stamp(files, path), owner="owner")
     if not path.exists():
         near = suggest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else f" Nor does {path.parent}."
         raise DataError(f"{location} does not exist.{near} A data set of the Hugging Face hub is written hf:NAME.")
@@ -128,16 +128,27 @@ def open_source(location: str) -> Source:
     readers = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet}
     if kind not in readers or (kind == "parquet" and path.suffix == ".gz"):
         raise ConfigError(f"{location} is of no kind that can be read; known are .jsonl and .csv (also .gz), .parquet and folders of text.")
-    return Source(location, lambda: readers[kind](path), stamp([path]))
+    return Source(location, lambda: readers[kind](path), stamp([path], path.parent))
 
 
-def stamp(files: Iterable[Path]) -> str:
-    """A digest of the files' names and contents, so that a copy or a touched file is the same data; of size and time where they are large."""
+def stamp(files: Iterable[Path], folder: Path) -> str:
+    """A digest of the files' names below ``folder`` and their contents, so that a copy is the same data; of size and time where they are large.
+
+    Raises:
+        DataError: if one cannot be read.
+    """
     digest = hashlib.blake2b(digest_size=16)
     for path in files:
-        state = path.stat()
-        digest.update(f"{path.name}\0{state.st_size}\0".encode())
-        digest.update(str(state.st_mtime_ns).encode() if state.st_size > _HASHED else path.read_bytes())
+        try:
+            state = path.stat()
+            digest.update(f"{path.relative_to(folder).as_posix()}\0{state.st_size}\0".encode())
+            if state.st_size > _HASHED:
+                digest.update(str(state.st_mtime_ns).encode())
+            else:
+                with path.open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "blake2b").digest())
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}.") from error
     return digest.hexdigest()
 
 

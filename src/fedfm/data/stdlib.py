@@ -24,31 +24,38 @@ _TESTS = {"test", "tests", "idle_test"}
 
 
 @cache
+def root() -> Path:
+    """Where the library lies."""
+    return Path(sysconfig.get_path("stdlib"))
+
+
+@cache
 def files() -> tuple[Path, ...]:
     """Every source file of every owner, sorted.
 
     Raises:
         DataError: if this Python came without the sources of its library.
     """
-    root = _root()
     by_owner: dict[str, list[Path]] = defaultdict(list)
-    for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).parts
-        if parts[0] not in _NOT_OWNERS and not _TESTS.intersection(parts[:-1]):
-            by_owner[_owner(path)].append(path)
-    found = tuple(path for paths in by_owner.values() if sum(p.stat().st_size for p in paths) >= MIN_BYTES for path in paths)
-    if not found:
-        raise DataError(f"{root} holds no library sources, so 'stdlib' has no owners. Use a Python that has them, or other data.")
-    return found
+    for top in sorted(root().iterdir()):
+        if top.name not in _NOT_OWNERS | _TESTS:
+            found = sorted(top.rglob("*.py")) if top.is_dir() else [top] if top.suffix == ".py" else []
+            by_owner[top.stem] += [path for path in found if not _TESTS.intersection(path.relative_to(top).parts[:-1])]
+    owned = tuple(path for paths in by_owner.values() if sum(p.stat().st_size for p in paths) >= MIN_BYTES for path in paths)
+    if not owned:
+        raise DataError(f"{root()} holds no library sources, so 'stdlib' has no owners. Use a Python that has them, or other data.")
+    return owned
 
 
 def rows() -> Iterator[Record]:
     """Pieces of source, with columns ``text``, ``owner`` and ``path``."""
     for path in files():
+        relative = path.relative_to(root())
+        owner = relative.parts[0].removesuffix(".py")
         # Sources declare their own encoding.
         with tokenize.open(path) as file:
             for line, piece in pieces(file):
-                yield Record({"text": piece, "owner": _owner(path), "path": str(path.relative_to(_root()))}, f"{path}:{line}")
+                yield Record({"text": piece, "owner": owner, "path": str(relative)}, f"{path}:{line}")
 
 
 def public_text() -> Iterator[str]:
@@ -62,11 +69,3 @@ def public_text() -> Iterator[str]:
     except ImportError as error:
         raise DataError("This Python came without pydoc_data.topics, which is the public text. Give a text of your own.") from error
     yield from (topics[name] for name in sorted(topics))
-
-
-def _root() -> Path:
-    return Path(sysconfig.get_path("stdlib"))
-
-
-def _owner(path: Path) -> str:
-    return path.relative_to(_root()).parts[0].removesuffix(".py")

@@ -29,7 +29,7 @@ _ALPACA_INPUT = (
 class Instruct(Task):
     """Predicts the tokens of a response and its EOS, given the instruction: the loss is on the response alone.
 
-    With an empty instruction column it would be ``CausalLM(packed=False)`` on the responses, less their first token.
+    Rows without an instruction or a response are dropped. With the loss on every token it would be ``CausalLM(packed=False)``.
 
     Args:
         instruction: Column that holds the instruction.

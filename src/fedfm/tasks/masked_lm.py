@@ -22,7 +22,8 @@ class MaskedLM(Task):
     """Predicts tokens that were hidden: each with probability ``mask_probability``, drawn anew each time an example is used.
 
     Of those chosen 80 % become the mask token, 10 % a random token, 10 % stay. Special tokens are never chosen. Where chance would choose
-    none, one is (the paper's code does the same), so that every example has a target. With ``mask_probability=1`` every token is a target.
+    none, one is, so that every example has a target. With ``mask_probability=1`` every token is a target. The paper's code differs in
+    choosing a fixed share of each sequence.
 
     Args:
         text: Column that holds the text.

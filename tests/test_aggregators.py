@@ -117,7 +117,9 @@ def test_mean_is_quick() -> None:
 
 # Robust rules
 
-MATRIX = st.integers(1, 9).flatmap(lambda n: st.lists(st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=3), min_size=n, max_size=n))
+MATRIX = st.integers(1, 9).flatmap(
+    lambda n: st.lists(st.lists(st.floats(-1e6, 1e6, width=32), min_size=3, max_size=3), min_size=n, max_size=n)
+)
 
 
 @given(MATRIX)

@@ -10,7 +10,7 @@ import torch
 from fedfm.channels import Plain
 from fedfm.core.messages import Failure, Reply, Request
 from fedfm.core.parts import Session, Update
-from fedfm.testing import check_part
+from fedfm.testing import check_part, examples
 from fedfm.testing.parts import context
 
 
@@ -37,8 +37,13 @@ def reply(client="a", verb="train", round=3, **meta) -> Reply:
     return Reply(client, verb, round, {"w": torch.ones(2)}, meta)
 
 
-def test_conformance() -> None:
-    check_part(Plain())
+@pytest.mark.parametrize("channel", examples("channels", {}), ids=repr)
+def test_conformance(channel) -> None:
+    check_part(channel)
+    cohort = {f"client-{i}": REQUEST for i in range(5)}
+    given = {name: reply(name, weight=i + 1) for i, name in enumerate(cohort)}
+    outcomes = list(channel.collect(Answers(*given.values()), cohort, None, context({}, 3)))
+    assert sum(outcome.num_clients for outcome in outcomes if isinstance(outcome, Update)) == 5
 
 
 def test_replies_become_updates_in_their_order() -> None:

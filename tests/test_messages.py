@@ -38,8 +38,15 @@ MESSAGES = st.one_of(
 def equal(x: Message, y: Message) -> bool:
     if isinstance(x, Failure) or isinstance(y, Failure):
         return x == y
-    same = list(x.tensors) == list(y.tensors) and all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(x.tensors.values(), y.tensors.values()))
-    return type(x) is type(y) and same and (x.verb, x.round, dict(x.meta)) == (y.verb, y.round, dict(y.meta)) and getattr(x, "client", "") == getattr(y, "client", "")
+    same = list(x.tensors) == list(y.tensors) and all(
+        a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(x.tensors.values(), y.tensors.values())
+    )
+    return (
+        type(x) is type(y)
+        and same
+        and (x.verb, x.round, dict(x.meta)) == (y.verb, y.round, dict(y.meta))
+        and getattr(x, "client", "") == getattr(y, "client", "")
+    )
 
 
 @given(MESSAGES)
@@ -104,7 +111,28 @@ def test_mutated_bytes_are_refused_or_read() -> None:
         survives(bytes(data))
 
 
-ODD = [None, True, -1, 2**63, 10**40, 1.5, math.nan, "", "train", "\ud800", [], {}, [1], {"a": 1}, "F8_E4M3", "U64", "C64", [2**62, 4], [-1], [0, 2**62, 2**62]]
+ODD = [
+    None,
+    True,
+    -1,
+    2**63,
+    10**40,
+    1.5,
+    math.nan,
+    "",
+    "train",
+    "\ud800",
+    [],
+    {},
+    [1],
+    {"a": 1},
+    "F8_E4M3",
+    "U64",
+    "C64",
+    [2**62, 4],
+    [-1],
+    [0, 2**62, 2**62],
+]
 
 
 @given(st.data())

@@ -70,7 +70,8 @@ def simulate(local: LocalTrainer, server: ServerOptimizer, rounds: int, steps: i
             local.step(cohort, grad_kd, torch.full((len(chosen), 1), rate), step)
         extra = local.finish(cohort, torch.full((len(chosen),), sum(rates)), torch.full((len(chosen),), steps))
         updates = [
-            Update({"x": cohort.theta_kd[row] - params["x"], **{name: leaf[row] for name, leaf in extra.items()}}) for row in range(len(chosen))
+            Update({"x": cohort.theta_kd[row] - params["x"], **{name: leaf[row] for name, leaf in extra.items()}})
+            for row in range(len(chosen))
         ]
         for row, k in enumerate(chosen):
             memories[k] = {name: leaf[row].clone() for name, leaf in cohort.memory.items()}
@@ -90,7 +91,9 @@ def test_fedavg_stops_at_the_analytic_biased_point_and_scaffold_at_the_optimum()
 
 def test_scaffold_reaches_the_optimum_with_half_of_the_clients_and_with_a_schedule() -> None:
     halves = [(0, 1), (1, 2), (2, 3), (3, 0), (0, 2), (1, 3)]
-    found, _, _ = simulate(ScaffoldLocal(SGD(lr=LR, steps=STEPS, batch_size=None)), ScaffoldServer(), 400, take=lambda round: halves[round % 6])
+    found, _, _ = simulate(
+        ScaffoldLocal(SGD(lr=LR, steps=STEPS, batch_size=None)), ScaffoldServer(), 400, take=lambda round: halves[round % 6]
+    )
     assert np.abs(found - OPTIMUM).max() < 1e-5
     cosine = SGD(lr=LR, steps=STEPS, batch_size=None, schedule="cosine", warmup=2)
     found, _, _ = simulate(ScaffoldLocal(cosine), ScaffoldServer(), 300)

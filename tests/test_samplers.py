@@ -75,7 +75,8 @@ def test_poisson_draws_are_independent_and_may_be_nobody() -> None:
     assert abs(sum((size - mean) ** 2 for size in sizes) / 2000 - variance) < 0.25
     # Another client's presence changes nothing for those who were there.
     assert all(
-        Poisson(rate=0.3).sample(CLIENTS[:6], context({}, round)) == [c for c in Poisson(rate=0.3).sample(CLIENTS, context({}, round)) if c in CLIENTS[:6]]
+        Poisson(rate=0.3).sample(CLIENTS[:6], context({}, round))
+        == [c for c in Poisson(rate=0.3).sample(CLIENTS, context({}, round)) if c in CLIENTS[:6]]
         for round in range(50)
     )
 

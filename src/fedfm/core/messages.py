@@ -128,7 +128,7 @@ def _index(tensors: Tree) -> tuple[bytes, list[str]]:
     """The header of a safetensors file, which names the leaves in the tree's order, and the order in which they follow it."""
     # Widest type first, so that each leaf is aligned.
     names = sorted(tensors, key=lambda name: -tensors[name].element_size())
-    index: dict[str, dict[str, Any]] = dict.fromkeys(tensors, {})
+    index: dict[str, dict[str, Any]] = {name: {} for name in tensors}
     start = 0
     for name in names:
         leaf = tensors[name]

@@ -98,7 +98,11 @@ def _read(room: str, module: str, names: set[str]) -> dict[str, Entry]:
     found = {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         # Parts are frozen dataclasses; whatever else a room exports is not a part.
-        if isinstance(node, ast.ClassDef) and node.name in names and node.decorator_list:
+        if (
+            isinstance(node, ast.ClassDef)
+            and node.name in names
+            and any("frozen=True" in ast.unparse(line) for line in node.decorator_list)
+        ):
             summary = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
             found[node.name] = Entry(room, node.name, module, summary, _concerns(node))
     return found
@@ -107,7 +111,12 @@ def _read(room: str, module: str, names: set[str]) -> dict[str, Entry]:
 def _concerns(node: ast.ClassDef) -> tuple[str, ...]:
     for item in node.body:
         target = item.targets[0] if isinstance(item, ast.Assign) else item.target if isinstance(item, ast.AnnAssign) else None
-        if isinstance(target, ast.Name) and target.id == "concerns" and isinstance(item, ast.Assign | ast.AnnAssign) and item.value is not None:
+        if (
+            isinstance(target, ast.Name)
+            and target.id == "concerns"
+            and isinstance(item, ast.Assign | ast.AnnAssign)
+            and item.value is not None
+        ):
             return tuple(ast.literal_eval(item.value))
     return ()
 

@@ -1,0 +1,121 @@
+"""Imports run one way, down; every technique is exported and under its room's suite. Read from the sources, without importing them."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from fedfm.core import registry
+
+SOURCE = Path(__file__).parent.parent / "src" / "fedfm"
+# A room may import, when it is imported, what stands on a line above its own.
+LAYERS = [
+    {"core"},
+    {"samplers", "transforms", "channels", "aggregators", "server", "models", "data", "reports"},
+    {"tasks", "tuning"},
+    {"local"},
+    {"methods", "observers", "client"},
+    {"engines"},
+    {"federation"},
+    {"recipe"},
+    {"run", "testing"},
+    {"quickstart"},
+    {"cli"},
+]
+# Rooms that know nothing else, not even for annotations or inside a function.
+STRICT = {
+    "core": set(),
+    **{room: {"core"} for room in ("samplers", "transforms", "channels", "aggregators", "server", "models", "data")},
+    "tasks": {"core", "data"},
+    "tuning": {"core", "models"},
+    "local": {"core", "tuning"},
+    "methods": {"core", "local", "transforms", "aggregators", "server", "samplers", "channels"},
+}
+FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
+
+
+def room_of(path: Path) -> str:
+    return path.relative_to(SOURCE).parts[0].removesuffix(".py")
+
+
+def imports(body: list[ast.stmt], deferred: bool) -> Iterator[tuple[str, int]]:
+    """Rooms imported when the module is, or with ``deferred`` everywhere in it, and the line."""
+    for node in body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "fedfm":
+            rest = node.module.split(".")[1:]
+            yield from ((name, node.lineno) for name in (rest[:1] or [alias.name for alias in node.names]))
+        elif isinstance(node, ast.Import):
+            yield from ((alias.name.split(".")[1], node.lineno) for alias in node.names if alias.name.startswith("fedfm."))
+        elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and not deferred:
+            continue
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test) and not deferred:
+            yield from imports(node.orelse, deferred)
+        else:
+            for field in ("body", "orelse", "finalbody", "handlers"):
+                inner = getattr(node, field, None)
+                if isinstance(inner, list):
+                    yield from imports(inner, deferred)
+
+
+def found(path: Path, deferred: bool = False) -> set[tuple[str, int]]:
+    return {(room, line) for room, line in imports(ast.parse(path.read_text(encoding="utf-8")).body, deferred) if room != room_of(path)}
+
+
+def test_every_room_has_its_layer() -> None:
+    assert {room_of(path) for path in FILES} == set().union(*LAYERS)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(SOURCE)))
+def test_imports_run_down(path: Path) -> None:
+    level = next(i for i, layer in enumerate(LAYERS) if room_of(path) in layer)
+    below = set().union(*LAYERS[:level])
+    wrong = [f"line {line}: fedfm.{room}" for room, line in found(path) if room not in below and room != "__version__"]
+    assert not wrong, f"{path.name} stands below what it imports: {wrong}"
+
+
+@pytest.mark.parametrize("room", sorted(STRICT))
+def test_rooms_know_only_what_they_stand_on(room: str) -> None:
+    for path in FILES:
+        if room_of(path) == room:
+            wrong = [f"line {line}: fedfm.{other}" for other, line in found(path, deferred=True) if other not in STRICT[room]]
+            assert not wrong, f"{path} imports {wrong}"
+
+
+def parts_in(path: Path) -> set[str]:
+    """Frozen dataclasses that inherit a room's noun."""
+    nouns = {"Sampler", "Transform", "Channel", "Aggregator", "ServerOptimizer", "Method", "LocalTrainer", "Tuning", "Task", "Engine"}
+    return {
+        node.name
+        for node in ast.parse(path.read_text(encoding="utf-8")).body
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_") and nouns & {ast.unparse(base) for base in node.bases}
+    }
+
+
+@pytest.mark.parametrize("room", ["samplers", "transforms", "channels", "aggregators", "server", "local", "tasks", "engines"])
+def test_every_technique_is_exported_and_so_under_its_rooms_suite(room: str) -> None:
+    written = set().union(*(parts_in(path) for path in (SOURCE / room).glob("*.py")))
+    assert written == set(registry.entries(room)), f"add one import line per technique to {room}/__init__.py"
+
+
+@pytest.mark.parametrize(
+    ("room", "suite"),
+    [
+        ("samplers", "test_samplers.py"),
+        ("transforms", "test_transforms.py"),
+        ("channels", "test_channels.py"),
+        ("aggregators", "test_aggregators.py"),
+        ("server", "test_server.py"),
+        ("methods", "test_methods.py"),
+    ],
+)
+def test_each_rooms_suite_reads_the_index(room: str, suite: str) -> None:
+    assert f'examples("{room}"' in (Path(__file__).parent / suite).read_text(encoding="utf-8")
+
+
+def test_every_part_says_what_it_is() -> None:
+    for room in registry.ROOMS:
+        for entry in registry.entries(room).values():
+            assert entry.summary and not entry.summary.startswith(f"{entry.name}("), f"{room}.{entry.name} has no docstring"

@@ -9,6 +9,7 @@ from tempfile import mkdtemp
 import numpy as np
 
 from fedfm.core.keys import Key
+from fedfm.core.task import Vocabulary
 from fedfm.models import Foundation, Model, load, train_bpe
 
 CONFIGS = {
@@ -48,6 +49,8 @@ def foundation(architecture: str, head: str | None = None, labels: tuple[str, ..
 
 class Memory:
     """Examples held in memory."""
+
+    vocabulary = Vocabulary(300, special=(0, 1, 2, 3), mask=300)
 
     def __init__(self, ids: list[np.ndarray], starts: list[int] | None = None, labels: list[int] | None = None) -> None:
         self._ids, self._starts, self._labels = ids, starts, labels

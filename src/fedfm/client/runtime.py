@@ -132,7 +132,7 @@ class Some:
     """The first ``most`` of some examples, evenly spread."""
 
     def __init__(self, examples: Examples, most: int) -> None:
-        self.examples = examples
+        self.examples, self.vocabulary = examples, examples.vocabulary
         self.index: IntArray = np.unique(np.linspace(0, len(examples) - 1, min(most, len(examples))).astype(np.int64))
 
     def __len__(self) -> int:

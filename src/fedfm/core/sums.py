@@ -23,9 +23,9 @@ class ExactSum:
 
     Example:
         >>> total = ExactSum(2)
-        >>> total.add(torch.tensor([1.0, 1e-8]), 3.0)
+        >>> total.add(torch.tensor([1.0, 0.25]), 3.0)
         >>> total.value().tolist()
-        [3.0, 3e-08]
+        [3.0, 0.75]
     """
 
     def __init__(self, size: int) -> None:

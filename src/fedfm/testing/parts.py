@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from fedfm.core import registry
+from fedfm.core.errors import MessageError
 from fedfm.core.keys import Key
-from fedfm.core.parts import Part, RoundContext, Tree
+from fedfm.core.parts import Part, RoundContext, Spec, Tree
 
 
 def examples(room: str, made: Mapping[str, list[Part]]) -> list[Any]:
@@ -71,6 +72,14 @@ def like(params: Tree, *names: str | int) -> dict[str, torch.Tensor]:
     """A tree of the same shapes, drawn for ``names``."""
     generator = Key.root(0).fold("like", *names).generator()
     return {name: torch.randn(leaf.shape, generator=generator).to(leaf.dtype) for name, leaf in params.items()}
+
+
+def fits(spec: Spec, tree: Tree, what: str) -> None:
+    """``spec.require`` as a law."""
+    try:
+        spec.require(tree, what)
+    except MessageError as error:
+        raise AssertionError(str(error)) from error
 
 
 def same(x: Tree, y: Tree) -> bool:

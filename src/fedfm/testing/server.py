@@ -6,7 +6,7 @@ import torch
 
 from fedfm.core.messages import Request, pack, unpack
 from fedfm.core.parts import ServerOptimizer, Spec, Tree, Update
-from fedfm.testing.parts import check_part, context, copied, like, parameters, same
+from fedfm.testing.parts import check_part, context, copied, fits, like, parameters, same
 
 
 def check_server(server: ServerOptimizer, extra: Tree | None = None) -> None:
@@ -34,7 +34,7 @@ def check_server(server: ServerOptimizer, extra: Tree | None = None) -> None:
             given = [copied(x) for x in (params, state, update.payload)]
             new_params, new_state = server.step(params, update, state, ctx)
             assert all(same(x, y) for x, y in zip((params, state, update.payload), given, strict=True)), f"{name} changed its input"
-            Spec.of(params).require(new_params, f"{name}, round {round}")
+            fits(Spec.of(params), new_params, f"{name}, round {round}")
             assert not same(new_params, params), f"{name} does not move along a delta"
             assert {k: x.shape for k, x in new_state.items()} == {k: x.shape for k, x in state.items()}, (
                 f"{name}: the state changed its shape"
@@ -47,4 +47,4 @@ def check_server(server: ServerOptimizer, extra: Tree | None = None) -> None:
             assert same(again[0], new_params) and same(again[1], new_state), f"{name}: a state that was stored goes on differently"
             params, state = new_params, new_state
     few = server.step(params, Update({**zero}, weight=0.0, num_clients=0), state, context(params))[0]
-    Spec.of(params).require(few, f"{name}, a round without clients")
+    fits(Spec.of(params), few, f"{name}, a round without clients")

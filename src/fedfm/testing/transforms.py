@@ -9,7 +9,7 @@ import torch
 from fedfm.core.errors import MessageError
 from fedfm.core.messages import Reply, pack, unpack
 from fedfm.core.parts import Spec, Transform, Tree, Update
-from fedfm.testing.parts import check_part, context, copied, like, parameters, same
+from fedfm.testing.parts import check_part, context, copied, fits, like, parameters, same
 
 
 def check_transform(transform: Transform, rounds: int = 3) -> None:
@@ -45,7 +45,7 @@ def _round_trip(transform: Transform, params: Tree, rounds: int) -> None:
         assert isinstance(arrived, Reply)
         decoded = transform.decode(encoded.with_payload(arrived.tensors), ctx)
         assert same(decoded.payload, transform.decode(encoded, ctx).payload), f"{name} decodes differently what has crossed the wire"
-        spec.require(decoded.payload, f"{name}, decoded")
+        fits(spec, decoded.payload, f"{name}, decoded")
         aggregate = transform.finish(Update({k: x.float() for k, x in decoded.payload.items()}, num_clients=1), ctx)
         assert {k: x.shape for k, x in aggregate.payload.items()} == dict(zip(spec.names, map(torch.Size, spec.shapes), strict=True)), (
             f"{name}.finish changed names or shapes"

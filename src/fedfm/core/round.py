@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+
 from fedfm.core import messages
 from fedfm.core.check import Plan
 from fedfm.core.errors import MessageError, RoundError
@@ -152,8 +154,6 @@ def play(
 
 def expected_payload(plan: Plan, params: Tree) -> Spec:
     """What a decoded payload must look like: a delta for each parameter, and what the local trainer adds."""
-    import torch
-
     spec = Spec.of(params)
     extra = plan.local.extra(spec.size)
     return Spec((*spec.names, *extra), (*spec.shapes, *extra.values()), (*spec.dtypes, *(torch.float32 for _ in extra)))
@@ -174,7 +174,7 @@ def _collect(
                     update = decode(plan, item, ctx)
                     # One leaf-by-leaf check stands between what arrived and the sum.
                     expected.require(update.payload, "Its update")
-                    require_summable(update)
+                    require_summable(expected.flatten(update.payload), update.weight)
                 except MessageError as error:
                     failed.append(Failure(item.client or "*", "decode", str(error)))
                     continue
@@ -210,16 +210,12 @@ def decode(plan: Plan, update: Update, ctx: RoundContext) -> Update:
     return update
 
 
-def require_summable(update: Update) -> None:
+def require_summable(x_d: torch.Tensor, weight: float) -> None:
     """Refuses an update so large that, with a few like it, no sum could hold it.
 
     Raises:
         MessageError: if a value times the weight reaches 1/256 of what an exact sum can hold.
     """
-    bound = LIMIT / 256
-    for name, leaf in update.payload.items():
-        largest = max(abs(end.item()) for end in leaf.aminmax()) if leaf.numel() else 0.0
-        if not largest * update.weight < bound:
-            raise MessageError(
-                f"Its tensor {name!r} reaches {largest:.3g} with weight {update.weight:g}; a sum takes products below {bound:.3g}."
-            )
+    largest, bound = max(abs(end.item()) for end in x_d.aminmax()) if len(x_d) else 0.0, LIMIT / 256
+    if not largest * weight < bound:
+        raise MessageError(f"Its update reaches {largest:.3g} with weight {weight:g}; a sum takes products below {bound:.3g}.")

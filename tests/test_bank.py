@@ -135,7 +135,9 @@ def test_training_equals_a_plain_loop_over_peft(shape: str) -> None:
     (ours,) = bank.train(start, [job], 1)
 
     targets = ["c_attn"] if shape == "GPT2" else ["q_proj", "v_proj"]
-    theirs = get_peft_model(plain_copy(bank.tuned.foundation), LoraConfig(r=2, lora_alpha=4, target_modules=targets, fan_in_fan_out=shape == "GPT2"))
+    theirs = get_peft_model(
+        plain_copy(bank.tuned.foundation), LoraConfig(r=2, lora_alpha=4, target_modules=targets, fan_in_fan_out=shape == "GPT2")
+    )
     names = {name: name.replace(".default", "") for name, p in theirs.named_parameters() if p.requires_grad}
     own = dict(theirs.named_parameters())
     with torch.no_grad():

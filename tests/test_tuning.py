@@ -196,7 +196,7 @@ def test_refusals() -> None:
         LoRA(r=-1)
     with pytest.raises(ConfigError, match=r"'q_prj' matches no linear layer.*Did you mean 'q_proj'"):
         LoRA(targets=("q_prj",)).attach(foundation)
-    with pytest.raises(ConfigError, match="no 'VERRA'.*Did you mean 'VERA'"):
+    with pytest.raises(ConfigError, match=r"no 'VERRA'.*Did you mean 'VERA'"):
         Peft("VERRA").attach(foundation)
     with pytest.raises(ConfigError, match="no new head"):
         Head().attach(foundation)

@@ -43,7 +43,12 @@ class Runtime:
         """The model, the task and the trainer; loads the model."""
         site = self.site
         return Bank(
-            site.tuned, site.federation.task, site.federation.local, site.foundation.tokenizer.pad_token_id, site.foundation.device, site.key
+            site.tuned,
+            site.federation.task,
+            site.federation.local,
+            site.foundation.tokenizer.pad_token_id,
+            site.foundation.device,
+            site.key,
         )
 
     def handle(self, requests: Mapping[ClientId, Request]) -> Iterator[Answer]:
@@ -79,26 +84,27 @@ class Runtime:
 
     def _train(self, requests: Mapping[ClientId, Request]) -> Iterator[Answer]:
         request = next(iter(requests.values()))
-        plan, local = self.site.federation, {}
+        plan = self.site.federation
         memories = {client: self.store.load(client, request.round) for client in requests}
-        for client, memory in memories.items():
-            local[client] = {name.removeprefix("local/"): leaf for name, leaf in memory.items() if name.startswith("local/")}
         examples = {client: self.site.open_shard(client).train for client in requests}
-        jobs = [Job(client, examples[client], local[client]) for client in requests]
+        jobs = [Job(client, examples[client], _under("local/", memories[client])) for client in requests]
         spec = self.site.tuned.spec
         params = {name: request.tensors[name] for name in spec.names}
         for trained in self.bank.train(request.tensors, jobs, request.round):
             client = trained.client
             if not trained.finite:
-                yield Failure(client, "train", f"its loss or parameters became NaN or infinite in round {request.round} (loss {trained.metrics['loss']})")
+                yield Failure(
+                    client,
+                    "train",
+                    f"its loss or parameters became NaN or infinite in round {request.round} (loss {trained.metrics['loss']})",
+                )
                 continue
             ctx = RoundContext(request.round, self.site.key, params, len(self.site.clients), client)
             update = Update(trained.delta, float(len(examples[client])), 1, client, trained.metrics)
             memory: dict[str, torch.Tensor] = {f"local/{name}": leaf for name, leaf in trained.memory.items()}
             for i, transform in enumerate(plan.transforms):
                 place = f"transforms.{i}/"
-                before = {name.removeprefix(place): leaf for name, leaf in memories[client].items() if name.startswith(place)}
-                update, after = transform.encode(update, before, ctx)
+                update, after = transform.encode(update, _under(place, memories[client]), ctx)
                 memory.update({place + name: leaf for name, leaf in after.items()})
             self.store.save(client, request.round, memory)
             yield Reply(client, "train", request.round, update.payload, {"weight": update.weight, **update.metrics})
@@ -111,7 +117,13 @@ class Runtime:
         sets = [self._examples(client, split, int(most) if isinstance(most, int) else None) for client in requests]
         sums = self.bank.evaluate(theta_d.unsqueeze(0), sets)
         for row, client in enumerate(requests):
-            yield Reply(client, "evaluate", request.round, {name: value[row].cpu().clone() for name, value in sums.items()}, {"examples": len(sets[row])})
+            yield Reply(
+                client,
+                "evaluate",
+                request.round,
+                {name: value[row].cpu().clone() for name, value in sums.items()},
+                {"examples": len(sets[row])},
+            )
 
     def _examples(self, client: ClientId, split: str, most: int | None) -> Examples:
         shard = self.site.open_shard(client)
@@ -126,6 +138,11 @@ class Runtime:
         jobs = [Job(client, self.site.open_shard(client).train) for client in clients]
         for trained in bank.train({name: start[name] for name in self.site.tuned.spec.names}, jobs, round=1, work=work):
             yield trained.client, trained.params_d
+
+
+def _under(place: str, memory: Tree) -> Tree:
+    """The part of a client's memory that belongs to ``place``."""
+    return {name.removeprefix(place): leaf for name, leaf in memory.items() if name.startswith(place)}
 
 
 class Some:

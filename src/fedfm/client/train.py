@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fedfm.core.keys import Key
 from fedfm.core.parts import ClientId, Cohort, LocalTrainer, Work
-from fedfm.core.task import IGNORE, Batch, Examples, IntArray, Task
+from fedfm.core.task import Batch, Examples, IntArray, Task
 from fedfm.core.tree import Tree
 from fedfm.core.tuning import Tuned
 from fedfm.data import collate, plan
@@ -78,7 +78,8 @@ class Bank:
         work = work or self.local.work
         jobs = list(jobs)
         steps_of = {
-            job.client: plan(job.examples, work, self.key.fold("batches", round, job.client), self.key.fold("buckets", round)) for job in jobs
+            job.client: plan(job.examples, work, self.key.fold("batches", round, job.client), self.key.fold("buckets", round))
+            for job in jobs
         }
         # Those with most steps first: whoever is still at work is a prefix, and needs no mask.
         order = sorted(range(len(jobs)), key=lambda i: -len(steps_of[jobs[i].client]))
@@ -93,7 +94,9 @@ class Bank:
             memory=_stack([job.memory for job in ordered], self.device),
         )
         self.local.init(cohort)
-        loss_k, lr_sum_k = torch.zeros(2, len(jobs), dtype=torch.float64, device=self.device)
+        # MPS has no float64.
+        exact = torch.float32 if self.device.type == "mps" else torch.float64
+        loss_k, lr_sum_k = torch.zeros(2, len(jobs), dtype=exact, device=self.device)
         tokens = np.zeros(len(jobs), dtype=np.int64)
         filled = padded = 0
         for step in range(len(steps[0])):
@@ -104,16 +107,18 @@ class Bank:
             active = cohort.head(k)
             theta = active.theta_kd.detach().requires_grad_(True)
             grad_kd: torch.Tensor | None = None
-            count_k = sum((torch.bincount(batch.owner_p, minlength=k) for batch, _ in batches), torch.zeros(k, dtype=torch.int64))
+            count_k = sum(
+                (torch.bincount(batch.owner_p, minlength=k) for batch, _ in batches), torch.zeros(k, dtype=torch.int64, device=self.device)
+            )
             for micro, (batch, tokens_k) in enumerate(batches):
                 keys = [self.key.fold("dropout", round, job.client, step, micro) for job in ordered[:k]]
                 self.tuned.bind(theta, keys)
-                weight_p = (1.0 / count_k.clamp(min=1).float())[batch.owner_p].to(self.device)
-                loss_p = F.cross_entropy(self._logits(batch).float(), batch.target_p.to(self.device), reduction="none") * weight_p
+                weight_p = (1.0 / count_k.clamp(min=1).float())[batch.owner_p]
+                loss_p = F.cross_entropy(self.tuned.logits(batch).float(), batch.target_p, reduction="none") * weight_p
                 # The sum of the clients' means: each client's gradient is its own.
                 (grad,) = torch.autograd.grad(loss_p.sum(), theta)
                 grad_kd = grad if grad_kd is None else grad_kd.add_(grad)
-                loss_k[:k].index_add_(0, batch.owner_p.to(self.device), loss_p.detach().double())
+                loss_k[:k].index_add_(0, batch.owner_p, loss_p.detach().to(exact))
                 tokens[:k] += tokens_k
                 filled, padded = filled + batch.num_tokens, padded + batch.input_ids.numel()
             assert grad_kd is not None
@@ -128,7 +133,7 @@ class Bank:
         with torch.no_grad():
             delta_kd = cohort.theta_kd - start_d
             extra = self.local.finish(cohort, lr_sum_k, steps_k)
-        ok = (loss_k.isfinite() & delta_kd.sum(dim=1, dtype=torch.float64).isfinite()).tolist()
+        ok = (loss_k.isfinite() & delta_kd.isfinite().all(dim=1)).tolist()
         loss = (loss_k / steps_k.clamp(min=1)).tolist()
         delta_kd, theta_kd = delta_kd.cpu(), cohort.theta_kd.cpu()
         waste = 1 - filled / padded if padded else 0.0
@@ -154,7 +159,8 @@ class Bank:
     def _batches(self, jobs: Sequence[Job], index: Sequence[IntArray], work: Work, round: int, step: int) -> list[tuple[Batch, IntArray]]:
         """The micro-batches of one step, and each client's tokens in them."""
         rows = [
-            self.task.rows(job.examples, own, self.key.fold("rows", round, job.client, step).numpy()) for job, own in zip(jobs, index, strict=True)
+            self.task.rows(job.examples, own, self.key.fold("rows", round, job.client, step).numpy())
+            for job, own in zip(jobs, index, strict=True)
         ]
         size = work.batch_size or max(len(own) for own in rows)
         found = []
@@ -166,24 +172,13 @@ class Bank:
 
     def collate(self, parts: list[Rows]) -> Batch:
         """Rows of K clients as one batch."""
-        return collate(parts, max(1, max(len(part) for part in parts)), self.pad_id, self.causal, self.per_row, self.multiple)
-
-    def _logits(self, batch: Batch) -> torch.Tensor:
-        if self.device.type != "cpu":
-            move = lambda x: None if x is None else x.to(self.device, non_blocking=True)  # noqa: E731
-            batch = Batch(
-                **{
-                    **vars(batch),
-                    "input_ids": move(batch.input_ids),
-                    "attention_mask": move(batch.attention_mask),
-                    "position_p": move(batch.position_p),
-                    "row_p": move(batch.row_p),
-                }
-            )
-        return self.tuned.logits(batch)
+        rows = max(1, max(len(part) for part in parts))
+        return collate(parts, rows, self.pad_id, self.causal, self.per_row, self.multiple).to(self.device)
 
     @torch.no_grad()
-    def evaluate(self, theta_kd: torch.Tensor, sets: Sequence[Examples], max_tokens: int = 16384, fold: str = "evaluate") -> dict[str, torch.Tensor]:
+    def evaluate(
+        self, theta_kd: torch.Tensor, sets: Sequence[Examples], max_tokens: int = 16384, fold: str = "evaluate"
+    ) -> dict[str, torch.Tensor]:
         """Sums of each set of examples, ``(len(sets), ...)`` float64, from which the task makes metrics.
 
         Args:
@@ -207,8 +202,8 @@ class Bank:
             for _, s, i in chunk:
                 rows += self.task.rows(sets[s], np.array([i]), self.key.fold(fold, s, i).numpy())
             batch = self.collate([rows])
-            owner_p = torch.tensor([s for _, s, _ in chunk])[batch.row_p].to(self.device)
-            _add(sums, self.task.stats(self._logits(batch), batch.target_p.to(self.device), owner_p, len(sets)))
+            owner_p = torch.tensor([s for _, s, _ in chunk], device=self.device)[batch.row_p]
+            _add(sums, self._stats(batch, owner_p, len(sets)))
             first += size
         return sums
 
@@ -222,15 +217,27 @@ class Bank:
         for first in range(0, max((len(own) for own in sets), default=0), size):
             parts = []
             for s, own in enumerate(sets):
-                parts.append([row for i in order[s][first : first + size] for row in self.task.rows(own, np.array([i]), self.key.fold(fold, s, int(i)).numpy())])
+                parts.append(
+                    [
+                        row
+                        for i in order[s][first : first + size]
+                        for row in self.task.rows(own, np.array([i]), self.key.fold(fold, s, int(i)).numpy())
+                    ]
+                )
             batch = self.collate(parts)
-            _add(sums, self.task.stats(self._logits(batch), batch.target_p.to(self.device), batch.owner_p.to(self.device), len(sets)))
+            _add(sums, self._stats(batch, batch.owner_p, len(sets)))
         return sums
 
+    def _stats(self, batch: Batch, owner_p: torch.Tensor, num: int) -> dict[str, torch.Tensor]:
+        logits_pc = self.tuned.logits(batch)
+        where = torch.device("cpu") if self.device.type == "mps" else self.device
+        return self.task.stats(logits_pc.to(where), batch.target_p.to(where), owner_p.to(where), num)
+
     def _no_sums(self, num: int) -> dict[str, torch.Tensor]:
-        nothing = torch.zeros(0, dtype=torch.int64, device=self.device)
+        where = torch.device("cpu") if self.device.type == "mps" else self.device
+        nothing = torch.zeros(0, dtype=torch.int64, device=where)
         classes = getattr(getattr(self.tuned.model, "config", None), "num_labels", 2)
-        return self.task.stats(torch.zeros(0, classes, device=self.device), nothing, nothing, num)
+        return self.task.stats(torch.zeros(0, classes, device=where), nothing, nothing, num)
 
 
 def _add(sums: dict[str, torch.Tensor], more: Mapping[str, torch.Tensor]) -> None:
@@ -241,9 +248,4 @@ def _add(sums: dict[str, torch.Tensor], more: Mapping[str, torch.Tensor]) -> Non
 def _stack(memories: Sequence[Tree], device: torch.device) -> dict[str, torch.Tensor]:
     """Each client's leaves as rows; zeros for those who remember nothing yet."""
     names = {name: leaf for memory in memories for name, leaf in memory.items()}
-    return {
-        name: torch.stack([memory.get(name, torch.zeros_like(leaf)) for memory in memories]).to(device) for name, leaf in names.items()
-    }
-
-
-__all__ = ["IGNORE", "Bank", "Job", "Trained"]
+    return {name: torch.stack([memory.get(name, torch.zeros_like(leaf)) for memory in memories]).to(device) for name, leaf in names.items()}

@@ -18,23 +18,50 @@ class Plan(Protocol):
     """What the check and the round read of a federation."""
 
     @property
-    def sampler(self) -> Sampler: ...
+    def sampler(self) -> Sampler:
+        """Who takes part in a round."""
+        ...
+
     @property
-    def local(self) -> LocalTrainer: ...
+    def local(self) -> LocalTrainer:
+        """How a client works."""
+        ...
+
     @property
-    def transforms(self) -> tuple[Transform, ...]: ...
+    def transforms(self) -> tuple[Transform, ...]:
+        """On an update in flight, left to right on the client."""
+        ...
+
     @property
-    def channel(self) -> Channel: ...
+    def channel(self) -> Channel:
+        """How updates reach the aggregator."""
+        ...
+
     @property
-    def aggregator(self) -> Aggregator: ...
+    def aggregator(self) -> Aggregator:
+        """Many updates become one."""
+        ...
+
     @property
-    def server(self) -> ServerOptimizer: ...
+    def server(self) -> ServerOptimizer:
+        """The global step."""
+        ...
+
     @property
-    def min_clients(self) -> int: ...
+    def min_clients(self) -> int:
+        """Fewest updates with which a round counts."""
+        ...
+
     @property
-    def on_failure(self) -> Literal["leave_out", "retry", "stop"]: ...
+    def on_failure(self) -> Literal["leave_out", "retry", "stop"]:
+        """What a client's failure does."""
+        ...
+
     @property
-    def deadline(self) -> float | None: ...
+    def deadline(self) -> float | None:
+        """Seconds a client has to answer."""
+        ...
+
     def parts(self) -> dict[str, Part]:
         """Every part by its place in the recipe, nested ones too (``transforms.0``, ``local.inner``)."""
         ...
@@ -119,7 +146,10 @@ def _cohort(plan: Plan, num_clients: int | None) -> Iterator[Finding]:
         return
     cohort = plan.sampler.cohort_size(num_clients)
     if cohort > num_clients:
-        yield refuse("sampler", f"a cohort of {cohort} is asked for, but only {num_clients} owners have usable data. Lower it to at most {num_clients}.")
+        yield refuse(
+            "sampler",
+            f"a cohort of {cohort} is asked for, but only {num_clients} owners have usable data. Lower it to at most {num_clients}.",
+        )
     needed = max(plan.min_clients, plan.aggregator.min_updates())
     if cohort < needed:
         yield refuse(

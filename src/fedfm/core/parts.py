@@ -243,7 +243,6 @@ class LocalTrainer(Part, ABC):
 
     def init(self, cohort: Cohort) -> None:
         """Puts the trainer's slots into the cohort."""
-        return None
 
     @abstractmethod
     def step(self, cohort: Cohort, grad_kd: torch.Tensor, lr_k: torch.Tensor, step: int) -> None:

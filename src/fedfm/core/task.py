@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
@@ -182,3 +183,18 @@ class Batch:
     lengths: IntArray
     real_rows: IntArray
     num_tokens: int
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on ``device``."""
+        if device.type == "cpu":
+            return self
+        move = partial(torch.Tensor.to, device=device, non_blocking=True)
+        return replace(
+            self,
+            input_ids=move(self.input_ids),
+            attention_mask=None if self.attention_mask is None else move(self.attention_mask),
+            position_p=None if self.position_p is None else move(self.position_p),
+            row_p=move(self.row_p),
+            target_p=move(self.target_p),
+            owner_p=move(self.owner_p),
+        )

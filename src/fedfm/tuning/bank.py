@@ -66,7 +66,7 @@ class BankedModel(Tuned):
         self.spec = Spec(tuple(shapes), tuple(shapes.values()), (torch.float32,) * len(shapes))
         for site in self.sites:
             site.hook()
-        self.asker = Asker(foundation, early=all(site.module is not foundation.model.get_output_embeddings() for site in self.sites))
+        self.asker = Asker(foundation, early=all(site.module is not output_layer(foundation) for site in self.sites))
 
     def init(self, key: Key) -> Tree:
         """Every site's leaves."""
@@ -100,9 +100,9 @@ class Asker:
     def __init__(self, foundation: Foundation, early: bool) -> None:
         self.head = foundation.head
         self.positions: torch.Tensor | None = None
-        output = foundation.model.get_output_embeddings() if foundation.head != "sequence_classification" else None
+        output = output_layer(foundation)
         self.early = early and output is not None
-        if self.early:
+        if early and output is not None:
             output.register_forward_pre_hook(self._pick)
 
     def _pick(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -130,6 +130,14 @@ class Asker:
         return early.reshape(-1, early.shape[-1])
 
 
+def output_layer(foundation: Foundation) -> nn.Module | None:
+    """The layer from hidden states to the vocabulary; ``None`` for classification."""
+    if foundation.head == "sequence_classification":
+        return None
+    found: nn.Module | None = foundation.model.get_output_embeddings()
+    return found
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module multiplies by one weight matrix (``nn.Linear``, or GPT-2's ``Conv1D``)."""
     return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
@@ -155,7 +163,7 @@ def match(foundation: Foundation, targets: tuple[str, ...], what: str) -> list[t
     Raises:
         ConfigError: if a target matches nothing.
     """
-    output = foundation.model.get_output_embeddings() if foundation.head != "sequence_classification" else None
+    output = output_layer(foundation)
     linear = {name: m for name, m in foundation.model.named_modules() if is_linear(m)}
     found: dict[str, nn.Module] = {}
     for target in targets:

@@ -19,7 +19,7 @@ from fedfm.core.tuning import Tuning
 from fedfm.models import Foundation
 from fedfm.models.foundation import save as save_model
 from fedfm.tuning import layout
-from fedfm.tuning.bank import BankedModel, Site, is_linear
+from fedfm.tuning.bank import BankedModel, Site, is_linear, output_layer
 from fedfm.tuning.head import head_sites
 
 
@@ -48,8 +48,7 @@ class BitFit(Tuning):
             if name not in taken and (is_linear(module) or isinstance(module, nn.LayerNorm)) and getattr(module, "bias", None) is not None
         ]
         # An output layer's bias meets activations already picked by position, which are no longer in equal blocks.
-        output = foundation.model.get_output_embeddings() if foundation.head != "sequence_classification" else None
-        sites = [site for site in sites if site.module is not output]
+        sites = [site for site in sites if site.module is not output_layer(foundation)]
         if not sites:
             raise ConfigError(
                 f"tuning.BitFit: {type(foundation.model).__name__} has no biases to train. Use LoRA or IA3 with this architecture."

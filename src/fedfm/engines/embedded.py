@@ -92,7 +92,9 @@ class EmbeddedSession(Session):
         if self.engine.bank != "auto":
             size = self.engine.bank
             if size > 1 and not self.site.tuned.banks:
-                log.warning("%s cannot bank: clients run one by one instead of %d at a time", type(self.site.federation.tuning).__name__, size)
+                log.warning(
+                    "%s cannot bank: clients run one by one instead of %d at a time", type(self.site.federation.tuning).__name__, size
+                )
                 size = 1
             return size
         if not self.site.tuned.banks:

@@ -42,7 +42,9 @@ def require(name: str, lr: float, work: Work, schedule: str, warmup: int, decay:
         if value is not None and value < 1:
             raise ConfigError(f"{name}.{field} is {value}; it must be 1 or more.")
     if work.batch_size is None and work.accumulate != 1:
-        raise ConfigError(f"{name}.accumulate is {work.accumulate}, but batch_size null takes all examples at once; there is nothing to accumulate.")
+        raise ConfigError(
+            f"{name}.accumulate is {work.accumulate}, but batch_size null takes all examples at once; there is nothing to accumulate."
+        )
     if work.max_grad_norm is not None and not work.max_grad_norm > 0:
         raise ConfigError(f"{name}.max_grad_norm is {work.max_grad_norm}; a bound is more than 0, or null for none.")
     if schedule not in ("constant", "linear", "cosine"):

@@ -155,25 +155,31 @@ class RunFolder:
         """Writes a JSON file into the folder, durably."""
         disk.write_atomic(self.path / name, _pretty(value))
 
-    def replace_folder(self, name: str, write: Callable[[Path], None]) -> None:
-        """Has ``write`` fill a fresh folder, which then takes the place of ``name``."""
-        fresh, old = self.path / f".{name}.new", self.path / f".{name}.old"
-        shutil.rmtree(fresh, ignore_errors=True)
+    def rewrite_folder(self, name: str, write: Callable[[Path], None]) -> None:
+        """Has ``write`` fill the folder ``name`` afresh; if it raises, what was there before stays. Done again where a crash came between.
+
+        It is written in place, not renamed into it, because what ``write`` leaves may hold its own path.
+        """
+        target, old = self.path / name, self.path / f".{name}.old"
         try:
             disk.step(f"before {name}")
-            fresh.mkdir()
-            write(fresh)
-            for file in filter(Path.is_file, fresh.rglob("*")):
-                _sync(file)
-            disk.step(f"written {name}")
             shutil.rmtree(old, ignore_errors=True)
-            if (self.path / name).exists():
-                (self.path / name).replace(old)
-            fresh.replace(self.path / name)
+            if target.exists():
+                target.replace(old)
+            target.mkdir()
+            try:
+                write(target)
+            except BaseException:
+                shutil.rmtree(target, ignore_errors=True)
+                if old.exists():
+                    old.replace(target)
+                raise
+            for file in filter(Path.is_file, target.rglob("*")):
+                _sync(file)
             disk.sync_folder(self.path)
-            disk.step(f"renamed {name}")
+            disk.step(f"written {name}")
         except OSError as error:
-            raise disk.cannot_write(self.path / name, error) from error
+            raise disk.cannot_write(target, error) from error
         shutil.rmtree(old, ignore_errors=True)
 
     # --- going on --------------------------------------------------------------------------------------------------

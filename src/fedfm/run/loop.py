@@ -32,7 +32,7 @@ from fedfm.models.foundation import flops_per_token
 from fedfm.observers.base import RunInfo, Watcher
 from fedfm.observers.evaluate import evaluate
 from fedfm.recipe import dump, load, located, read
-from fedfm.run.folder import MODEL, RECIPE, SPLIT, RunFolder
+from fedfm.run.folder import COMPARE, MODEL, RECIPE, SPLIT, RunFolder
 from fedfm.run.ledger import Ledger
 
 log = logging.getLogger(__name__)
@@ -106,6 +106,8 @@ def resume(
             raise RunError(
                 f"{path} has completed {restored[0].round} rounds, more than the {federation.rounds} asked for. Ask for rounds={restored[0].round} or more."
             )
+        if restored is None or restored[0].round < federation.rounds:
+            (path / COMPARE).unlink(missing_ok=True)  # it compares a model that is about to change
         folder.write_text(RECIPE, dump(federation))
         if ran is None:
             _note_start(folder, federation)
@@ -260,11 +262,11 @@ def _commit(
 def _finish(site: Site, folder: RunFolder, state: ServerState, ledger: Ledger) -> None:
     from fedfm.reports import render
 
-    def write(fresh: Path) -> None:
-        site.federation.tuning.save(site.foundation, state.params, fresh)
-        site.foundation.tokenizer.save_pretrained(fresh)
+    def write(to: Path) -> None:
+        site.federation.tuning.save(site.foundation, state.params, to)
+        site.foundation.tokenizer.save_pretrained(to)
 
-    folder.replace_folder(MODEL, write)
+    folder.rewrite_folder(MODEL, write)
     folder.note("end", round=state.round, ledger=ledger.to_json())
     render(folder.path)
 

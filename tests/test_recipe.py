@@ -162,6 +162,11 @@ def test_overrides_of_a_nested_part_and_of_a_config() -> None:
     found = load(text, ["model.hidden_size=16", "model.Llama.rope_theta=1e4", "data.partition.clients=5", "local.inner.lr=0.5"])
     assert dict(found.model.config) == {"hidden_size": 16, "rope_theta": 1e4}
     assert found.data.partition == IID(5) and found.local == FedProx(SGD(lr=0.5))
+    assert load(dump(found), ["model.hidden_size=32", "model.config.x=1"]).model.config == (
+        ("hidden_size", 32),
+        ("rope_theta", 1e4),
+        ("x", 1),
+    )
 
 
 REFUSED = {

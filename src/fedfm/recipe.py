@@ -452,6 +452,8 @@ def _assign_model(node: Node, path: list[str], new: Node, where: str, at: str) -
     body = _body(node, at)
     name = _architecture(body)
     if name is None:
+        if path[0] not in _fields(Model) and "architecture" in _items(body):
+            path = ["config", *path]
         return _assign_field(Model, body, path, new, where, at)
     inner = path[1:] if path[0] == name else path
     key, config = body.value[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import re
 import textwrap
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def list_parts(room: str | None) -> None:
         print("By concern")
     for concern in concerns:
         names = ", ".join(entry.name for entry in found if concern in entry.concerns)
-        print(textwrap.fill(names, 120, initial_indent=f"  {concern:<18}", subsequent_indent=" " * 20))
+        print(textwrap.fill(names, 120, initial_indent=f"  {concern:<20}", subsequent_indent=" " * 22))
 
 
 def show(name: str) -> None:
@@ -56,7 +57,7 @@ def show(name: str) -> None:
 
 
 def _brief(summary: str) -> str:
-    return textwrap.shorten(summary.replace("``", ""), 100, placeholder=" ...")
+    return textwrap.shorten(re.sub(r":\w+:`([^`]*)`|``", r"\1", summary), 100, placeholder=" ...")
 
 
 def _source(module: str) -> Path:

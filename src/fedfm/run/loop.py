@@ -101,11 +101,12 @@ def resume(
                     ", ".join(changed),
                 )
         check.require(federation.resolved())
-        restored = folder.restore()
-        if restored is not None and restored[0].round > federation.rounds:
+        done = max((line["round"] for line in folder.journal if line["event"] == "round"), default=0)
+        if done > federation.rounds:
             raise RunError(
-                f"{path} has completed {restored[0].round} rounds, more than the {federation.rounds} asked for. Ask for rounds={restored[0].round} or more."
+                f"{path} has completed {done} rounds, more than the {federation.rounds} asked for. Ask for rounds={done} or more."
             )
+        restored = folder.restore()
         if restored is None or restored[0].round < federation.rounds:
             (path / COMPARE).unlink(missing_ok=True)  # it compares a model that is about to change
         folder.write_text(RECIPE, dump(federation))

@@ -1,0 +1,219 @@
+"""The command line: starts at once, answers clearly, and refuses with one message."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from test_run import small
+
+import fedfm
+from fedfm.recipe import dump, load
+from fedfm.run.folder import read_lines
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)  # typer, of what it takes from click
+    from fedfm.cli import main as cli
+
+Answer = tuple[int, str, str]
+Fedfm = Callable[..., Answer]
+
+
+@pytest.fixture
+def call(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path_factory: pytest.TempPathFactory
+) -> Fedfm:
+    """``fedfm`` with words, in a folder with ``recipe.yaml``: exit code, output, errors."""
+    monkeypatch.setenv("FEDFM_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text(dump(small(tmp_path, rounds=1)))
+
+    def call(*words: object) -> Answer:
+        monkeypatch.setattr(sys, "argv", ["fedfm", *map(str, words)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err
+
+    return call
+
+
+# --- start ---------------------------------------------------------------------------------------------------------
+
+
+def seconds(*words: str) -> float:
+    """Processor time of one start: what a quiet machine would take by the clock."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    environment = os.environ | {"PYTHONPATH": str(Path(fedfm.__file__).parent.parent)}
+    subprocess.run([sys.executable, "-m", "fedfm.cli.main", *words], check=True, capture_output=True, env=environment)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+
+
+def test_help_and_list_answer_at_once() -> None:
+    assert min(seconds("--help") for _ in range(3)) < 0.3
+    assert min(seconds("list") for _ in range(3)) < 1.0
+
+
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["list"], ["list", "tuning"], ["show", "LoRA"]])
+def test_nothing_heavy_is_imported_before_it_is_needed(words: list[str]) -> None:
+    code = (
+        "import sys, atexit; heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'yaml'}\n"
+        "atexit.register(lambda: print('HEAVY', *sorted(heavy & set(sys.modules)), file=sys.stderr))\n"
+        f"sys.argv = ['fedfm', *{words!r}]; from fedfm.cli.main import main; main()"
+    )
+    environment = os.environ | {"PYTHONPATH": str(Path(fedfm.__file__).parent.parent)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stderr.strip() == "HEAVY"
+
+
+# --- behaviour -----------------------------------------------------------------------------------------------------
+
+
+def test_from_a_recipe_to_a_result(call: Fedfm, tmp_path: Path) -> None:
+    code, out, err = call("run", "recipe.yaml", "tuning.LoRA.r=4", "--out", "out")
+    assert code == 0 and "out/report.html" in out and "1/1" in out, err
+    assert load(tmp_path / "out" / "recipe.yaml").tuning.r == 4  # type: ignore[attr-defined]
+    code, out, _ = call("resume", "out", "rounds=2")
+    assert code == 0 and "resumed after round 1" in out and read_lines(tmp_path / "out" / "metrics.jsonl")[-1]["round"] == 2
+    code, out, _ = call("compare", "out")
+    assert code == 0 and "local-only" in out and "centralised" in out and (tmp_path / "out" / "compare.json").is_file()
+    assert call("report", "out")[1].strip() == "out/report.html"
+    assert call("export", "out", "--to", "merged", "--merge")[0] == 0 and (tmp_path / "merged" / "model.safetensors").is_file()
+    assert call("generate", "out", "the small cat", "--max-new-tokens", "3")[0] == 0
+
+
+def test_a_dry_run_prints_what_would_run(call: Fedfm, tmp_path: Path) -> None:
+    code, out, _ = call("run", "recipe.yaml", "rounds=7", "--dry-run")
+    assert code == 0 and load(out).rounds == 7 and load(out).data.source == str(tmp_path / "rows.jsonl")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_runs_have_a_place_of_their_own(call: Fedfm, tmp_path: Path) -> None:
+    assert call("run", "recipe.yaml", "rounds=0")[0] == 0
+    assert (tmp_path / "runs" / "small" / "report.html").is_file()
+
+
+def test_check_tells_what_a_plan_promises_and_refuses(call: Fedfm) -> None:
+    code, out, _ = call("check", "recipe.yaml", "--data")
+    assert code == 0 and "ann" in out and "can run" in out
+    code, out, err = call("check", "recipe.yaml", "sampler={Uniform: {clients: 9}}", "--data")
+    assert code == 2 and "refusal" in out and "only 3 owners" in out and "refused" in err
+
+
+def test_list_and_show_tell_what_there_is(call: Fedfm) -> None:
+    _, everything, _ = call("list")
+    for name in ("LoRA", "FedAdam", "ClipByNorm", "Embedded", "By concern", "robustness"):
+        assert name in everything
+    _, room, _ = call("list", "server")
+    assert "FedAdam" in room and "LoRA" not in room
+    _, part, _ = call("show", "LoRA")
+    assert "r: int = 8" in part and "lora.py" in part and "parameter-efficient" in part
+    _, part, _ = call("show", "ClipByNorm")
+    assert "max_norm: float   (must be given)" in part
+
+
+# --- refusals ------------------------------------------------------------------------------------------------------
+
+BAD_ROWS = {
+    "an empty file": ("", "rows.jsonl"),
+    "broken JSON": ('{"owner": "ann", "text": "a"}\n{"owner": "ann", "te\n', "rows.jsonl:2"),
+    "a row that is no object": ('{"owner": "ann", "text": "a"}\n[1]\n', "rows.jsonl:2"),
+    "text that is none": ('{"owner": "ann", "text": 3}\n', "rows.jsonl:1"),
+    "owners with one example": ('{"owner": "ann", "text": "the cat"}\n{"owner": "bob", "text": "the dog"}\n', "ann"),
+}
+BAD_WORDS = {
+    "a missing recipe": (["run", "recip.yaml"], "Did you mean 'recipe.yaml'?"),
+    "a missing file": (["run", "recipe.yaml", "data.source=no.jsonl"], "no.jsonl"),
+    "an unknown column": (["run", "recipe.yaml", "task.text=txt"], "Did you mean 'text'?"),
+    "an unknown owner column": (["run", "recipe.yaml", "data.by=owners"], "Did you mean 'owner'?"),
+    "texts longer than the context": (["run", "recipe.yaml", "model.max_position_embeddings=16"], "context"),
+    "a wrong part": (["run", "recipe.yaml", "tuning=Lora"], "Did you mean 'LoRA'?"),
+    "a wrong type": (["run", "recipe.yaml", "tuning.r=eight"], "a whole number"),
+    "a negative rank": (["run", "recipe.yaml", "tuning.r=-1"], "-1"),
+    "a target that matches nothing": (["run", "recipe.yaml", "tuning.targets=[qq_proj]"], "qq_proj"),
+    "a tokenizer that does not fit": (["run", "recipe.yaml", "model.vocab_size=8"], "do not fit"),
+    "no tokenizer": (["run", "recipe.yaml", "model.tokenizer=/no/where"], "/no/where"),
+    "a model that is none": (["run", "recipe.yaml", "model=./data"], "./data"),
+    "a plan that is refused": (["run", "recipe.yaml", "min_clients=9"], "min_clients"),
+    "divergence, stopped by choice": (
+        ["run", "recipe.yaml", "local={SGD: {lr: 1e30, max_grad_norm: null}}", "on_failure=stop"],
+        "on_failure: stop",
+    ),
+    "a folder that cannot be made": (["run", "recipe.yaml", "--out", "rows.jsonl/out"], "rows.jsonl"),
+    "a folder that is none": (["resume", "nowhere"], "holds no run"),
+    "a report of nothing": (["report", "nowhere"], "nowhere"),
+    "an unknown room": (["list", "tunning"], "Did you mean 'tuning'?"),
+    "an unknown part": (["show", "LORRA"], "Did you mean 'LoRA'?"),
+}
+
+
+def refused(answer: Answer, told: str) -> None:
+    """One clear message and exit code 2."""
+    code, _, err = answer
+    assert code == 2, err
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and told in err, err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("case", BAD_WORDS)
+def test_bad_input_is_one_message(case: str, call: Fedfm, tmp_path: Path) -> None:
+    words, told = BAD_WORDS[case]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    refused(call(*words), told)
+    assert {path: path.read_bytes() for path in before} == before, "nothing that existed is lost"
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_bad_rows_are_named_with_their_line(case: str, call: Fedfm, tmp_path: Path) -> None:
+    text, told = BAD_ROWS[case]
+    (tmp_path / "rows.jsonl").write_text(text)
+    refused(call("run", "recipe.yaml"), told)
+    assert not (tmp_path / "runs" / "small").exists(), "what could not start does not stand in the way"
+
+
+def test_an_owner_with_one_example_is_named_and_left_out(call: Fedfm, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write(json.dumps({"owner": "zoe", "text": "the small cat"}) + "\n")
+    code, out, err = call("run", "recipe.yaml", "rounds=0", "--out", "out")
+    assert code == 0 and "zoe" in out + err + caplog.text
+    assert next(line for line in read_lines(tmp_path / "out" / "journal.jsonl") if line["event"] == "data")["left_out"].keys() == {"zoe"}
+
+
+def test_a_run_that_exists_stays(call: Fedfm, tmp_path: Path) -> None:
+    assert call("run", "recipe.yaml", "--out", "out")[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    refused(call("run", "recipe.yaml", "--out", "out"), "fedfm resume out")
+    refused(call("resume", "out", "tuning.r=3"), "Only rounds and observers may change")
+    refused(call("resume", "out", "rounds=0"), "more than the 0 asked for")
+    assert {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()} == before
+
+
+def test_debug_shows_where(call: Fedfm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["fedfm", "show", "LORRA", "--debug"])
+    with pytest.raises(fedfm.core.errors.ConfigError, match="LORRA"):
+        cli.main()
+
+
+def test_a_stopped_run_says_how_to_go_on(call: Fedfm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import signal
+
+    from fedfm.core import disk
+
+    monkeypatch.setattr(
+        disk, "on_step", lambda name: os.kill(os.getpid(), signal.SIGINT) if name == "written round-000000.safetensors" else None
+    )
+    code, _, err = call("run", "recipe.yaml", "--out", "out")
+    assert code == 130 and "fedfm resume out" in err
+    monkeypatch.setattr(disk, "on_step", None)
+    assert call("resume", "out")[0] == 0
+    assert re.search(r"1/1|round", (tmp_path / "out" / "report.html").read_text())

@@ -306,7 +306,7 @@ def test_preparing_again_finds_the_same(tmp_path, made, tokenizer):
     source = jsonl(tmp_path / "a.jsonl", rows)
     data, seen = Data(source, by="who"), []
     first = made(data, progress=lambda stage, n: seen.append((stage, n)))
-    assert seen[-1] == ("encode", 60)
+    assert seen[-1] == ("Tokenizing rows", 60)
     again = made(data, progress=lambda stage, n: pytest.fail("it was read again"))
     assert again.folder == first.folder and again.picture() == first.picture()
     copied = tmp_path / "copy"

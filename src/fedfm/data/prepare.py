@@ -57,7 +57,7 @@ def prepare(
         key: Draws the partition and what is held out.
         max_context: The longest sequence that the model takes.
         cache: Where prepared data is kept; default ``$FEDFM_CACHE/data``, else ``~/.cache/fedfm/data``.
-        progress: Told the stage (``divide``, ``encode``) and how many rows it has seen.
+        progress: Told what is being done, and how many rows it has seen.
 
     Raises:
         DataError: if a file, row or column is unusable, or no owner is left.
@@ -177,7 +177,7 @@ class _Build:
         self._drain(end=True)
         self._finish()
 
-    def _watched(self, source: Source, stage: str = "encode") -> Iterator[Record]:
+    def _watched(self, source: Source, stage: str = "Tokenizing rows") -> Iterator[Record]:
         number = 0
         for number, record in enumerate(source.rows(), 1):
             yield record
@@ -196,7 +196,7 @@ class _Build:
         if partition.needs_label and label is None:
             raise ConfigError(f"{partition!r} divides rows by label, but the task {self.task!r} has none. Set its 'label' to a column.")
         use = label if partition.needs_label else None
-        labels = [name_in(record, use) if use else None for record in self._watched(source, "divide")]
+        labels = [name_in(record, use) if use else None for record in self._watched(source, "Dividing rows among owners")]
         client_n = partition.assign(labels, self.key.fold("partition").numpy())
         names = [f"client{k:0{len(str(partition.clients - 1))}d}" for k in range(partition.clients)]
         for client in names:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -19,12 +20,12 @@ from fedfm.local import SGD, AdamW, FedProx
 from fedfm.methods import Scaffold
 from fedfm.models import Model
 from fedfm.observers import Evaluate, TensorBoard
-from fedfm.recipe import dump, load, located, read
+from fedfm.recipe import _federation, dump, load, located, read
 from fedfm.samplers import All, Poisson, Uniform, Weighted
 from fedfm.server import FedAdam, FedAvg
 from fedfm.tasks import CausalLM, Classification, Instruct
 from fedfm.transforms import ClipByNorm, Int8, TopK
-from fedfm.tuning import BitFit, LoRA
+from fedfm.tuning import BitFit, LoRA, Peft
 
 BASE = "model: gpt2\ndata: {source: stdlib}\n"
 
@@ -80,6 +81,25 @@ def test_what_is_dumped_is_what_is_loaded(federation: Federation) -> None:
     assert dump(load(text)) == text
 
 
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_whatever_is_written_it_loads_or_is_refused(data: st.DataObject) -> None:
+    text = "model: {Llama: {hidden_size: 8, tokenizer: t}}\ndata: {source: s, by: o}\ntuning: {LoRA: {r: 8, targets: [q]}}\ntransforms: [Int8]\n"
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(text)))
+        new = data.draw(st.sampled_from(["{", "}", "[", "]", ": ", ", ", "\n", "  ", "- ", "null", "1e9", "!!timestamp x", "!!binary a", "!!int x", "9" * 5000, "'", "#", "<<", "? ", "|", "\t", "%", "@", "\0"]))  # fmt: skip
+        text = text[:start] + new + text[start + data.draw(st.integers(0, 9)) :]
+    with contextlib.suppress(ConfigError):
+        _federation(
+            text, "recipe", data.draw(st.lists(st.sampled_from(["tuning.r=1", "model.x.y=2", "transforms.0.z={", "data.by="]), max_size=2))
+        )
+
+
+def test_nothing_is_nested_without_end() -> None:
+    with pytest.raises(ConfigError, match="recursion"):
+        load(BASE + "name: " + "[" * 3000)
+
+
 def test_the_readme_recipe() -> None:
     federation = load("""
 name: dolly-lora
@@ -114,7 +134,12 @@ def test_short_forms_mean_the_long_ones() -> None:
     assert load("model: {source: gpt2}\ndata: {source: stdlib}") == load(BASE)
     scratch = load("model: {Llama: {hidden_size: 64, tokenizer: tok, dtype: bfloat16}}\ndata: {source: stdlib}")
     assert scratch.model == Model(architecture="Llama", config={"hidden_size": 64}, tokenizer="tok", dtype="bfloat16")  # type: ignore[arg-type]
-    assert load(BASE + "data2: 1".replace("data2: 1", "local: {FedProx: {inner: {SGD: {lr: 1e-2}}}}")).local == FedProx(SGD(lr=0.01))
+    assert load(BASE + "local: {FedProx: {inner: {SGD: {lr: 1e-2}}}}").local == FedProx(SGD(lr=0.01))
+    prompts = load(BASE + "tuning: {Peft: {type: PROMPT_TUNING, config: {num_virtual_tokens: 4, layers: [1, 2]}}}", ["tuning.config.x=1"])
+    assert (
+        prompts.tuning == Peft("PROMPT_TUNING", (("layers", (1, 2)), ("num_virtual_tokens", 4), ("x", 1)))
+        and load(dump(prompts)) == prompts
+    )
 
 
 @pytest.mark.parametrize(("text", "value"), [("1e-3", 1e-3), ("1.5E+2", 150.0), (".5", 0.5), ("1.", 1.0), ("3", 3.0), ("1.0e-3", 1e-3)])

@@ -31,6 +31,8 @@ from fedfm.federation import Federation
 from fedfm.models import Model
 
 _OVERRIDE = "override "
+# A mapping that can be part of a value (``Model.config``).
+_PAIRS = tuple[tuple[str, Any], ...]
 _STR, _NULL, _MAP = "tag:yaml.org,2002:str", "tag:yaml.org,2002:null", "tag:yaml.org,2002:map"
 # YAML 1.2's scalars. PyYAML speaks 1.1, where 1e-3 is text, 010 is eight and an owner called "no" is false.
 _SCALARS = {
@@ -157,7 +159,7 @@ def _compose(text: str, name: str) -> Node | None:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise ConfigError(f"{_line(name, mark.line if mark else 0)}: this is not YAML: {error.problem or error.context}.") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{name}: this is not YAML: {error}") from error
     if root is not None:
         _refuse_duplicates(root)
@@ -201,8 +203,10 @@ def _value(node: Node) -> Any:
     """The plain Python value of a node."""
     try:
         return _Loader("").construct_document(node)
-    except yaml.constructor.ConstructorError as error:
-        raise ConfigError(f"{_mark(node)}: {error.problem}; a recipe holds text, numbers, lists and mappings only.") from error
+    except (yaml.constructor.ConstructorError, ValueError, AttributeError) as error:
+        # The last two are what PyYAML lets through for a value that does not fit its tag (!!timestamp x).
+        problem = getattr(error, "problem", None) or error
+        raise ConfigError(f"{_mark(node)}: {problem}; a recipe holds text, numbers, lists and mappings only.") from error
 
 
 def _given(node: Node) -> str:
@@ -259,6 +263,8 @@ def _allowed(hint: Any) -> str:
         return f"a part, {{Name: {{...}}}} with a name of {', '.join(_known(part))}"
     if part is not None:
         return f"a mapping of {', '.join(_fields(part))}"
+    if hint == _PAIRS:
+        return "a mapping of names to values"
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return " or ".join(_allowed(option) for option in args)
@@ -278,6 +284,9 @@ def _allowed(hint: Any) -> str:
 def _build(hint: Any, node: Node, at: str) -> Any:
     if _is_null(node) and type(None) in _options(hint):
         return None
+    if hint == _PAIRS and isinstance(node, MappingNode):
+        # A library's own configuration passes as it stands: the library knows what it may hold, and wants lists as lists.
+        return _value(node)
     many, part = _many_type(hint), _part_type(hint)
     if many is not None and isinstance(node, SequenceNode):
         return tuple(_build(many, item, f"{at}.{i}") for i, item in enumerate(node.value))
@@ -366,20 +375,12 @@ def _build_fields(cls: type, node: MappingNode, at: str) -> Any:
             owner = at or "a recipe"
             raise ConfigError(f"{_mark(key)}: {owner} has no {name!r}.{suggest(name, known)} Known: {', '.join(known) or 'nothing'}.")
         dotted = f"{at}.{name}" if at else name
-        values[name] = _config(value, dotted) if cls is Model and name == "config" else _build(hints[name], value, dotted)
+        values[name] = _build(hints[name], value, dotted)
     missing = [name for name, item in known.items() if name not in values and item.default is MISSING and item.default_factory is MISSING]
     if missing:
         each = "; ".join(f"{name} is {_allowed(hints[name])}" for name in missing)
         raise ConfigError(f"{_mark(node)}: {at or 'the recipe'} needs {' and '.join(missing)}: {each}.")
     return _construct(cls, values, _items(node), node, at)
-
-
-def _config(node: Node, at: str) -> dict[str, Any]:
-    """A model's config passes as it stands: transformers knows what it may hold, and wants lists as lists."""
-    if not isinstance(node, MappingNode):
-        _refuse(node, at, Mapping[str, Any])
-    found: dict[str, Any] = _value(node)
-    return found
 
 
 def _construct(cls: type, values: dict[str, Any], nodes: Mapping[str, Node], node: Node, at: str) -> Any:
@@ -504,22 +505,16 @@ def _plain_fields(part: Any) -> dict[str, Any]:
 
 
 def _plain(value: Any, hint: Any = Any) -> Any:
-    if isinstance(value, Model):
-        return _plain_model(value)
     if isinstance(value, Part):
         fixed = _part_type(hint)
         written = _plain_fields(value)
+        if isinstance(value, Model):
+            # Of the two ways to give a model, only the one that was taken.
+            for name in ("architecture", "config") if value.architecture is None else ("source",):
+                del written[name]
         return written if fixed is not None and is_dataclass(fixed) else {type(value).__name__: written}
+    if hint == _PAIRS:
+        return {name: _plain(item) for name, item in value}
     if isinstance(value, tuple | list):
         return [_plain(item, _many_type(hint) or Any) for item in value]
     return {name: _plain(item) for name, item in value.items()} if isinstance(value, Mapping) else value
-
-
-def _plain_model(model: Model) -> Any:
-    rest = {name: getattr(model, name) for name in _fields(Model) if name not in ("architecture", "config")}
-    if model.architecture is None:
-        return rest
-    del rest["source"]
-    config = {name: _plain(value) for name, value in model.config}
-    # A config may have names of ours (dtype); the long form keeps the two apart.
-    return {"architecture": model.architecture, "config": config, **rest}

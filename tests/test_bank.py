@@ -193,3 +193,16 @@ def test_evaluation_in_a_bank_equals_evaluation_one_by_one() -> None:
             torch.testing.assert_close(together[name][k], value[0], rtol=1e-5, atol=1e-5)
     for name, value in bank.evaluate(theta_kd[:1], [sets[1]]).items():
         torch.testing.assert_close(shared[name][1], value[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tuning", [LoRA(r=2, dropout=0.1), IA3(), Full()])
+def test_a_base_in_bfloat16_trains_much_like_one_in_float32(tuning: Tuning) -> None:
+    from fedfm.models import load
+
+    losses = []
+    for dtype in ("float32", "bfloat16"):
+        foundation = load(replace(tiny.spec("Llama"), dtype=dtype), "causal_lm", (), "cpu", Key.root(0))  # type: ignore[arg-type]
+        bank = Bank(tuning.attach(foundation), CausalLM(), AdamW(lr=1e-2, steps=3, batch_size=2), 0, torch.device("cpu"), Key.root(1))
+        (trained,) = bank.train(bank.tuned.init(Key.root(2)), jobs_of([6], 5, 9), 1)
+        losses.append(trained.metrics["loss"])
+    assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.01

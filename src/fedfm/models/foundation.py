@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import warnings
 from collections.abc import Sequence
@@ -184,6 +185,8 @@ def load(spec: Model, head: Head, labels: Sequence[str] = (), device: str = "aut
         raise ModelError(
             f"The model at {spec.source!r} has no weights for {sorted(fresh)[:4]}: it is not a {head.replace('_', ' ')} model."
         )
+    # Rows are padded on the right only where a causal model cannot see it; the advice would be printed into every run.
+    logging.getLogger("transformers.modeling_utils").addFilter(_not_about_padding)
     model.config.use_cache = False
     if spec.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -197,6 +200,10 @@ def load(spec: Model, head: Head, labels: Sequence[str] = (), device: str = "aut
     if head == "sequence_classification" and spec.source is None:
         fresh = {name for name, _ in model.named_children() if name in ("score", "classifier")}
     return Foundation(model, tokenizer, spec, head, tuple(labels), tuple(sorted(fresh)), dropout)
+
+
+def _not_about_padding(record: logging.LogRecord) -> bool:
+    return "passing in an `attention_mask`" not in record.getMessage()
 
 
 def _without_dropout(config: Any) -> dict[str, float]:

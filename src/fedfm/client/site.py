@@ -34,6 +34,7 @@ class Site:
         folder: The run's folder; clients keep their memory under it. ``None`` keeps it in this process.
         choices: What was chosen by measuring (the bank's size), kept when a run is resumed.
         owners: Everybody's data, where this site divided it.
+        written: The plan as its recipe has it, its method not applied: what can be told to another process as text.
     """
 
     federation: Federation
@@ -44,6 +45,7 @@ class Site:
     folder: Path | None = None
     choices: dict[str, int] = field(default_factory=dict)
     owners: Owners | None = None
+    written: Federation | None = None
 
     @staticmethod
     def build(federation: Federation, folder: Path | None = None, progress: Progress | None = None, owners: Owners | None = None) -> Site:
@@ -58,13 +60,13 @@ class Site:
             DataError: if no owner has usable data.
             ModelError: if the tokenizer or config does not load.
         """
-        federation = federation.resolved()
+        written, federation = federation, federation.resolved()
         key = Key.root(federation.seed)
         if owners is None:
             tokenizer = load_tokenizer(federation.model.tokenizer or federation.model.source or "")
             limit = max_context(read_config(federation.model))
             owners = prepare(federation.data, federation.task, tokenizer, key=key.fold("data"), max_context=limit, progress=progress)
-        return Site(federation, owners.ids, owners.shard, owners.labels, key, folder, owners=owners)
+        return Site(federation, owners.ids, owners.shard, owners.labels, key, folder, owners=owners, written=written)
 
     @cached_property
     def foundation(self) -> Foundation:
@@ -76,4 +78,3 @@ class Site:
     def tuned(self) -> Tuned:
         """The model prepared for its tuning."""
         return self.federation.tuning.attach(self.foundation)
-

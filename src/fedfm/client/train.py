@@ -200,7 +200,8 @@ class Bank:
             chunk = where[first : first + size]
             rows: Rows = []
             for _, s, i in chunk:
-                rows += self.task.rows(sets[s], np.array([i]), self.key.fold(fold, s, i).numpy())
+                # Not the set's place: what is drawn for an owner must not depend on who is evaluated with it.
+                rows += self.task.rows(sets[s], np.array([i]), self.key.fold(fold, i).numpy())
             batch = self.collate([rows])
             owner_p = torch.tensor([s for _, s, _ in chunk], device=self.device)[batch.row_p]
             _add(sums, self._stats(batch, owner_p, len(sets)))
@@ -221,7 +222,7 @@ class Bank:
                     [
                         row
                         for i in order[s][first : first + size]
-                        for row in self.task.rows(own, np.array([i]), self.key.fold(fold, s, int(i)).numpy())
+                        for row in self.task.rows(own, np.array([i]), self.key.fold(fold, int(i)).numpy())
                     ]
                 )
             batch = self.collate(parts)

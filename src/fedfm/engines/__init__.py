@@ -1,3 +1,4 @@
 """Where the clients run."""
 
 from fedfm.engines.embedded import Embedded as Embedded
+from fedfm.engines.process import Process as Process

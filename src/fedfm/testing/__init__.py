@@ -6,6 +6,7 @@ Example:
 """
 
 from fedfm.testing.aggregators import check_aggregator as check_aggregator
+from fedfm.testing.engines import check_engine as check_engine
 from fedfm.testing.parts import check_part as check_part
 from fedfm.testing.parts import examples as examples
 from fedfm.testing.samplers import check_sampler as check_sampler

@@ -1,0 +1,129 @@
+"""What every engine must do: give the numbers of a client on a machine of its own, and one outcome for each request."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from fedfm.client.site import Site
+from fedfm.core.messages import Failure, Reply, Request
+from fedfm.core.parts import ClientId, Engine, Session, Tree
+from fedfm.core.round import RoundRecord, ServerState, play, start
+from fedfm.engines import Embedded
+from fedfm.federation import Federation
+from fedfm.testing.parts import check_part, same
+
+
+def check_engine(engine: Engine, federation: Federation, folder: Path, exact: bool = True) -> None:
+    """The recipe's numbers are those of ``Embedded(bank=1)``, whatever the order and however often the engine is closed and opened again.
+
+    Args:
+        federation: At least two clients, two rounds of them; best with transforms that draw and remember. Its own engine is not used.
+        folder: An empty folder for the clients' memory.
+        exact: Bit for bit; else to float rounding, for engines that put clients into one batch.
+
+    Raises:
+        AssertionError: naming the law that is broken.
+    """
+    check_part(engine)
+    name = type(engine).__name__
+    reference = Site.build(replace(federation, engine=Embedded(bank=1)))
+    first, *others = clients = reference.clients
+    assert others, "the suite needs at least two clients"
+    state = expected = start(reference.federation, reference.tuned.init(reference.key.fold("init")))
+
+    with reference.federation.engine.open(reference) as alone:
+        for round in (1, 2):
+            # Each round in a session of its own: what a client remembers is the client's, not the session's.
+            site = Site.build(replace(federation, engine=engine), folder, owners=reference.owners)
+            with engine.open(site) as session:
+                if round == 1:
+                    _check_verbs(name, session, alone, expected.params, clients)
+                state, record = play(site.federation, state, session, clients, site.key)
+                expected, record_alone = play(reference.federation, expected, alone, clients, reference.key)
+                _check_round(name, state, record, expected, record_alone, exact)
+                if round == 2:
+                    _check_again(
+                        name,
+                        session,
+                        Request("train", 3, {**state.params, **site.federation.server.broadcast(state.params, state.server)}),
+                        clients,
+                    )
+                    _check_deadline(name, session, first)
+            session.close()
+
+
+def ask(session: Session, requests: Mapping[ClientId, Request], deadline: float | None = None) -> dict[ClientId, Reply | Failure]:
+    """The answers by client.
+
+    Raises:
+        AssertionError: unless there is exactly one for each request.
+    """
+    answers = list(session.exchange(requests, deadline))
+    asked, told = sorted(requests), sorted(answer.client for answer in answers)
+    assert told == asked, f"{asked} were asked and {told} answered; each request has exactly one outcome"
+    for answer in answers:
+        request = requests[answer.client]
+        assert isinstance(answer, Failure) or (answer.verb, answer.round) == (request.verb, request.round), (
+            f"{answer} does not answer {request}"
+        )
+    return {answer.client: answer for answer in answers}
+
+
+def _check_verbs(name: str, session: Session, alone: Session, params: Tree, clients: tuple[ClientId, ...]) -> None:
+    assert ask(session, {}) == {}, f"{name} answers when nobody is asked"
+    describe = dict.fromkeys(clients, Request("describe"))
+    assert ask(session, describe) == ask(alone, describe), f"{name}: clients describe themselves differently"
+    evaluate = dict.fromkeys(clients, Request("evaluate", 0, params, {"split": "test"}))
+    answers, expected = ask(session, evaluate), ask(alone, evaluate)
+    for client in clients:
+        mine, theirs = answers[client], expected[client]
+        assert isinstance(mine, Reply) and isinstance(theirs, Reply), f"{name}: {client} could not evaluate: {mine}"
+        # Evaluations may share a batch on any engine, so they agree to rounding.
+        _require_close(mine.tensors, theirs.tensors, f"{name}, evaluation of {client}")
+    mixed = {clients[0]: Request("no-such-verb"), "no such client": Request("describe"), clients[1]: Request("describe")}
+    outcome = {client: type(answer) for client, answer in ask(session, mixed).items()}
+    assert outcome == {clients[0]: Failure, "no such client": Failure, clients[1]: Reply}, (
+        f"{name}: what is unknown must fail alone, got {outcome}"
+    )
+
+
+def _check_round(name: str, state: ServerState, record: RoundRecord, expected: ServerState, alone: RoundRecord, exact: bool) -> None:
+    assert not record.failures, f"{name}: {record.failures}"
+    what = f"{name}, round {state.round}"
+    if exact:
+        assert same(state.params, expected.params) and same(state.server, expected.server), (
+            f"{what}: weights differ from those of clients run one by one"
+        )
+        assert replace(record, seconds={}) == replace(alone, seconds={}), f"{what}: the records differ:\n{record}\n{alone}"
+    _require_close(state.params, expected.params, what)
+
+
+def _check_again(name: str, session: Session, request: Request, clients: tuple[ClientId, ...]) -> None:
+    """A server that crashed before it could commit asks again, in whatever order."""
+    once, again = ask(session, dict.fromkeys(clients, request)), ask(session, dict.fromkeys(reversed(clients), request))
+    for client in clients:
+        x, y = once[client], again[client]
+        assert isinstance(x, Reply) and isinstance(y, Reply), f"{name}: {client} failed: {x}, {y}"
+        assert x.meta == y.meta and same(x.tensors, y.tensors), f"{name}: {client}, asked again for the same round, answers differently"
+
+
+def _check_deadline(name: str, session: Session, client: ClientId) -> None:
+    late = ask(session, {client: Request("describe")}, deadline=1e-9)[client]
+    assert isinstance(late, Reply) or late.stage == "deadline", f"{name}: {client} was late, and is said to have failed in {late.stage}"
+    answer = ask(session, {client: Request("describe")})[client]
+    assert isinstance(answer, Reply), f"{name}: {client} does not come back after a deadline: {answer}"
+
+
+def _require_close(x: Tree, y: Tree, what: str) -> None:
+    assert list(x) == list(y), f"{what}: {list(x)} instead of {list(y)}"
+    for leaf in x:
+        difference = (x[leaf].double() - y[leaf].double()).norm().item()
+        assert difference <= 1e-4 * y[leaf].double().norm().item() + 1e-7 * math.sqrt(y[leaf].numel()), (
+            f"{what}: {leaf} differs by {difference}"
+        )
+
+
+__all__ = ["ask", "check_engine"]

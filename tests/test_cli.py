@@ -8,7 +8,6 @@ import re
 import resource
 import subprocess
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,12 +15,9 @@ import pytest
 from test_run import small
 
 import fedfm
+from fedfm.cli import main as cli
 from fedfm.recipe import dump, load
 from fedfm.run.folder import read_lines
-
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore", DeprecationWarning)  # typer, of what it takes from click
-    from fedfm.cli import main as cli
 
 Answer = tuple[int, str, str]
 Fedfm = Callable[..., Answer]

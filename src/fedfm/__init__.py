@@ -14,11 +14,21 @@ if TYPE_CHECKING:
     from fedfm.federation import Federation as Federation
     from fedfm.recipe import dump as dump
     from fedfm.recipe import load as load
+    from fedfm.run.compare import compare as compare
+    from fedfm.run.loop import resume as resume
     from fedfm.run.loop import run as run
 
 __version__ = "0.1.0"
-_LAZY = {"Federation": "fedfm.federation", "load": "fedfm.recipe", "dump": "fedfm.recipe", "run": "fedfm.run.loop", "replace": "dataclasses"}
-__all__ = ["Federation", "__version__", "dump", "load", "replace", "run"]
+_LAZY = {
+    "Federation": "fedfm.federation",
+    "compare": "fedfm.run.compare",
+    "dump": "fedfm.recipe",
+    "load": "fedfm.recipe",
+    "replace": "dataclasses",
+    "resume": "fedfm.run.loop",
+    "run": "fedfm.run.loop",
+}
+__all__ = ["Federation", "__version__", "compare", "dump", "load", "replace", "resume", "run"]
 
 
 def __getattr__(name: str) -> Any:

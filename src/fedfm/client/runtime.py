@@ -72,7 +72,7 @@ class Runtime:
                 yield from (Failure(client, verb, f"{type(error).__name__}: {str(error).splitlines()[0]}") for client in group)
 
     def _describe(self, requests: Mapping[ClientId, Request]) -> Iterator[Answer]:
-        for client in requests:
+        for client, request in requests.items():
             shard = self.site.open_shard(client)
             meta: dict[str, float | int] = {
                 "train": len(shard.train),
@@ -80,7 +80,7 @@ class Runtime:
                 "tokens": int(np.asarray(shard.train.lengths).sum()),
                 **{f"label:{label}": count for label, count in shard.histogram().items()},
             }
-            yield Reply(client, "describe", 0, {}, meta)
+            yield Reply(client, "describe", request.round, {}, meta)
 
     def _train(self, requests: Mapping[ClientId, Request]) -> Iterator[Answer]:
         request = next(iter(requests.values()))
@@ -99,7 +99,7 @@ class Runtime:
                     f"its loss or parameters became NaN or infinite in round {request.round} (loss {trained.metrics['loss']})",
                 )
                 continue
-            ctx = RoundContext(request.round, self.site.key, params, len(self.site.clients), client)
+            ctx = RoundContext(request.round, self.site.key, params, self.site.num_clients, client)
             update = Update(trained.delta, float(len(examples[client])), 1, client, trained.metrics)
             memory: dict[str, torch.Tensor] = {f"local/{name}": leaf for name, leaf in trained.memory.items()}
             for i, transform in enumerate(plan.transforms):

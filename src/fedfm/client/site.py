@@ -34,6 +34,7 @@ class Site:
         folder: The run's folder; clients keep their memory under it. ``None`` keeps it in this process.
         choices: What was chosen by measuring (the bank's size), kept when a run is resumed.
         owners: Everybody's data, where this site divided it.
+        registered: How many clients the federation has, here and elsewhere; 0 where all are here.
         written: The plan as its recipe has it, its method not applied: what can be told to another process as text.
     """
 
@@ -46,6 +47,12 @@ class Site:
     choices: dict[str, int] = field(default_factory=dict)
     owners: Owners | None = None
     written: Federation | None = None
+    registered: int = 0
+
+    @property
+    def num_clients(self) -> int:
+        """How many clients the federation has."""
+        return self.registered or len(self.clients)
 
     @staticmethod
     def build(federation: Federation, folder: Path | None = None, progress: Progress | None = None, owners: Owners | None = None) -> Site:

@@ -74,7 +74,16 @@ def _runtime(client: str, told: Mapping[str, Any]) -> Runtime:
     torch.set_num_threads(told["threads"])
     shard, folder = Shard.open(Path(told["data"])), Path(told["folder"])
     key, choices = Key(bytes.fromhex(told["key"])), json.loads(told["choices"])
-    site = Site(recipe.load(told["recipe"]).resolved(), (client,), lambda _: shard, shard.labels, key, folder, choices)
+    site = Site(
+        recipe.load(told["recipe"]).resolved(),
+        (client,),
+        lambda _: shard,
+        shard.labels,
+        key,
+        folder,
+        choices,
+        registered=told["num_clients"],
+    )
     runtime = Runtime(site, StateStore(folder))
     # A model that does not load is a failure to start, not of the first round.
     runtime.bank  # noqa: B018

@@ -74,18 +74,6 @@ def entries(room: str) -> dict[str, Entry]:
     return dict(sorted(found.items()))
 
 
-def find(room: str, name: str, where: str) -> Entry:
-    """The part ``name`` of ``room``.
-
-    Raises:
-        ConfigError: naming the nearest part.
-    """
-    known = entries(room)
-    if name not in known:
-        raise ConfigError(f"{where}: there is no {name!r} in {room}.{suggest(name, known)} Known: {', '.join(known)}.")
-    return known[name]
-
-
 def suggest(name: str, known: Iterable[str]) -> str:
     """`` Did you mean 'x'?`` or nothing."""
     lower = {k.lower(): k for k in known}

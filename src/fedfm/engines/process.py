@@ -96,6 +96,7 @@ class Process(Engine):
                 "key": site.key.digest.hex(),
                 "threads": threads,
                 "choices": json.dumps(site.choices),
+                "num_clients": site.num_clients,
                 "max_bytes": max_bytes,
             }
             return Request("hello", meta=told)

@@ -1,0 +1,1 @@
+"""Flower's simulation. What is here runs in Flower's environment and imports nothing of fedfm."""

@@ -1,0 +1,88 @@
+"""Each benchmark answers ``--help``; the cheapest one writes the rows that the documentation's tables are made of."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # benchmarks run from the checkout and are never installed
+common, page = importlib.import_module("benchmarks.common"), importlib.import_module("benchmarks.render")
+MODULES = ["cohort", "memory", "start", "truth", "render", "peers"]
+ROW = {
+    "date": "2026-01-01T00:00:00+00:00",
+    "cpu": "a CPU",
+    "cores": 2,
+    "load": 0.5,
+    "versions": {"python": "3.11"},
+    "ours_s": 2.0,
+    "theirs_s": 1.0,
+    "ratio": 2.0,
+}
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    path = os.pathsep.join(filter(None, (str(ROOT / "src"), os.environ.get("PYTHONPATH"))))
+    return subprocess.run(
+        [sys.executable, "-m", *arguments], cwd=ROOT, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=True
+    )
+
+
+def test_pairs_alternate_and_leave_the_warmup_out() -> None:
+    seen: list[str] = []
+    found = common.pairs(lambda: seen.append("a"), lambda: seen.append("b"), repetitions=2, warmup=1)
+    assert "".join(seen) == "abbaab"
+    row = found.to_row()
+    assert row["repetitions"] == len(found.ours) == len(found.theirs) == 2
+    assert row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
+
+
+def test_a_ratio_is_the_median_of_the_pairs() -> None:
+    row = common.Pairs((1.0, 4.0, 3.0), (1.0, 2.0, 1.0)).to_row()
+    assert (row["ours_s"], row["theirs_s"]) == (3.0, 1.0)
+    assert (row["ratio"], row["ratio_min"], row["ratio_max"]) == (2.0, 1.0, 3.0)
+
+
+def test_every_table_has_its_place_in_the_page() -> None:
+    text = page.DOC.read_text()
+    for name in common.COLUMNS:
+        assert text.count(f"<!-- begin {name} -->") == text.count(f"<!-- end {name} -->") == 1
+
+
+def test_rendering_replaces_one_table_and_nothing_else() -> None:
+    rows = [{**ROW, "benchmark": "start", "command": "fedfm --help", "imports_torch": False}]
+    text = "before <!-- begin start -->old<!-- end start --> after <!-- begin memory -->kept<!-- end memory -->"
+    once = page.rendered(text, rows)
+    assert "old" not in once and "fedfm --help" in once and "kept" in once
+    assert once.startswith("before ") and " after " in once
+    assert page.rendered(once, rows) == once
+
+
+def test_what_was_not_measured_says_so() -> None:
+    row = {**ROW, "benchmark": "cohort", "against": "flower", "shape": "4 x 1 x 16"}
+    row |= {"ours_s": None, "theirs_s": None, "ratio": None, "note": "not installed"}
+    assert "not installed" in common.table([row])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", MODULES)
+def test_help(module: str) -> None:
+    assert "usage:" in run(f"benchmarks.{module}", "--help").stdout
+
+
+@pytest.mark.slow
+def test_quick_rows_have_the_documented_fields(tmp_path: Path) -> None:
+    shown = run("benchmarks.start", "--quick", "--json", str(tmp_path / "start.json")).stdout
+    rows = [json.loads(line) for line in (tmp_path / "start.json").read_text().splitlines()]
+    assert [row["command"] for row in rows] == ["fedfm --help", "fedfm list"]
+    for row in rows:
+        assert {*ROW, "benchmark"} <= set(row)
+        assert row["ratio"] == pytest.approx(row["ours_s"] / row["theirs_s"])
+        assert not row["imports_torch"]
+    assert common.table(rows) in shown

@@ -1,0 +1,166 @@
+"""The tour: federated tuning of a language model on any machine, offline, in a few minutes.
+
+The owners are the packages of Python's standard library, the public text is Python's manual. A tokenizer and a small Llama are
+trained on the public text by the same trainer as everything else (a federation of one owner whose parameters all train), and kept
+for the next time; then LoRA is tuned across the owners and compared with its two ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import fedfm
+from fedfm.core import disk, words
+from fedfm.data import Data, public_text
+from fedfm.federation import Federation
+from fedfm.local import AdamW
+from fedfm.models import Model, train_bpe
+from fedfm.observers import Evaluate
+from fedfm.observers.base import Watcher
+from fedfm.observers.progress import Progress
+from fedfm.reports import comparison_lines, comparison_table
+from fedfm.run.compare import compare
+from fedfm.run.folder import RECIPE
+from fedfm.run.loop import resume, run
+from fedfm.tasks import CausalLM
+from fedfm.tuning import Full, LoRA
+
+VOCABULARY = 1024
+
+
+def base_federation(folder: Path) -> Federation:
+    """The base model's training: one owner, whose text is public, and every parameter.
+
+    Args:
+        folder: Holds ``tokenizer/`` and ``public/``.
+    """
+    size = {
+        "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "max_position_embeddings": 256, "tie_word_embeddings": True,
+    }  # fmt: skip
+    return Federation(
+        name="base",
+        model=Model(architecture="Llama", config=tuple(size.items()), tokenizer=str(folder / "tokenizer")),
+        data=Data(str(folder / "public"), test_fraction=0.05),
+        tuning=Full(),
+        local=AdamW(lr=8e-3, steps=60, batch_size=6, weight_decay=0.1, warmup=4, decay=0.75),
+        rounds=8,
+    )
+
+
+def federation(model: str) -> Federation:
+    """The tour's plan. ``recipes/quickstart.yaml`` is the same as text.
+
+    Args:
+        model: Folder of the base model.
+    """
+    return Federation(
+        name="quickstart",
+        model=Model(model),
+        data=Data("stdlib", limit=120),
+        task=CausalLM(max_length=64),
+        tuning=LoRA(r=8, alpha=16.0, targets=("all-linear",)),
+        local=AdamW(lr=1e-2, steps=6, batch_size=4),
+        evaluate=Evaluate(max_examples=32),
+        rounds=10,
+    )
+
+
+def main(out: Path = Path("runs/quickstart"), quick: bool = False) -> Path:
+    """Trains the base model (or finds it), tunes it across the owners, compares, and prints the table.
+
+    Args:
+        out: The run's folder; where it is taken already, ``-2``, ``-3``... is added.
+        quick: A round of next to nothing of everything, to see that it works.
+
+    Returns:
+        The run's folder.
+    """
+    began = time.monotonic()
+    logging.basicConfig(level=logging.ERROR, format="%(levelname)s: %(message)s")
+    print("Federated tuning of a language model, on this machine and offline.\n\nThe base model: Python's manual, which is public.")
+    model = base_model(quick, [Progress()])
+    plan = replace(federation(str(model)), rounds=1 if quick else federation("").rounds)
+    out = unused(out)
+    print("\nThe federation: each package of Python's standard library is an owner, and its text stays where it is.")
+    table = compare(plan, out, watchers=[Progress()], stage=_say).to_json()
+    print()
+    _show(table)
+    print(f"\nDone in {words.duration(time.monotonic() - began)}.")
+    print(f"  report   {out / 'report.html'}   open it in a browser")
+    print(f"  adapter  {out / 'model'}   loads in peft and transformers")
+    print(f"  recipe   {out / 'recipe.yaml'}   change a part: fedfm compare {out / 'recipe.yaml'} tuning.LoRA.r=16 --out runs/mine")
+    return out
+
+
+def base_model(quick: bool = False, watchers: Sequence[Watcher] = ()) -> Path:
+    """The folder of a tokenizer and a small Llama trained on public text; found where it was made before, gone on with where that was cut off.
+
+    Args:
+        quick: One short round.
+    """
+    texts = list(public_text())
+    root = Path(os.environ.get("FEDFM_CACHE") or Path.home() / ".cache" / "fedfm") / "quickstart"
+    plan = base_federation(Path())
+    if quick:
+        plan = replace(plan, rounds=1, local=AdamW(steps=2))
+    made_of = "\0".join([fedfm.__version__, repr(plan), str(VOCABULARY), *texts])
+    folder = root / hashlib.blake2b(made_of.encode(), digest_size=8).hexdigest()
+    ran, model = folder / "run", folder / "run" / "model"
+    if not (model / "config.json").is_file():
+        if not (folder / "tokenizer" / "tokenizer.json").is_file():
+            disk.write_atomic(folder / "public" / "manual.txt", "\n\n".join(texts).encode())
+            fresh = folder / f".tokenizer-{os.getpid()}"
+            train_bpe(texts, VOCABULARY).save_pretrained(fresh)
+            fresh.replace(folder / "tokenizer")
+        plan = replace(base_federation(folder), rounds=plan.rounds, local=plan.local)
+        _play(resume(ran, watchers=watchers) if (ran / RECIPE).is_file() else run(plan, out=ran, watchers=watchers))
+    else:
+        print(f"Found, trained by an earlier quickstart: {model}")
+    if not quick:
+        _point(root / "model", model)
+    return model
+
+
+def unused(out: Path) -> Path:
+    """``out``, or the first of ``out-2``, ``out-3``... that does not exist."""
+    found, i = out, 2
+    while found.exists():
+        found, i = out.with_name(f"{out.name}-{i}"), i + 1
+    return found
+
+
+def _play(rounds: Iterable[object]) -> None:
+    for _ in rounds:
+        pass
+
+
+def _point(link: Path, target: Path) -> None:
+    """A name that does not change with what the base is made of, for recipes."""
+    fresh = link.with_name(f".{link.name}-{os.getpid()}")
+    fresh.symlink_to(target)
+    fresh.replace(link)
+
+
+def _say(text: str, done: int | None, total: int | None) -> None:
+    if done is None or done == total:
+        print(f"- {text}", flush=True)
+
+
+def _show(table: dict[str, object]) -> None:
+    from rich.console import Console
+
+    console = Console()
+    if not console.is_terminal:
+        print("\n".join(comparison_lines(table)))
+        return
+    from fedfm.reports.table import travelled
+
+    console.print(comparison_table(table))
+    print(f"Travelled: {travelled(table)}.")

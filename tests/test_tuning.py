@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +10,12 @@ import tiny
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
-from fedfm.core.errors import ConfigError
+from fedfm.core.errors import ConfigError, ModelError
 from fedfm.core.keys import Key
 from fedfm.core.task import Batch
 from fedfm.core.tuning import Tuning
-from fedfm.models import Foundation
+from fedfm.models import Foundation, Model, load
+from fedfm.models.foundation import device_of, save
 from fedfm.tuning import IA3, BitFit, Full, Head, LoRA, Peft, load_adapter
 from fedfm.tuning.layout import plain_copy
 
@@ -177,6 +179,104 @@ def test_full_is_the_model_itself(shape: str, tmp_path: Path) -> None:
     torch.testing.assert_close(mine, logits(foundation, auto.from_pretrained(tmp_path).eval(), batch), **TOLERANCE)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", ["lora", "head"])
+def test_what_an_output_layer_learned_does_not_move_the_embeddings_tied_to_it(shape: str, kind: str, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    foundation = tiny.foundation(shape, tie_word_embeddings=True)
+    batch, output = batch_of(foundation), ("decoder" if shape == "Bert" else "lm_head",)
+    tuning = LoRA(r=2, targets=output) if kind == "lora" else Head(modules=output)
+    mine, params = ours(tuning, foundation, batch)
+    model = tuning.merge(foundation, params)
+    torch.testing.assert_close(mine, logits(foundation, model, batch), **TOLERANCE)
+    save(foundation, model, tmp_path)
+    auto = AutoModelForMaskedLM if shape == "Bert" else AutoModelForCausalLM
+    torch.testing.assert_close(mine, logits(foundation, auto.from_pretrained(tmp_path).eval(), batch), **TOLERANCE)
+
+
+def test_a_copy_keeps_what_the_base_was_published_with() -> None:
+    foundation = tiny.foundation("Bert")
+    assert foundation.model.config.hidden_dropout_prob == 0 and plain_copy(foundation).config.hidden_dropout_prob == 0.1
+    foundation = tiny.foundation("Llama")
+    foundation.model.generation_config.eos_token_id = [2, 7]
+    assert plain_copy(foundation).generation_config.eos_token_id == [2, 7]
+
+
+def test_a_base_of_less_precision_turns_by_the_same_angles() -> None:
+    exact = tiny.foundation("Llama").model.model.rotary_emb.inv_freq
+    foundation = load(replace(tiny.spec("Llama"), dtype="bfloat16"), "causal_lm", (), "cpu", Key.root(0))
+    assert foundation.model.dtype == torch.bfloat16
+    for model in (foundation.model, plain_copy(foundation)):
+        assert torch.equal(model.model.rotary_emb.inv_freq, exact)
+
+
+def test_a_causal_classifier_reads_the_last_token_whatever_the_checkpoint_pads_with(tmp_path: Path) -> None:
+    base = tiny.foundation("Llama", pad_token_id=5)
+    save(base, base.model, tmp_path)
+    foundation = load(Model(str(tmp_path)), "sequence_classification", ("a", "b"), "cpu", Key.root(0))
+    assert foundation.model.config.pad_token_id == foundation.tokenizer.pad_token_id != 5
+    tuned, batch = LoRA().attach(foundation), batch_of(foundation)
+    tuned.bind(tuned.spec.flatten(tuned.init(Key.root(0))).unsqueeze(0))
+    with torch.no_grad():
+        alone = tuned.logits(batch)
+        batch.input_ids = torch.nn.functional.pad(batch.input_ids, (0, 4), value=foundation.tokenizer.pad_token_id)
+        torch.testing.assert_close(alone, tuned.logits(batch), **TOLERANCE)
+
+
+def test_a_padding_token_that_also_ends_a_text_still_trains(tmp_path: Path) -> None:
+    base = tiny.foundation("Llama")
+    base.model.config.pad_token_id, base.tokenizer.pad_token = None, base.tokenizer.eos_token
+    save(base, base.model, tmp_path)
+    foundation = load(Model(str(tmp_path)), "causal_lm", (), "cpu", Key.root(0))
+    assert foundation.model.model.embed_tokens.padding_idx is None
+    assert foundation.model.config.pad_token_id == foundation.tokenizer.eos_token_id
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+def test_we_load_what_peft_names_by_its_own_habits(kind: str, tmp_path: Path) -> None:
+    # A classifier's head under every name it may have; BERT's two layers called output.dense.
+    foundation = tiny.foundation("Bert", "sequence_classification", ("a", "b", "c"))
+    batch = batch_of(foundation)
+    config = (
+        LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
+        if kind == "lora"
+        else IA3Config(task_type="SEQ_CLS", target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"])
+    )
+    theirs = get_peft_model(plain_copy(foundation), config).eval()
+    with torch.no_grad():
+        for p in theirs.parameters():
+            if p.requires_grad:
+                p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p))))
+    theirs.save_pretrained(str(tmp_path))
+    tuning, params = load_adapter(tmp_path)
+    tuned = tuning.attach(foundation)
+    assert set(tuned.spec.names) == set(params)
+    tuned.bind(tuned.spec.flatten(params).unsqueeze(0))
+    with torch.no_grad():
+        torch.testing.assert_close(tuned.logits(batch), logits(foundation, theirs, batch), **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["LOHA", "PROMPT_TUNING"])
+@pytest.mark.parametrize("shape", ["Llama", "Bert"])
+def test_a_foreign_adapter_brings_the_base_that_exists_nowhere_else(shape: str, kind: str, tmp_path: Path) -> None:
+    import peft
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+    classify = shape == "Bert"
+    foundation = tiny.foundation(shape, "sequence_classification" if classify else None, ("a", "b", "c") if classify else ())
+    batch, target = batch_of(foundation), "query" if classify else "q_proj"
+    tuning = Peft(kind, {"r": 2, "target_modules": [target]} if kind == "LOHA" else {"num_virtual_tokens": 3})  # type: ignore[arg-type]
+    mine, params = ours(tuning, foundation, batch)
+    tuning.save(foundation, params, tmp_path)
+    auto = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
+    base = auto.from_pretrained(peft.PeftConfig.from_pretrained(str(tmp_path)).base_model_name_or_path)
+    theirs = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    with torch.no_grad():
+        out = theirs(input_ids=batch.input_ids).logits
+    torch.testing.assert_close(mine, out if classify else out[:, -7:].reshape(-1, out.shape[-1]), **TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", ["LOHA", "PROMPT_TUNING"])
 def test_any_other_method_of_peft_runs_and_saves(kind: str, tmp_path: Path) -> None:
     foundation = tiny.foundation("Llama")
@@ -198,5 +298,10 @@ def test_refusals() -> None:
         LoRA(targets=("q_prj",)).attach(foundation)
     with pytest.raises(ConfigError, match=r"no 'VERRA'.*Did you mean 'VERA'"):
         Peft("VERRA").attach(foundation)
+    with pytest.raises(ConfigError, match="PROMPT_TUNING does not fit a masked lm model"):
+        Peft("PROMPT_TUNING", {"num_virtual_tokens": 3}).attach(tiny.foundation("Bert"))  # type: ignore[arg-type]
+    for device in ("gpu", "cuda:99", "meta"):
+        with pytest.raises(ModelError, match=f"device '{device}'"):
+            device_of(device)
     with pytest.raises(ConfigError, match="no new head"):
         Head().attach(foundation)

@@ -70,16 +70,16 @@ class Foundation:
         return max_context(self.model.config)
 
     @contextmanager
-    def config_as_published(self) -> Iterator[None]:
-        """The config with the dropout it came with, for saving."""
-        off = {name: getattr(self.model.config, name) for name in self.dropout}
+    def as_published(self, config: Any) -> Iterator[None]:
+        """``config`` (the base's, or a copy of it) with the dropout it came with, for saving."""
+        off = {name: getattr(config, name) for name in self.dropout}
         for name, p in self.dropout.items():
-            setattr(self.model.config, name, p)
+            setattr(config, name, p)
         try:
             yield
         finally:
             for name, p in off.items():
-                setattr(self.model.config, name, p)
+                setattr(config, name, p)
 
 
 def max_context(config: Any) -> int | None:
@@ -100,8 +100,15 @@ def device_of(name: str) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    device = torch.device(name)
-    if (device.type == "cuda" and not torch.cuda.is_available()) or (device.type == "mps" and not torch.backends.mps.is_available()):
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise ModelError(f"There is no device {name!r}; it is auto, cpu, cuda, cuda:1 or mps.")
+    if (device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count()) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    ):
         raise ModelError(f"The device {name!r} was asked for, but this machine has none. Use device: auto or cpu.")
     return device
 
@@ -151,7 +158,7 @@ def load(spec: Model, head: Head, labels: Sequence[str] = (), device: str = "aut
             raise ModelError(f"Classification needs at least 2 classes; the owners' rows show {list(labels)}.")
         config.num_labels = len(labels)
         config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
-    if getattr(config, "pad_token_id", None) is None:
+    if getattr(config, "pad_token_id", None) is None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         config.pad_token_id = tokenizer.pad_token_id
     for name in ("bos", "eos"):
         if spec.architecture is not None:
@@ -171,7 +178,7 @@ def load(spec: Model, head: Head, labels: Sequence[str] = (), device: str = "aut
         torch.manual_seed((key or Key.root(0)).fold("model").seed())
         try:
             if spec.source is None:
-                model, fresh = auto.from_config(config, trust_remote_code=False).to(dtype), set()
+                model, fresh = auto.from_config(config, dtype=dtype, trust_remote_code=False), set()
             else:
                 model, info = auto.from_pretrained(
                     locate(spec.source), config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True, use_safetensors=True
@@ -188,6 +195,10 @@ def load(spec: Model, head: Head, labels: Sequence[str] = (), device: str = "aut
     # Rows are padded on the right only where a causal model cannot see it; the advice would be printed into every run.
     logging.getLogger("transformers.modeling_utils").addFilter(_not_about_padding)
     model.config.use_cache = False
+    # Not before: an embedding takes its padding row, here the end of a text, out of training.
+    # Causal models find a row's last token by the id that pads it, so it must be the one that rows are padded with.
+    if head == "sequence_classification" or getattr(model.config, "pad_token_id", None) is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
     if spec.gradient_checkpointing:
         model.activation_checkpointing_enable()
     for parameter in model.parameters():
@@ -237,7 +248,7 @@ def _quiet() -> Iterator[None]:
 def save(foundation: Foundation, model: Any, folder: Path) -> None:
     """Writes ``model`` and the tokenizer in the Hugging Face layout."""
     folder.mkdir(parents=True, exist_ok=True)
-    with foundation.config_as_published(), _quiet():
+    with foundation.as_published(model.config), _quiet():
         checkpointing = getattr(model.config, "use_cache", None)
         model.config.use_cache = True
         try:

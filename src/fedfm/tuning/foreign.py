@@ -6,6 +6,7 @@ Mangrulkar et al., `PEFT <https://github.com/huggingface/peft>`_.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +55,15 @@ class Peft(Tuning):
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in self.config}
         try:
             config = known[self.type](task_type=layout.TASK_TYPES.get(foundation.head), **values)
-            with torch.random.fork_rng(devices=[]):
+            with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+                # Of names that transformers is about to drop, which are not the user's to change.
+                warnings.simplefilter("ignore", FutureWarning)
                 torch.manual_seed(Key.root(0).fold("peft", self.type).seed())
                 model = peft.get_peft_model(foundation.model, config)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"tuning.Peft: {self.type} refuses its configuration: {error}") from error
+        except KeyError as error:
+            raise ConfigError(f"tuning.Peft: {self.type} does not fit a {foundation.head.replace('_', ' ')} model (no {error}).") from error
         trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # The caller differentiates with respect to its own rows; the library's copies need no gradients.
         for p in trainable.values():
@@ -68,7 +73,13 @@ class Peft(Tuning):
 
     def save(self, foundation: Foundation, params: Tree, folder: Path) -> None:
         """In ``peft``'s layout, by ``peft``."""
-        self._filled(foundation, params).save_pretrained(str(folder))
+        model = self._filled(foundation, params)
+        # Prompts leave the base as it was; the rest has wrapped its layers.
+        plain = copy.deepcopy(model).unload() if hasattr(model, "unload") else model.get_base_model()
+        base = layout.base_of(foundation, plain, folder)
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = base
+        model.save_pretrained(str(folder))
 
     def merge(self, foundation: Foundation, params: Tree) -> Any:
         """The base with the adapter folded in, where the method can be.

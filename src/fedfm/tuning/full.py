@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,16 @@ class UnbankedModel(Tuned):
         self.asker = Asker(foundation, early=early)
         self.bound: dict[str, torch.Tensor] = {}
         self.dropout: Key | None = None
+        if foundation.spec.gradient_checkpointing:
+            names = {id(p): name for name, p in trainable.items()}
+            self.places = [
+                (module, own, names[id(p)])
+                for module in model.modules()
+                for own, p in module._parameters.items()
+                if p is not None and id(p) in names
+            ]
+            # The backward pass computes layers again, when the call that put the client's parameters in place is over.
+            foundation.model.activation_checkpointing_enable({"use_reentrant": False, "context_fn": self._again})
 
     def init(self, key: Key) -> Tree:
         """The model's own values."""
@@ -80,3 +91,17 @@ class UnbankedModel(Tuned):
 
     def _call(self, **inputs: Any) -> Any:
         return torch.func.functional_call(self.model, self.bound, (), inputs)
+
+    def _again(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), self._in_place(self.bound)
+
+    @contextmanager
+    def _in_place(self, bound: dict[str, torch.Tensor]) -> Iterator[None]:
+        before = [module._parameters[own] for module, own, _ in self.places]
+        try:
+            for module, own, name in self.places:
+                module._parameters[own] = bound[name]  # type: ignore[assignment]
+            yield
+        finally:
+            for (module, own, _), p in zip(self.places, before, strict=True):
+                module._parameters[own] = p

@@ -53,8 +53,10 @@ class IA3(Tuning):
     def attach(self, foundation: Foundation) -> BankedModel:
         """One site for each vector."""
         outputs, inputs = self._targets(foundation)
-        # BERT's attention output is called output.dense too; only the feed-forward one is meant.
-        fed = [(n, m) for n, m in match(foundation, inputs, "tuning.IA3.feedforward") if "attention" not in n] if inputs else []
+        fed = match(foundation, inputs, "tuning.IA3.feedforward") if inputs else []
+        if self.feedforward is None:
+            # BERT's attention output is called output.dense too; only the feed-forward one is meant.
+            fed = [(name, module) for name, module in fed if "attention" not in name]
         scaled = match(foundation, outputs, "tuning.IA3.targets") if outputs else []
         sites: list[Site] = [_IA3Site(name, module, feedforward=False) for name, module in scaled]
         sites += [_IA3Site(name, module, feedforward=True) for name, module in fed if name not in dict(scaled)]

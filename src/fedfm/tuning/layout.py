@@ -27,15 +27,7 @@ def save_adapter(foundation: Foundation, params: Tree, config: Mapping[str, Any]
 
     A base that exists nowhere else (built from a config) is saved beside the adapter, in ``base/``.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    base = foundation.spec.source
-    if base is None or base.startswith("package:"):
-        base = foundation.model.config._name_or_path or None
-    elif Path(base).is_dir():
-        base = str(Path(base).resolve())
-    if foundation.spec.source is None:
-        save_model(foundation, foundation.model, folder / "base")
-        base = str((folder / "base").resolve())
+    base = base_of(foundation, foundation.model, folder)
     saved = sorted(
         {name.removeprefix(PREFIX).rpartition(".")[0] for name in params if ".lora_" not in name and not name.endswith(".ia3_l")}
     )
@@ -53,6 +45,18 @@ def save_adapter(foundation: Foundation, params: Tree, config: Mapping[str, Any]
     )
     (folder / "adapter_config.json").write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
     foundation.tokenizer.save_pretrained(folder)
+
+
+def base_of(foundation: Foundation, model: Any, folder: Path) -> str | None:
+    """Where the base of an adapter in ``folder`` is. One that exists nowhere else is ``model``, and is saved beside the adapter."""
+    folder.mkdir(parents=True, exist_ok=True)
+    source = foundation.spec.source
+    if source is None:
+        save_model(foundation, model, folder / "base")
+        return str((folder / "base").resolve())
+    if source.startswith("package:"):
+        return model.config._name_or_path or None
+    return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
 def load_adapter(folder: str | Path) -> tuple[Tuning, dict[str, torch.Tensor]]:
@@ -73,7 +77,8 @@ def load_adapter(folder: str | Path) -> tuple[Tuning, dict[str, torch.Tensor]]:
     params = {name: t.float() for name, t in tensors.items()}
     targets = config.get("target_modules")
     names = tuple(targets) if isinstance(targets, list) else (targets,)
-    saved = tuple(config.get("modules_to_save") or ())
+    # PEFT names every head that a classifier may have; the file tells which there was.
+    saved = tuple(name for name in config.get("modules_to_save") or () if any(f".{name}." in tensor for tensor in tensors))
     if config.get("peft_type") == "LORA":
         unusual = [
             name
@@ -106,9 +111,11 @@ def merged(
     Raises:
         ModelError: if a tensor belongs to no parameter.
     """
-    model = plain_copy(foundation)
-    own = dict(model.named_parameters(remove_duplicate=False))
     values = {name.removeprefix(PREFIX): p for name, p in params.items() if ".lora_" not in name and not name.endswith(".ia3_l")}
+    # A weight's second name is the output layer's, tied to the embeddings: what was learned there alone must not move them.
+    second = dict(foundation.model.named_parameters(remove_duplicate=False)).keys() - dict(foundation.model.named_parameters()).keys()
+    model = plain_copy(foundation, untie=not second.isdisjoint({*values, *(f"{name}.weight" for name in deltas)}))
+    own = dict(model.named_parameters(remove_duplicate=False))
     missing = [name for name in values if name not in own]
     if missing:
         raise ModelError(f"The model has no parameters {missing[:3]}: these tensors belong to another model.")
@@ -121,10 +128,21 @@ def merged(
     return model
 
 
-def plain_copy(foundation: Foundation) -> Any:
-    """The base as ``transformers`` made it: same weights on the CPU, no hooks of ours."""
+def plain_copy(foundation: Foundation, untie: bool = False) -> Any:
+    """The base as ``transformers`` made it: same weights on the CPU, no hooks of ours.
+
+    Args:
+        untie: Give the output layer a weight of its own.
+    """
     model = foundation.model
+    with foundation.as_published(model.config):
+        config = copy.deepcopy(model.config)
+    if untie:
+        config.tie_word_embeddings = False
     with torch.random.fork_rng(devices=[]):
-        fresh = type(model)(copy.deepcopy(model.config)).to(model.dtype)
+        # Not built and then cast: a rotary embedding's frequencies stay float32 in a model of any type.
+        fresh = type(model)._from_config(config, dtype=model.dtype)
     fresh.load_state_dict(model.state_dict())
+    if model.can_generate():
+        fresh.generation_config = copy.deepcopy(model.generation_config)
     return fresh.eval()

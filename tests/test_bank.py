@@ -15,7 +15,7 @@ from fedfm.core.task import Task
 from fedfm.core.tuning import Tuned, Tuning
 from fedfm.local import SGD, AdamW, FedProx
 from fedfm.tasks import CausalLM, Classification, MaskedLM
-from fedfm.tuning import IA3, BitFit, Full, Head, LoRA
+from fedfm.tuning import IA3, BitFit, Full, Head, LoRA, Peft
 
 TASKS: dict[str, Task] = {"Llama": CausalLM(), "GPT2": CausalLM(), "Bert": MaskedLM()}
 TUNINGS: dict[str, Tuning] = {
@@ -169,16 +169,32 @@ def test_fedprox_without_pull_is_its_inner_trainer_and_with_it_stays_nearer() ->
         assert (near.params_d - start_d).norm() < (far.params_d - start_d).norm()
 
 
-def test_gradient_checkpointing_changes_nothing() -> None:
+@pytest.mark.parametrize(
+    "tuning",
+    [LoRA(r=2, dropout=0.2), Full(), Peft("LORA", {"r": 2, "target_modules": ["q_proj"], "lora_dropout": 0.2})],  # type: ignore[arg-type]
+    ids=["LoRA", "Full", "Peft"],
+)
+def test_gradient_checkpointing_changes_nothing(tuning: Tuning) -> None:
     from fedfm.models import load
 
     def trained(checkpointing: bool) -> Trained:
         foundation = load(replace(tiny.spec("Llama"), gradient_checkpointing=checkpointing), "causal_lm", (), "cpu", Key.root(0))
         local = SGD(lr=0.3, steps=2, batch_size=2)
-        bank = Bank(LoRA(r=2, dropout=0.2).attach(foundation), CausalLM(), local, 0, torch.device("cpu"), Key.root(1))
+        bank = Bank(tuning.attach(foundation), CausalLM(), local, 0, torch.device("cpu"), Key.root(1))
         return bank.train(start_of(bank.tuned), jobs_of([6], 9, 9), 1)[0]
 
     assert torch.equal(trained(True).params_d, trained(False).params_d)
+
+
+def test_a_large_vocabulary_is_evaluated_in_smaller_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    bank, sets = bank_of("Llama", LoRA(r=2), SGD()), [tiny.examples(0, 9)]
+    theta_kd = bank.tuned.spec.flatten(start_of(bank.tuned)).unsqueeze(0)
+    whole, sizes = bank.evaluate(theta_kd, sets), []
+    monkeypatch.setattr("fedfm.client.train.MAX_LOGITS", 20 * sets[0].vocabulary.size)
+    monkeypatch.setattr(bank.task.__class__, "stats", lambda task, x, *rest: sizes.append(len(x)) or Task.stats(task, x, *rest))
+    for name, value in bank.evaluate(theta_kd, sets).items():
+        torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-5)
+    assert 0 < max(sizes) <= 20
 
 
 def test_evaluation_in_a_bank_equals_evaluation_one_by_one() -> None:

@@ -28,6 +28,7 @@ from fedfm.engines.process import ProcessSession
 from fedfm.federation import Federation
 from fedfm.local import SGD, AdamW
 from fedfm.methods import Scaffold
+from fedfm.samplers import Poisson
 from fedfm.tasks import CausalLM, MaskedLM
 from fedfm.testing import check_engine
 from fedfm.transforms import ClipByNorm, Int8, TopK
@@ -96,6 +97,28 @@ def test_a_larger_bank_agrees_to_float_rounding(federation: Federation, tmp_path
     # Top-k may keep another of two values that rounding has made equal, so it is left out here.
     plan = replace(federation, transforms=(ClipByNorm(max_norm=0.5),), method=Scaffold())
     check_engine(Embedded(bank=bank, device="cpu"), plan, tmp_path, exact=False)
+
+
+def test_a_first_cohort_that_is_small_by_chance_does_not_bound_the_bank(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = replace(federation, engine=Embedded(device="cpu"), sampler=Poisson(rate=0.9))
+    site, sizes = Site.build(plan), []
+    with plan.engine.open(site) as session:
+        train = session.runtime.bank.train
+        monkeypatch.setattr(session.runtime.bank, "train", lambda start, jobs, *rest: sizes.append(len(jobs)) or train(start, jobs, *rest))
+        session.bank_size([OWNERS[0]], Request("train", 1, begin(site).params))
+    assert max(sizes) == len(OWNERS)
+
+
+def test_a_memory_that_is_damaged_fails_its_own_client_alone(federation: Federation, tmp_path: Path) -> None:
+    plan = replace(federation, engine=Embedded(bank=3, device="cpu"))
+    site = Site.build(plan, tmp_path)
+    with plan.engine.open(site) as session:
+        state, _ = one_round(site, session)
+        (path,) = home(tmp_path, OWNERS[1]).glob("memory-*")
+        path.write_bytes(b"torn")
+        _, record = one_round(site, session, state)
+    assert [failure.client for failure in record.failures] == [OWNERS[1]] and "cannot be read" in record.failures[0].reason
+    assert set(record.clients) == set(OWNERS) - {OWNERS[1]}
 
 
 @pytest.mark.parametrize("task", [CausalLM(max_length=16), MaskedLM(max_length=16)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -20,6 +22,8 @@ from fedfm.core.messages import Failure, Reply
 from fedfm.core.round import RoundRecord
 from fedfm.observers import Progress, TensorBoard
 from fedfm.observers.base import RunInfo
+from fedfm.observers.evaluate import summary
+from fedfm.tasks import CausalLM
 
 INFO = RunInfo("quick", 3, 2, 2, "Llama", 1_000_000, 10_000, choices={"bank": 2})
 
@@ -170,6 +174,16 @@ def test_missing_and_infinite_losses_do_not_stop_a_run(live: bool, losses: dict[
     for k in range(3):
         progress.round(record(k, losses))
     progress.close(None)
+
+
+def test_an_owner_on_whom_the_model_breaks_is_not_left_out_of_the_pooled_loss() -> None:
+    def sums(loss: float, targets: int = 4) -> dict[str, torch.Tensor]:
+        return {name: torch.tensor(float(value)) for name, value in (("loss", loss), ("hits", 1), ("targets", targets))}
+
+    found = summary(CausalLM(), {"ana": sums(8.0), "bob": sums(float("nan")), "cid": sums(0.0, 0)})
+    assert set(found["owners"]) == {"ana", "bob"} and found["worst"]["owner"] == "bob" and math.isnan(found["pooled"]["loss"])
+    found = summary(CausalLM(), {"ana": sums(8.0), "bob": sums(float("inf"))})
+    assert found["worst"] == {"owner": "bob", "loss": math.inf} and math.isnan(found["spread"])
 
 
 def test_a_name_that_the_log_cannot_encode_does_not_stop_a_run() -> None:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from tiny import TEXT, spec
 
 from fedfm.aggregators import Mean
@@ -311,6 +312,35 @@ def test_a_result_leaves_and_answers(tmp_path: Path) -> None:
         result.generate("the small cat " * 1000)
 
 
+@pytest.mark.parametrize("merge", [False, True])
+def test_an_export_that_cannot_be_written_says_so(merge: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "out"
+    list(run(small(tmp_path, engine=Embedded(device="cpu"), rounds=0), out=out))
+    result = Result.open(out)
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="could not be written: Not a directory"):
+        result.export(tmp_path / "file" / "sub", merge)
+
+    def full(*args: Any, **options: Any) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("fedfm.tuning.layout.save_file", full)
+    monkeypatch.setattr("transformers.modeling_utils.safe_save_file", full)
+    with pytest.raises(RunError, match="disk is full"):
+        result.export(tmp_path / "exported", merge)
+    with pytest.raises(RunError, match="disk is full"):
+        list(resume(out, rounds=1))
+    assert (out / "model" / "adapter_model.safetensors").exists()
+
+
+def test_a_result_opens_where_the_run_could_not_go_on(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    list(run(small(tmp_path, rounds=0), out=out))
+    recipe = out / "recipe.yaml"
+    recipe.write_text(recipe.read_text().replace("device: auto", "device: cuda:99").replace("device: cpu", "device: cuda:99"))
+    assert "cuda:99" in recipe.read_text() and Result.open(out).foundation.device.type == "cpu"
+
+
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -376,6 +406,7 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
         ({"model": Model("/no/such/model")}, ModelError),
         ({"data": Data("/no/such/rows.jsonl", by="owner")}, DataError),
         ({"tuning": LoRA(targets=("no_such_layer",))}, FedfmError),
+        ({"engine": Embedded(device="gpu")}, ModelError),
     ],
 )
 def test_a_run_that_cannot_start_leaves_nothing(changes: dict[str, Any], error: type[Exception], tmp_path: Path) -> None:

@@ -69,7 +69,9 @@ class Runtime:
             except RuntimeError as error:
                 # Out of memory, a kernel that does not exist here: the round must be able to go on without this bank.
                 log.debug("a bank failed", exc_info=True)
-                yield from (Failure(client, verb, f"{type(error).__name__}: {str(error).splitlines()[0]}") for client in group)
+                yield from (
+                    Failure(client, verb, f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}") for client in group
+                )
 
     def _describe(self, requests: Mapping[ClientId, Request]) -> Iterator[Answer]:
         for client, request in requests.items():
@@ -85,9 +87,16 @@ class Runtime:
     def _train(self, requests: Mapping[ClientId, Request]) -> Iterator[Answer]:
         request = next(iter(requests.values()))
         plan = self.site.federation
-        memories = {client: self.store.load(client, request.round) for client in requests}
-        examples = {client: self.site.open_shard(client).train for client in requests}
-        jobs = [Job(client, examples[client], _under("local/", memories[client])) for client in requests]
+        memories, examples = {}, {}
+        for client in requests:
+            try:
+                memories[client], examples[client] = self.store.load(client, request.round), self.site.open_shard(client).train
+            except FedfmError as error:
+                # What is wrong in one house is no failure of those who share its bank.
+                yield Failure(client, "train", str(error))
+        if not memories:
+            return
+        jobs = [Job(client, examples[client], _under("local/", memory)) for client, memory in memories.items()]
         spec = self.site.tuned.spec
         params = {name: request.tensors[name] for name in spec.names}
         for trained in self.bank.train(request.tensors, jobs, request.round):
@@ -102,11 +111,15 @@ class Runtime:
             ctx = RoundContext(request.round, self.site.key, params, self.site.num_clients, client)
             update = Update(trained.delta, float(len(examples[client])), 1, client, trained.metrics)
             memory: dict[str, torch.Tensor] = {f"local/{name}": leaf for name, leaf in trained.memory.items()}
-            for i, transform in enumerate(plan.transforms):
-                place = f"transforms.{i}/"
-                update, after = transform.encode(update, _under(place, memories[client]), ctx)
-                memory.update({place + name: leaf for name, leaf in after.items()})
-            self.store.save(client, request.round, memory)
+            try:
+                for i, transform in enumerate(plan.transforms):
+                    place = f"transforms.{i}/"
+                    update, after = transform.encode(update, _under(place, memories[client]), ctx)
+                    memory.update({place + name: leaf for name, leaf in after.items()})
+                self.store.save(client, request.round, memory)
+            except FedfmError as error:
+                yield Failure(client, "train", str(error))
+                continue
             yield Reply(client, "train", request.round, update.payload, {"weight": update.weight, **update.metrics})
 
     def _evaluate(self, requests: Mapping[ClientId, Request]) -> Iterator[Answer]:

@@ -51,6 +51,8 @@ class Trained:
 
 
 Rows = list[tuple[IntArray, IntArray]]
+# Of one batch that is evaluated: 1 GiB of float32.
+MAX_LOGITS = 1 << 28
 
 
 class Bank:
@@ -183,9 +185,11 @@ class Bank:
 
         Args:
             theta_kd: One row ``(1, D)`` for all sets, which then share batches; or a row for each set.
-            max_tokens: Bound on the padded tokens of a batch.
+            max_tokens: Bound on the padded tokens of a batch; a large vocabulary, whose logits are many more, lowers it.
         """
         theta_kd = theta_kd.to(self.device)
+        if not self.per_row and sets:
+            max_tokens = min(max_tokens, max(1, MAX_LOGITS // sets[0].vocabulary.size))
         if theta_kd.shape[0] == 1:
             return self._evaluate_shared(theta_kd, sets, max_tokens, fold)
         return self._evaluate_bank(theta_kd, sets, max_tokens, fold)

@@ -86,8 +86,11 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def cannot_write(path: Path, error: OSError) -> RunError:
-    """The error a user sees when a write fails."""
+def cannot_write(path: Path, error: Exception) -> RunError:
+    """The error a user sees when a write fails. safetensors has an error of its own, which tells the number in words."""
+    if not isinstance(error, OSError):
+        told = re.search(r"os error (\d+)", str(error))
+        error = OSError(int(told[1]), os.strerror(int(told[1]))) if told else OSError(0, str(error))
     if error.errno == errno.ENOSPC:
         return RunError(f"The disk is full: {path} could not be written. What was saved before is intact; free space and resume.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):

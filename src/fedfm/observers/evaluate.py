@@ -73,10 +73,14 @@ def evaluate(
 def summary(task: Task, sums: Mapping[ClientId, Tree]) -> dict[str, Any]:
     """``pooled`` and per-owner metrics, and of the owners' losses the mean, the worst and the spread (standard deviation).
 
-    Owners without test examples are not among ``owners``.
+    Owners without test examples are not among ``owners``; one on whose examples the model gives NaN is, and makes ``pooled`` NaN too.
     """
     owners = {client: task.summarise(own) for client, own in sums.items()}
-    owners = {client: metrics for client, metrics in owners.items() if not math.isnan(metrics["loss"])}
+    owners = {
+        client: metrics
+        for client, metrics in owners.items()
+        if not math.isnan(metrics["loss"]) or float(sums[client].get("targets", torch.zeros(())))
+    }
     if not owners:
         return {"pooled": {}, "owners": {}}
     pooled: dict[str, torch.Tensor] = {}
@@ -84,11 +88,11 @@ def summary(task: Task, sums: Mapping[ClientId, Tree]) -> dict[str, Any]:
         for name, value in sums[client].items():
             pooled[name] = pooled[name] + value if name in pooled else value.clone()
     losses = {client: metrics["loss"] for client, metrics in owners.items()}
-    worst = max(losses, key=lambda client: losses[client])
+    worst = max(losses, key=lambda client: (math.isnan(losses[client]), losses[client]))
     return {
         "pooled": task.summarise(pooled),
         "owners": owners,
         "mean": statistics.fmean(losses.values()),
         "worst": {"owner": worst, "loss": losses[worst]},
-        "spread": statistics.pstdev(losses.values()),
+        "spread": statistics.pstdev(losses.values()) if all(map(math.isfinite, losses.values())) else math.nan,
     }

@@ -178,7 +178,7 @@ class RunFolder:
                 _sync(file)
             disk.sync_folder(self.path)
             disk.step(f"written {name}")
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             raise disk.cannot_write(target, error) from error
         shutil.rmtree(old, ignore_errors=True)
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
+from fedfm.core.disk import cannot_write
 from fedfm.core.errors import ConfigError, RunError
 from fedfm.core.keys import Key
 from fedfm.core.round import ServerState
@@ -37,24 +39,30 @@ class Result:
         state = latest_state(path)
         federation = read(path / RECIPE).resolved()
         data = next((line for line in read_lines(path / JOURNAL) if line["event"] == "data"), {})
-        key, device = Key.root(federation.seed), getattr(federation.engine, "device", "auto")
-        return Result(federation, load(federation.model, federation.task.head, data.get("labels", ()), device, key), state)
+        # On the CPU, where the model is merged and saved: a result must open on machines that could not have trained it.
+        return Result(
+            federation, load(federation.model, federation.task.head, data.get("labels", ()), "cpu", Key.root(federation.seed)), state
+        )
 
     def export(self, to: Path, merge: bool = False) -> None:
         """Writes the adapter in PEFT's layout, or with ``merge`` a whole model in Hugging Face's, and the tokenizer.
 
         Raises:
-            RunError: if ``to`` holds files already.
+            RunError: if ``to`` holds files already, or cannot be written.
         """
         if to.exists() and (not to.is_dir() or any(to.iterdir())):
             raise RunError(f"{to} holds files already, and an export does not overwrite. Choose another --to.")
         tuning = self.federation.tuning
-        if merge:
-            save(self.foundation, tuning.merge(self.foundation, self.state.params), to)
-        else:
+        whole = tuning.merge(self.foundation, self.state.params) if merge else None
+        try:
             to.mkdir(parents=True, exist_ok=True)
-            tuning.save(self.foundation, self.state.params, to)
-            self.foundation.tokenizer.save_pretrained(to)
+            if whole is not None:
+                save(self.foundation, whole, to)
+            else:
+                tuning.save(self.foundation, self.state.params, to)
+                self.foundation.tokenizer.save_pretrained(to)
+        except (OSError, SafetensorError) as error:
+            raise cannot_write(to, error) from error
 
     def generate(self, prompt: str, max_new_tokens: int = 100, temperature: float = 0.0, seed: int = 0) -> str:
         """The model's answer to ``prompt``, which is put into the task's template where it has one.

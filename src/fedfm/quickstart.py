@@ -28,6 +28,7 @@ from fedfm.reports import comparison_lines, comparison_table
 from fedfm.run.compare import compare
 from fedfm.run.folder import RECIPE
 from fedfm.run.loop import resume, run
+from fedfm.server import FedAvgM
 from fedfm.tasks import CausalLM
 from fedfm.tuning import Full, LoRA
 
@@ -50,7 +51,7 @@ def base_federation(folder: Path) -> Federation:
         data=Data(str(folder / "public"), test_fraction=0.05),
         tuning=Full(),
         local=AdamW(lr=8e-3, steps=60, batch_size=6, weight_decay=0.1, warmup=4, decay=0.75),
-        rounds=8,
+        rounds=7,
     )
 
 
@@ -63,12 +64,13 @@ def federation(model: str) -> Federation:
     return Federation(
         name="quickstart",
         model=Model(model),
-        data=Data("stdlib", limit=120),
+        data=Data("stdlib"),
         task=CausalLM(max_length=64),
         tuning=LoRA(r=8, alpha=16.0, targets=("all-linear",)),
-        local=AdamW(lr=1e-2, steps=6, batch_size=4),
-        evaluate=Evaluate(max_examples=32),
-        rounds=10,
+        local=AdamW(lr=2e-2, steps=5, batch_size=4),
+        server=FedAvgM(lr=1.0, momentum=0.5),
+        evaluate=Evaluate(max_examples=16),
+        rounds=8,
     )
 
 
@@ -86,7 +88,9 @@ def main(out: Path = Path("runs/quickstart"), quick: bool = False) -> Path:
     logging.basicConfig(level=logging.ERROR, format="%(levelname)s: %(message)s")
     print("Federated tuning of a language model, on this machine and offline.\n\nThe base model: Python's manual, which is public.")
     model = base_model(quick, [Progress()])
-    plan = replace(federation(str(model)), rounds=1 if quick else federation("").rounds)
+    plan = federation(str(model))
+    if quick:
+        plan = replace(plan, data=Data("stdlib", limit=20), local=AdamW(steps=1, batch_size=1), evaluate=Evaluate(max_examples=1), rounds=1)
     out = unused(out)
     print("\nThe federation: each package of Python's standard library is an owner, and its text stays where it is.")
     table = compare(plan, out, watchers=[Progress()], stage=_say).to_json()

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from fedfm.core.errors import ModelError
 from fedfm.core.registry import ROOMS, entries
 from fedfm.recipe import dump, load, read
 
@@ -34,3 +35,15 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_recipes_load_and_survive_being_written(path: Path) -> None:
     federation = read(path)
     assert load(dump(federation)) == federation
+
+
+def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    assert block is not None
+    monkeypatch.chdir(ROOT)
+    names: dict[str, object] = {}
+    exec(block.group(1).partition("\nfor ")[0], names)
+    # The package fedfm.run is imported by now, and must not stand where the function does.
+    (tmp_path / "recipe.yaml").write_text("{model: nowhere/at/all, data: {source: stdlib}}")
+    with pytest.raises(ModelError, match="no model folder"):
+        next(names["run"](load(tmp_path / "recipe.yaml")))  # type: ignore[operator]

@@ -33,7 +33,7 @@ def test_a_killed_run_ends_as_one_that_was_not(sweep: str, tmp_path: Path) -> No
         "FEDFM_CACHE": str(tmp_path / "cache"),
     }
     done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), sweep], capture_output=True, text=True, env=environment, timeout=280, check=False
+        [sys.executable, __file__, str(tmp_path), sweep], capture_output=True, text=True, env=environment, timeout=800, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])

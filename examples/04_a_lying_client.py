@@ -1,0 +1,75 @@
+"""Three owners lie: they answer with noise and claim a hundred thousand examples. What the aggregator makes of it.
+
+A liar can send whatever it likes, so it is put where answers leave a client: around the engine's session.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from course import base, loss, play
+
+from fedfm.aggregators import CoordinateMedian, Mean, TrimmedMean
+from fedfm.client.site import Site
+from fedfm.core.messages import Failure, Reply, Request
+from fedfm.core.parts import ClientId, Engine, Session
+from fedfm.samplers import All
+
+
+@dataclass(frozen=True)
+class Liars(Engine):
+    """Runs ``inner``, but the clients in ``who`` replace their updates by noise. With nobody in ``who`` it is ``inner``.
+
+    Args:
+        inner: The engine that runs everybody.
+        who: The liars.
+        scale: Standard deviation of a false value.
+        weight: The number of examples that a liar claims.
+    """
+
+    inner: Engine
+    who: tuple[ClientId, ...] = ()
+    scale: float = 1.0
+    weight: float = 100_000.0
+
+    def open(self, site: Site) -> Session:
+        """The inner session, between which and the server they lie."""
+        return _Lying(self, self.inner.open(site), site)
+
+
+class _Lying(Session):
+    def __init__(self, liars: Liars, inner: Session, site: Site) -> None:
+        self.liars, self.inner, self.key = liars, inner, site.key.fold("liars")
+
+    def exchange(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> Iterator[Reply | Failure]:
+        for answer in self.inner.exchange(requests, deadline):
+            lies = isinstance(answer, Reply) and answer.verb == "train" and answer.client in self.liars.who
+            yield self.lie(answer) if lies else answer
+
+    def lie(self, reply: Reply) -> Reply:
+        generator = self.key.fold(reply.round, reply.client).generator()
+        noise = {name: self.liars.scale * torch.randn(leaf.shape, generator=generator) for name, leaf in reply.tensors.items()}
+        return replace(reply, tensors=noise, meta={**reply.meta, "weight": self.liars.weight})
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def main(quick: bool = False) -> dict[str, tuple[float, float]]:
+    plan = base(quick)
+    plan = replace(plan, sampler=All(), local=replace(plan.local, steps=4))
+    lied_to = replace(plan, engine=Liars(plan.engine, who=("asyncio", "email", "tkinter")))
+    losses = {}
+    print(f"{'aggregator':<20} {'honest':>7} {'3 liars':>8}")
+    for rule in (Mean(), CoordinateMedian(), TrimmedMean(trim=3)):
+        losses[type(rule).__name__] = honest, lied = tuple(loss(play(replace(f, aggregator=rule))) for f in (plan, lied_to))
+        print(f"{type(rule).__name__:<20} {honest:>7.3f} {lied:>8.3f}")
+    return losses
+
+
+if __name__ == "__main__":
+    logging.disable(logging.WARNING)  # 01 has shown what the plan check has to say
+    main()

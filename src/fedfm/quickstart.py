@@ -51,8 +51,8 @@ def base_federation(folder: Path) -> Federation:
         model=Model(architecture="Llama", config=tuple(size.items()), tokenizer=str(folder / "tokenizer")),
         data=Data(str(folder / "public"), test_fraction=0.05),
         tuning=Full(),
-        local=AdamW(lr=8e-3, steps=60, batch_size=6, weight_decay=0.1, warmup=4, decay=0.75),
-        rounds=7,
+        local=AdamW(lr=8e-3, steps=60, batch_size=6, weight_decay=0.1, warmup=4, decay=0.7),
+        rounds=6,
     )
 
 
@@ -67,12 +67,12 @@ def federation(model: str) -> Federation:
         model=Model(model),
         data=Data("stdlib"),
         task=CausalLM(max_length=64),
-        tuning=LoRA(r=8, alpha=16.0, targets=("all-linear",)),
+        tuning=LoRA(r=8, alpha=16.0, targets=("q_proj", "v_proj", "up_proj", "down_proj")),
         local=AdamW(lr=2e-2, steps=5, batch_size=4),
         # One owner has a quarter of all text; the others count as much as it does.
         aggregator=Mean(weights="uniform"),
         server=FedAvgM(lr=1.0, momentum=0.5),
-        evaluate=Evaluate(max_examples=16),
+        evaluate=Evaluate(max_examples=12),
         rounds=8,
     )
 
@@ -157,7 +157,7 @@ def _point(link: Path, target: Path) -> None:
 
 def _say(text: str, done: int | None, total: int | None) -> None:
     if done is None or done == total or done % 7 == 0:
-        print(f"- {text}", flush=True)
+        print(f"- {text}" + ("" if done is None else f" {done}/{total}"), flush=True)
 
 
 def _show(table: dict[str, object]) -> None:

@@ -145,7 +145,7 @@ class Story:
     def title(self) -> str:
         """The run in a line."""
         info = self.info
-        share = f" ({100 * info.num_trainable / info.num_params:.2g} %)" if info.num_params else ""
+        share = f" ({100 * info.num_trainable / info.num_params:.3g} %)" if info.num_params else ""
         choices = [f"{clean(name)} {clean(value)}" for name, value in info.choices.items()]
         parts = [
             f"{clean(info.name)}: {clean(info.model)}, {count(info.num_params)} parameters, {count(info.num_trainable)} trainable{share}",

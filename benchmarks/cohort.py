@@ -179,7 +179,9 @@ def main() -> None:
     with workshop(size) as folder:
         for shape in shapes:
             with bench(folder, size, shape, given.steps, given.bank, "cuda" if given.gpu else "cpu") as found:
-                rows += rows_of(found, rivals, given.repetitions, size)
+                for row in rows_of(found, rivals, given.repetitions, size):
+                    rows.append(row)
+                    common.save(rows, given.json)
     common.finish(rows, given.json)
 
 

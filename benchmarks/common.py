@@ -136,7 +136,6 @@ COLUMNS: Mapping[str, Mapping[str, Callable[[Row], str]]] = {
         "update": _size("update"),
         "peak": _size("peak"),
         "peak / smallest": _ratio,
-        "round": _seconds("ours_s"),
     },
     "start": {
         "command": _plain("command"),
@@ -183,12 +182,17 @@ def where(rows: Iterable[Row]) -> str:
     )
 
 
-def finish(rows: Sequence[Row], json_file: Path | None) -> None:
-    """Shows the rows and writes them where that was asked for."""
-    print(where(rows), table(rows), sep="\n")
+def save(rows: Sequence[Row], json_file: Path | None) -> None:
+    """Writes the rows so far, so that a long benchmark that is stopped leaves what it has."""
     if json_file is not None:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def finish(rows: Sequence[Row], json_file: Path | None) -> None:
+    """Shows the rows and writes them where that was asked for."""
+    save(rows, json_file)
+    print(where(rows), table(rows), sep="\n")
 
 
 def say(text: str) -> None:

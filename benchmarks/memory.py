@@ -85,6 +85,7 @@ def main() -> None:
         row = {"benchmark": "memory", **common.machine(), "registered": registered, **json.loads(done.stdout.splitlines()[-1])}
         smallest = rows[0] if rows else row
         rows.append({**row, "theirs_s": smallest["ours_s"], "ratio": row["peak"] / smallest["peak"]})
+        common.save(rows, given.json)
     common.finish(rows, given.json)
 
 

@@ -18,7 +18,7 @@ from fedfm.recipe import read
 from fedfm.run.compare import Comparison, compare
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-QUICK = ("rounds=1", "data.limit=8", "evaluate.max_examples=2")
+QUICK = ("rounds=1", "evaluate.max_examples=2")
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def main() -> None:
             say(f"{case.name}: {federation.rounds} rounds")
             out = (given.out or Path(temporary)) / case.name.replace(", ", "-").replace(" ", "-")
             rows += rows_of(case, compare(federation, out), federation.rounds)
+            common.save(rows, given.json)
     if not rows:
         options.error(f"--only {given.only}: no case has this in its name; there are {'; '.join(case.name for case in CASES)}")
     common.finish(rows, given.json)

@@ -16,6 +16,7 @@ from fedfm.aggregators import CoordinateMedian, Mean, TrimmedMean
 from fedfm.client.site import Site
 from fedfm.core.messages import Failure, Reply, Request
 from fedfm.core.parts import ClientId, Engine, Session
+from fedfm.local import AdamW
 from fedfm.samplers import All
 
 
@@ -46,8 +47,9 @@ class _Lying(Session):
 
     def exchange(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> Iterator[Reply | Failure]:
         for answer in self.inner.exchange(requests, deadline):
-            lies = isinstance(answer, Reply) and answer.verb == "train" and answer.client in self.liars.who
-            yield self.lie(answer) if lies else answer
+            if isinstance(answer, Reply) and answer.verb == "train" and answer.client in self.liars.who:
+                answer = self.lie(answer)
+            yield answer
 
     def lie(self, reply: Reply) -> Reply:
         generator = self.key.fold(reply.round, reply.client).generator()
@@ -59,13 +61,13 @@ class _Lying(Session):
 
 
 def main(quick: bool = False) -> dict[str, tuple[float, float]]:
-    plan = base(quick)
-    plan = replace(plan, sampler=All(), local=replace(plan.local, steps=4))
+    plan = replace(base(quick), sampler=All(), local=AdamW(lr=1e-2, steps=4, batch_size=4))
     lied_to = replace(plan, engine=Liars(plan.engine, who=("asyncio", "email", "tkinter")))
     losses = {}
     print(f"{'aggregator':<20} {'honest':>7} {'3 liars':>8}")
     for rule in (Mean(), CoordinateMedian(), TrimmedMean(trim=3)):
-        losses[type(rule).__name__] = honest, lied = tuple(loss(play(replace(f, aggregator=rule))) for f in (plan, lied_to))
+        honest, lied = (loss(play(replace(federation, aggregator=rule))) for federation in (plan, lied_to))
+        losses[type(rule).__name__] = honest, lied
         print(f"{type(rule).__name__:<20} {honest:>7.3f} {lied:>8.3f}")
     return losses
 

@@ -114,9 +114,14 @@ def _plain(name: str) -> Callable[[Row], str]:
 
 
 def _number(name: str) -> Callable[[Row], str]:
-    return lambda row: "-" if row.get(name) is None else f"{row[name]:.3f}"
+    def show(row: Row) -> str:
+        value = row.get(name)
+        return "-" if value is None else f"{100 * value:.1f} %" if row["metric"] in SHARES else f"{value:.3f}"
+
+    return show
 
 
+SHARES = ("accuracy", "macro_f1")
 COLUMNS: Mapping[str, Mapping[str, Callable[[Row], str]]] = {
     "cohort": {
         "clients x batch x tokens": _plain("shape"),
@@ -145,7 +150,8 @@ COLUMNS: Mapping[str, Mapping[str, Callable[[Row], str]]] = {
         "imports torch": _plain("imports_torch"),
     },
     "truth": {
-        "recipe": _plain("recipe"),
+        "command": lambda row: f"`{row['command']}`",
+        "rounds": _plain("rounds"),
         "owners": _plain("owners"),
         "metric": _plain("metric"),
         "before": _number("before"),

@@ -29,6 +29,11 @@ class Case:
     file: str
     overrides: tuple[str, ...] = ()
 
+    @property
+    def command(self) -> str:
+        """What gives the same table."""
+        return " ".join(("fedfm compare", f"recipes/{self.file}", *self.overrides))
+
 
 CASES = (
     Case("dolly-lora, by category", "dolly-lora.yaml"),
@@ -47,7 +52,7 @@ def rows_of(case: Case, found: Comparison, rounds: int) -> list[Row]:
         **common.machine(),
         "threads": torch.get_num_threads(),
         "recipe": case.name,
-        "overrides": case.overrides,
+        "command": case.command,
         "rounds": rounds,
         "owners": len(found.owners),
         "travelled": found.travelled["bytes_up"] + found.travelled["bytes_down"],

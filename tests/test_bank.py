@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-import tiny
 import torch
 
 from fedfm.client.train import Bank, Job, Trained
@@ -15,6 +14,7 @@ from fedfm.core.task import Task
 from fedfm.core.tuning import Tuned, Tuning
 from fedfm.local import SGD, AdamW, FedProx
 from fedfm.tasks import CausalLM, Classification, MaskedLM
+from fedfm.testing import tiny
 from fedfm.tuning import IA3, BitFit, Full, Head, LoRA, Peft
 
 TASKS: dict[str, Task] = {"Llama": CausalLM(), "GPT2": CausalLM(), "Bert": MaskedLM()}

@@ -7,9 +7,26 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from fedfm.core.parts import Aggregator, Sampler, ServerOptimizer, Transform, Update
+from fedfm.core.parts import Aggregator, LocalTrainer, Sampler, ServerOptimizer, Transform, Update, Work
+from fedfm.core.task import Task
+from fedfm.core.tuning import Tuning
+from fedfm.models.tokenizer import load_tokenizer
 from fedfm.server import FedAvg
-from fedfm.testing import check_aggregator, check_part, check_sampler, check_server, check_transform, examples
+from fedfm.tasks import CausalLM
+from fedfm.testing import (
+    check_aggregator,
+    check_local,
+    check_part,
+    check_sampler,
+    check_server,
+    check_task,
+    check_transform,
+    check_tuning,
+    examples,
+    tiny,
+)
+from fedfm.tuning import LoRA
+from fedfm.tuning.bank import BankedModel
 
 
 @dataclass(frozen=True)
@@ -83,6 +100,146 @@ class Boastful(Sampler):
         return num_clients
 
 
+class Worker:
+    """What the broken trainers share."""
+
+    work = Work(4, 10, None)
+
+    def lr_at(self, step, num_steps, round):
+        return 0.1
+
+
+@dataclass(frozen=True)
+class Sociable(LocalTrainer):
+    """Steps along the mean of the cohort's gradients."""
+
+    lr_at, work = Worker.lr_at, Worker.work
+
+    def step(self, cohort, grad_kd, lr_k, step):
+        cohort.theta_kd.sub_(lr_k * grad_kd.mean(dim=0))
+
+
+@dataclass(frozen=True)
+class Uphill(LocalTrainer):
+    """Steps along the gradient, not against it."""
+
+    lr_at, work = Worker.lr_at, Worker.work
+
+    def step(self, cohort, grad_kd, lr_k, step):
+        cohort.theta_kd.add_(lr_k * grad_kd)
+
+
+@dataclass(frozen=True)
+class Smuggler(LocalTrainer):
+    """Adds a leaf that it does not declare."""
+
+    lr_at, work = Worker.lr_at, Worker.work
+
+    def step(self, cohort, grad_kd, lr_k, step):
+        cohort.theta_kd.sub_(lr_k * grad_kd)
+
+    def finish(self, cohort, lr_sum_k, steps_k):
+        return {"extra": torch.ones(len(steps_k))}
+
+
+class FirstForAll(BankedModel):
+    """Rows of every client meet the first one's tensors."""
+
+    def bind(self, theta_kd, dropout=None):
+        super().bind(theta_kd[:1].expand_as(theta_kd), dropout)
+
+
+@dataclass(frozen=True)
+class Crowded(Tuning):
+    """LoRA in a bank that is none."""
+
+    def attach(self, foundation):
+        made = LoRA().attach(foundation)
+        made.__class__ = FirstForAll
+        return made
+
+    def save(self, foundation, params, folder):
+        LoRA().save(foundation, params, folder)
+
+    def merge(self, foundation, params):
+        return LoRA().merge(foundation, params)
+
+
+@dataclass(frozen=True)
+class Forgetful(Tuning):
+    """Saves what it began with."""
+
+    def attach(self, foundation):
+        return LoRA().attach(foundation)
+
+    def save(self, foundation, params, folder):
+        LoRA().save(foundation, {name: 0 * leaf for name, leaf in params.items()}, folder)
+
+    def merge(self, foundation, params):
+        return LoRA().merge(foundation, params)
+
+
+@dataclass(frozen=True)
+class Wearing(Tuning):
+    """Folds what was trained into the base itself."""
+
+    def attach(self, foundation):
+        return LoRA().attach(foundation)
+
+    def save(self, foundation, params, folder):
+        LoRA().save(foundation, params, folder)
+
+    def merge(self, foundation, params):
+        merged = LoRA().merge(foundation, params)
+        foundation.model.load_state_dict(merged.state_dict())
+        return merged
+
+
+@dataclass(frozen=True)
+class Scribbling(Task):
+    """Masks the examples themselves."""
+
+    max_length: int = 16
+    columns = CausalLM().columns
+
+    def encoder(self, tokenizer):
+        return CausalLM(max_length=self.max_length).encoder(tokenizer)
+
+    def rows(self, examples, index, rng):
+        found = CausalLM().rows(examples, index, rng)
+        for i in index:
+            examples.ids(int(i))[0] = 0
+        return found
+
+    def summarise(self, sums):
+        return CausalLM().summarise(sums)
+
+
+@dataclass(frozen=True)
+class Averaging(Task):
+    """Means where sums are asked for."""
+
+    max_length: int = 16
+    columns = CausalLM().columns
+
+    def encoder(self, tokenizer):
+        return CausalLM(max_length=self.max_length).encoder(tokenizer)
+
+    def rows(self, examples, index, rng):
+        return CausalLM().rows(examples, index, rng)
+
+    def stats(self, logits_pc, target_p, owner_p, num_clients):
+        sums = super().stats(logits_pc, target_p, owner_p, num_clients)
+        return {name: x / sums["targets"].clamp(min=1) for name, x in sums.items()}
+
+    def summarise(self, sums):
+        return CausalLM().summarise(sums)
+
+
+def check_tiny_task(task: Task) -> None:
+    check_task(task, [{"text": text} for text in tiny.TEXT[:9]], load_tokenizer(tiny.tokenizer_folder()))
+
+
 @dataclass
 class Thawed(Transform):
     """Not frozen."""
@@ -105,6 +262,14 @@ class Steeper(FedAvg):
         (check_server, InPlace(), "changed its input"),
         (check_sampler, Shuffled(), "in the order of the clients"),
         (check_sampler, Boastful(), "promises"),
+        (check_local, Sociable(), "depend on who shares its bank"),
+        (check_local, Uphill(), "downhill"),
+        (check_local, Smuggler(), "other leaves than extra declares"),
+        (check_tuning, Crowded(), "client 0.s gradient depends on who shares its bank"),
+        (check_tuning, Forgetful(), "what was saved says something else"),
+        (check_tuning, Wearing(), "changed the base"),
+        (check_tiny_task, Scribbling(), "changed the examples"),
+        (check_tiny_task, Averaging(), "do not add up"),
         (check_part, Thawed(), "not frozen"),
         (check_part, Steeper(), "inherits"),
     ],

@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tokenizer_folder
 from transformers import AutoTokenizer
 
 from fedfm.core import disk, registry
@@ -24,6 +23,7 @@ from fedfm.data import IID, Data, Dirichlet, Owners, QuantitySkew, Shard, Shards
 from fedfm.data import owners as layout
 from fedfm.data.sources import PIECE, open_source, stamp
 from fedfm.tasks import CausalLM, Classification, Instruct, MaskedLM
+from fedfm.testing.tiny import tokenizer_folder
 
 KEY = Key.root(0)
 quick = settings(deadline=None, max_examples=40)

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
 from fedfm.aggregators import CoordinateMedian, Mean, TrimmedMean
@@ -30,7 +29,7 @@ from fedfm.local import SGD, AdamW
 from fedfm.methods import Scaffold
 from fedfm.samplers import Poisson
 from fedfm.tasks import CausalLM, MaskedLM
-from fedfm.testing import check_engine
+from fedfm.testing import check_engine, tiny
 from fedfm.transforms import ClipByNorm, Int8, TopK
 from fedfm.tuning import LoRA
 
@@ -107,6 +106,35 @@ def test_a_first_cohort_that_is_small_by_chance_does_not_bound_the_bank(federati
         monkeypatch.setattr(session.runtime.bank, "train", lambda start, jobs, *rest: sizes.append(len(jobs)) or train(start, jobs, *rest))
         session.bank_size([OWNERS[0]], Request("train", 1, begin(site).params))
     assert max(sizes) == len(OWNERS)
+
+
+def test_a_bank_that_does_not_fit_is_halved_until_it_does(
+    federation: Federation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    site, sizes = Site.build(replace(federation, engine=Embedded(device="cpu"))), []
+    state = begin(site)
+    site.choices["bank"] = len(OWNERS)
+    with site.federation.engine.open(site) as session:
+        train = session.runtime.bank.train
+
+        def crowded(start, jobs, *rest):  # type: ignore[no-untyped-def]
+            sizes.append(len(jobs))
+            if len(jobs) > 1:
+                raise torch.OutOfMemoryError("no memory left")
+            return train(start, jobs, *rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(session.runtime.bank, "train", crowded)
+            got, record = one_round(site, session, state)
+        assert sizes == [3, 2, 1, 1, 1] and not record.failures
+        # What did not fit once is not tried again, and the run remembers it.
+        assert site.choices["bank"] == 1
+        assert "a bank of 3 clients does not fit into memory: going on with 2 at a time" in caplog.text
+        expected, _ = one_round(site, session, state)
+        assert equal(got.params, expected.params)
+        monkeypatch.setattr(session.runtime.bank, "train", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory left")))
+        answers = list(session.exchange({OWNERS[0]: Request("train", 1, state.params)}))
+        assert [(answer.client, answer.reason) for answer in answers] == [(OWNERS[0], "OutOfMemoryError: no memory left")]
 
 
 def test_a_memory_that_is_damaged_fails_its_own_client_alone(federation: Federation, tmp_path: Path) -> None:

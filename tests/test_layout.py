@@ -94,7 +94,7 @@ def parts_in(path: Path) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("room", ["samplers", "transforms", "channels", "aggregators", "server", "local", "tasks", "engines"])
+@pytest.mark.parametrize("room", ["samplers", "transforms", "channels", "aggregators", "server", "local", "tasks", "tuning", "engines"])
 def test_every_technique_is_exported_and_so_under_its_rooms_suite(room: str) -> None:
     written = set().union(*(parts_in(path) for path in (SOURCE / room).glob("*.py")))
     assert written == set(registry.entries(room)), f"add one import line per technique to {room}/__init__.py"
@@ -103,6 +103,9 @@ def test_every_technique_is_exported_and_so_under_its_rooms_suite(room: str) -> 
 @pytest.mark.parametrize(
     ("room", "suite"),
     [
+        ("tasks", "test_tasks.py"),
+        ("tuning", "test_tuning.py"),
+        ("local", "test_local.py"),
         ("samplers", "test_samplers.py"),
         ("transforms", "test_transforms.py"),
         ("channels", "test_channels.py"),

@@ -16,7 +16,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import SafetensorError
-from tiny import TEXT, spec
 
 from fedfm.aggregators import Mean
 from fedfm.core import disk, tree
@@ -38,6 +37,7 @@ from fedfm.run.result import Result
 from fedfm.samplers import Uniform
 from fedfm.server import FedAdam
 from fedfm.tasks import CausalLM
+from fedfm.testing.tiny import TEXT, spec
 from fedfm.transforms import TopK
 from fedfm.tuning import LoRA
 

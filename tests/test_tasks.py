@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tokenizer_folder
 from transformers import AutoTokenizer
 
 from fedfm.core import registry
@@ -14,6 +13,8 @@ from fedfm.core.errors import ConfigError, DataError, ModelError
 from fedfm.core.task import IGNORE, Vocabulary
 from fedfm.data.sources import Record
 from fedfm.tasks import CausalLM, Classification, Instruct, MaskedLM
+from fedfm.testing import check_task, examples, tiny
+from fedfm.testing.tiny import tokenizer_folder
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +41,23 @@ class Encoded:
 
     def label(self, i):
         return self.labels.index(self.examples[i].label) if self.labels else -1
+
+
+# Long enough that every task has something to cut.
+ROWS = [
+    {"text": text * 3, "label": text.split()[2], "instruction": text, "response": text * 2, "context": text} for text in tiny.TEXT[::29]
+]
+EXAMPLES = {
+    "CausalLM": [CausalLM(max_length=16), CausalLM(max_length=24, packed=False)],
+    "Instruct": [Instruct(max_length=32), Instruct(max_length=32, input="context", template="alpaca")],
+    "MaskedLM": [MaskedLM(max_length=24)],
+    "Classification": [Classification(max_length=16)],
+}
+
+
+@pytest.mark.parametrize("task", examples("tasks", EXAMPLES), ids=repr)
+def test_conformance(task, tokenizer):
+    check_task(task, ROWS, tokenizer)
 
 
 def encode(task, tokenizer, rows, chunk=3):

@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 
 from fedfm.client.site import Site
@@ -22,6 +21,7 @@ from fedfm.federation import Federation
 from fedfm.local import AdamW
 from fedfm.models import Model, load
 from fedfm.tasks import CausalLM
+from fedfm.testing import tiny
 from fedfm.tuning import BitFit, Full, LoRA
 
 ROOT = Path(__file__).parent.parent

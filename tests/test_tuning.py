@@ -6,16 +6,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
 
 from fedfm.core.errors import ConfigError, ModelError
 from fedfm.core.keys import Key
 from fedfm.core.task import Batch
+from fedfm.core.tree import equal
 from fedfm.core.tuning import Tuning
 from fedfm.models import Foundation, Model, load
 from fedfm.models.foundation import device_of, save
+from fedfm.testing import check_tuning, examples, tiny
 from fedfm.tuning import IA3, BitFit, Full, Head, LoRA, Peft, load_adapter
 from fedfm.tuning.layout import plain_copy
 
@@ -23,46 +24,38 @@ TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
 SHAPES = list(tiny.CONFIGS)
 
 
-def batch_of(foundation: Foundation, clients: int = 1, rows: int = 2, length: int = 7, seed: int = 0) -> Batch:
-    import numpy as np
-
-    generator = torch.Generator().manual_seed(seed)
-    total = clients * rows
-    ids = torch.randint(5, 290, (total, length), generator=generator)
-    sequence = foundation.head == "sequence_classification"
-    count = total if sequence else total * length
-    row_p = torch.arange(total) if sequence else torch.arange(total).repeat_interleave(length)
-    return Batch(
-        input_ids=ids,
-        attention_mask=None,
-        position_p=None if sequence else torch.arange(count),
-        row_p=row_p,
-        target_p=torch.zeros(count, dtype=torch.int64),
-        owner_p=row_p // rows,
-        num_clients=clients,
-        lengths=np.full(clients, length),
-        real_rows=np.full(clients, rows),
-        num_tokens=total * length,
-    )
-
-
-def logits(foundation: Foundation, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    with torch.no_grad():
-        out = model(input_ids=batch.input_ids).logits
-    return out if foundation.head == "sequence_classification" else out.reshape(-1, out.shape[-1])
-
-
-def disturbed(params: dict[str, torch.Tensor], seed: int = 1) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: p + 0.2 * torch.randn(p.shape, generator=generator) for name, p in params.items()}
-
-
 def ours(tuning: Tuning, foundation: Foundation, batch: Batch, seed: int = 1) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     tuned = tuning.attach(foundation)
-    params = disturbed(dict(tuned.init(Key.root(0))), seed)
+    params = tiny.disturbed(dict(tuned.init(Key.root(0))), seed)
     tuned.bind(tuned.spec.flatten(params).unsqueeze(0))
     with torch.no_grad():
         return tuned.logits(batch), params
+
+
+EXAMPLES = {
+    "LoRA": [LoRA(r=3, rslora=True), LoRA(r=2, targets=("all-linear",), dropout=0.2)],
+    "BitFit": [BitFit()],
+    "Head": [Head()],
+    "Peft": [Peft("LOHA", {"r": 2, "target_modules": ["q_proj"]}), Peft("PROMPT_TUNING", {"num_virtual_tokens": 3})],  # type: ignore[arg-type]
+}
+
+
+@pytest.mark.parametrize("tuning", examples("tuning", EXAMPLES), ids=repr)
+def test_conformance(tuning: Tuning) -> None:
+    # Llama has no biases, and only a classifier has a head that is new.
+    make = {
+        "BitFit": lambda: tiny.foundation("GPT2"),
+        "Head": lambda: tiny.foundation("Bert", "sequence_classification", ("a", "b", "c")),
+    }
+    check_tuning(tuning, make.get(type(tuning).__name__, tiny.foundation))
+
+
+def test_a_foreign_adapter_is_drawn_from_the_runs_key() -> None:
+    def start(seed: int) -> dict[str, torch.Tensor]:
+        foundation = load(tiny.spec("Llama"), "causal_lm", (), "cpu", Key.root(seed))
+        return dict(Peft("LOHA", {"r": 2, "target_modules": ["q_proj"]}).attach(foundation).init(Key.root(seed)))  # type: ignore[arg-type]
+
+    assert equal(start(1), start(1)) and not equal(start(1), start(2))
 
 
 BANKED = {
@@ -76,18 +69,18 @@ BANKED = {
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
 def test_peft_loads_what_we_save_and_gives_the_same_logits(shape: str, kind: str, tmp_path: Path) -> None:
     foundation = tiny.foundation(shape)
-    batch, tuning = batch_of(foundation), BANKED[kind](shape)
+    batch, tuning = tiny.batch_of(foundation), BANKED[kind](shape)
     mine, params = ours(tuning, foundation, batch)
     tuning.save(foundation, params, tmp_path / "adapter")
     theirs = PeftModel.from_pretrained(plain_copy(foundation), str(tmp_path / "adapter")).eval()
-    torch.testing.assert_close(mine, logits(foundation, theirs, batch), **TOLERANCE)
+    torch.testing.assert_close(mine, tiny.logits_of(theirs, batch), **TOLERANCE)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
 def test_we_load_what_peft_saves_and_give_the_same_logits(shape: str, kind: str, tmp_path: Path) -> None:
     foundation = tiny.foundation(shape)
-    batch = batch_of(foundation)
+    batch = tiny.batch_of(foundation)
     config = (
         LoraConfig(r=4, lora_alpha=7, target_modules=["c_attn" if shape == "GPT2" else "query" if shape == "Bert" else "q_proj"])
         if kind == "lora"
@@ -109,7 +102,7 @@ def test_we_load_what_peft_saves_and_give_the_same_logits(shape: str, kind: str,
     tuned.bind(tuned.spec.flatten(params).unsqueeze(0))
     with torch.no_grad():
         mine = tuned.logits(batch)
-    torch.testing.assert_close(mine, logits(foundation, theirs, batch), **TOLERANCE)
+    torch.testing.assert_close(mine, tiny.logits_of(theirs, batch), **TOLERANCE)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -120,9 +113,9 @@ def test_merged_model_gives_the_same_logits(shape: str, kind: str) -> None:
         with pytest.raises(ConfigError, match="no biases"):
             BitFit().attach(foundation)
         return
-    batch, tuning = batch_of(foundation), BANKED[kind](shape)
+    batch, tuning = tiny.batch_of(foundation), BANKED[kind](shape)
     mine, params = ours(tuning, foundation, batch)
-    torch.testing.assert_close(mine, logits(foundation, tuning.merge(foundation, params), batch), **TOLERANCE)
+    torch.testing.assert_close(mine, tiny.logits_of(tuning.merge(foundation, params), batch), **TOLERANCE)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -134,37 +127,37 @@ def test_row_block_k_is_computed_with_client_k(shape: str, kind: str) -> None:
     if shape == "Llama" and kind == "bitfit":
         pytest.skip("Llama has no biases")
     tuned = make(shape).attach(foundation)
-    batch = batch_of(foundation, clients=3)
+    batch = tiny.batch_of(foundation, clients=3)
     start = dict(tuned.init(Key.root(0)))
-    theta_kd = torch.stack([tuned.spec.flatten(disturbed(start, seed)) for seed in range(3)])
+    theta_kd = torch.stack([tuned.spec.flatten(tiny.disturbed(start, seed)) for seed in range(3)])
     tuned.bind(theta_kd)
     with torch.no_grad():
         together = tuned.logits(batch)
         for k in range(3):
             tuned.bind(theta_kd[k : k + 1])
             rows = slice(2 * k, 2 * k + 2)
-            alone = batch_of(foundation)
+            alone = tiny.batch_of(foundation)
             alone.input_ids = batch.input_ids[rows]
             torch.testing.assert_close(together[batch.owner_p == k], tuned.logits(alone), **TOLERANCE)
 
 
 def test_a_new_head_is_saved_with_the_adapter_and_loads_in_peft(tmp_path: Path) -> None:
     foundation = tiny.foundation("Bert", "sequence_classification", ("a", "b", "c"))
-    batch, tuning = batch_of(foundation), LoRA(r=2)
+    batch, tuning = tiny.batch_of(foundation), LoRA(r=2)
     mine, params = ours(tuning, foundation, batch)
     assert any("classifier" in name for name in params)
     tuning.save(foundation, params, tmp_path)
     theirs = PeftModel.from_pretrained(plain_copy(foundation), str(tmp_path)).eval()
-    torch.testing.assert_close(mine, logits(foundation, theirs, batch), **TOLERANCE)
+    torch.testing.assert_close(mine, tiny.logits_of(theirs, batch), **TOLERANCE)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_lora_starts_from_the_base(shape: str) -> None:
     foundation = tiny.foundation(shape)
-    batch, tuned = batch_of(foundation), LoRA().attach(foundation)
+    batch, tuned = tiny.batch_of(foundation), LoRA().attach(foundation)
     tuned.bind(tuned.spec.flatten(tuned.init(Key.root(3))).unsqueeze(0))
     with torch.no_grad():
-        torch.testing.assert_close(tuned.logits(batch), logits(foundation, plain_copy(foundation), batch), **TOLERANCE)
+        torch.testing.assert_close(tuned.logits(batch), tiny.logits_of(plain_copy(foundation), batch), **TOLERANCE)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -172,11 +165,11 @@ def test_full_is_the_model_itself(shape: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     foundation = tiny.foundation(shape)
-    batch = batch_of(foundation)
+    batch = tiny.batch_of(foundation)
     mine, params = ours(Full(), foundation, batch)
     Full().save(foundation, params, tmp_path)
     auto = AutoModelForMaskedLM if shape == "Bert" else AutoModelForCausalLM
-    torch.testing.assert_close(mine, logits(foundation, auto.from_pretrained(tmp_path).eval(), batch), **TOLERANCE)
+    torch.testing.assert_close(mine, tiny.logits_of(auto.from_pretrained(tmp_path).eval(), batch), **TOLERANCE)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -185,14 +178,14 @@ def test_what_an_output_layer_learned_does_not_move_the_embeddings_tied_to_it(sh
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 
     foundation = tiny.foundation(shape, tie_word_embeddings=True)
-    batch, output = batch_of(foundation), ("decoder" if shape == "Bert" else "lm_head",)
+    batch, output = tiny.batch_of(foundation), ("decoder" if shape == "Bert" else "lm_head",)
     tuning = LoRA(r=2, targets=output) if kind == "lora" else Head(modules=output)
     mine, params = ours(tuning, foundation, batch)
     model = tuning.merge(foundation, params)
-    torch.testing.assert_close(mine, logits(foundation, model, batch), **TOLERANCE)
+    torch.testing.assert_close(mine, tiny.logits_of(model, batch), **TOLERANCE)
     save(foundation, model, tmp_path)
     auto = AutoModelForMaskedLM if shape == "Bert" else AutoModelForCausalLM
-    torch.testing.assert_close(mine, logits(foundation, auto.from_pretrained(tmp_path).eval(), batch), **TOLERANCE)
+    torch.testing.assert_close(mine, tiny.logits_of(auto.from_pretrained(tmp_path).eval(), batch), **TOLERANCE)
 
 
 def test_a_copy_keeps_what_the_base_was_published_with() -> None:
@@ -216,7 +209,7 @@ def test_a_causal_classifier_reads_the_last_token_whatever_the_checkpoint_pads_w
     save(base, base.model, tmp_path)
     foundation = load(Model(str(tmp_path)), "sequence_classification", ("a", "b"), "cpu", Key.root(0))
     assert foundation.model.config.pad_token_id == foundation.tokenizer.pad_token_id != 5
-    tuned, batch = LoRA().attach(foundation), batch_of(foundation)
+    tuned, batch = LoRA().attach(foundation), tiny.batch_of(foundation)
     tuned.bind(tuned.spec.flatten(tuned.init(Key.root(0))).unsqueeze(0))
     with torch.no_grad():
         alone = tuned.logits(batch)
@@ -237,7 +230,7 @@ def test_a_padding_token_that_also_ends_a_text_still_trains(tmp_path: Path) -> N
 def test_we_load_what_peft_names_by_its_own_habits(kind: str, tmp_path: Path) -> None:
     # A classifier's head under every name it may have; BERT's two layers called output.dense.
     foundation = tiny.foundation("Bert", "sequence_classification", ("a", "b", "c"))
-    batch = batch_of(foundation)
+    batch = tiny.batch_of(foundation)
     config = (
         LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
         if kind == "lora"
@@ -254,7 +247,7 @@ def test_we_load_what_peft_names_by_its_own_habits(kind: str, tmp_path: Path) ->
     assert set(tuned.spec.names) == set(params)
     tuned.bind(tuned.spec.flatten(params).unsqueeze(0))
     with torch.no_grad():
-        torch.testing.assert_close(tuned.logits(batch), logits(foundation, theirs, batch), **TOLERANCE)
+        torch.testing.assert_close(tuned.logits(batch), tiny.logits_of(theirs, batch), **TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["LOHA", "PROMPT_TUNING"])
@@ -265,7 +258,7 @@ def test_a_foreign_adapter_brings_the_base_that_exists_nowhere_else(shape: str, 
 
     classify = shape == "Bert"
     foundation = tiny.foundation(shape, "sequence_classification" if classify else None, ("a", "b", "c") if classify else ())
-    batch, target = batch_of(foundation), "query" if classify else "q_proj"
+    batch, target = tiny.batch_of(foundation), "query" if classify else "q_proj"
     tuning = Peft(kind, {"r": 2, "target_modules": [target]} if kind == "LOHA" else {"num_virtual_tokens": 3})  # type: ignore[arg-type]
     mine, params = ours(tuning, foundation, batch)
     tuning.save(foundation, params, tmp_path)
@@ -280,7 +273,7 @@ def test_a_foreign_adapter_brings_the_base_that_exists_nowhere_else(shape: str, 
 @pytest.mark.parametrize("kind", ["LOHA", "PROMPT_TUNING"])
 def test_any_other_method_of_peft_runs_and_saves(kind: str, tmp_path: Path) -> None:
     foundation = tiny.foundation("Llama")
-    plain, batch = plain_copy(foundation), batch_of(foundation)
+    plain, batch = plain_copy(foundation), tiny.batch_of(foundation)
     tuning = Peft(kind, {"r": 2, "target_modules": ["q_proj"]} if kind == "LOHA" else {"num_virtual_tokens": 3})  # type: ignore[arg-type]
     mine, params = ours(tuning, foundation, batch)
     tuning.save(foundation, params, tmp_path)

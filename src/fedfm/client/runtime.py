@@ -62,16 +62,36 @@ class Runtime:
             else:
                 groups.setdefault((request.verb, request.round), {})[client] = request
         for (verb, _), group in groups.items():
-            try:
-                yield from self._verbs[verb](group)
-            except FedfmError as error:
-                yield from (Failure(client, verb, str(error)) for client in group)
-            except RuntimeError as error:
-                # Out of memory, a kernel that does not exist here: the round must be able to go on without this bank.
-                log.debug("a bank failed", exc_info=True)
-                yield from (
-                    Failure(client, verb, f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}") for client in group
-                )
+            yield from self._answer(verb, group)
+
+    def _answer(self, verb: str, group: dict[ClientId, Request]) -> Iterator[Answer]:
+        """The answers of one bank; one that does not fit into memory is halved until it does."""
+        waiting = dict(group)
+        try:
+            for answer in self._verbs[verb](group):
+                waiting.pop(answer.client)
+                yield answer
+            return
+        except FedfmError as error:
+            reason, halve = str(error), False
+        except RuntimeError as error:
+            # A kernel that does not exist here: the round must be able to go on without this bank.
+            log.debug("a bank failed", exc_info=True)
+            reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
+            halve = isinstance(error, torch.OutOfMemoryError) and len(waiting) > 1
+        # Outside the handlers: an error that is being handled keeps its tensors alive.
+        if not halve:
+            yield from (Failure(client, verb, reason) for client in waiting)
+            return
+        half = (len(waiting) + 1) // 2
+        log.warning("a bank of %d clients does not fit into memory: going on with %d at a time", len(waiting), half)
+        if verb == "train" and "bank" in self.site.choices:
+            self.site.choices["bank"] = min(self.site.choices["bank"], half)
+        if self.site.foundation.device.type == "cuda":
+            torch.cuda.empty_cache()
+        items = list(waiting.items())
+        for part in (items[:half], items[half:]):
+            yield from self._answer(verb, dict(part))
 
     def _describe(self, requests: Mapping[ClientId, Request]) -> Iterator[Answer]:
         for client, request in requests.items():

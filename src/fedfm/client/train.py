@@ -127,7 +127,7 @@ class Bank:
             with torch.no_grad():
                 if work.max_grad_norm is not None:
                     norm_k = torch.linalg.vector_norm(grad_kd, dim=1, keepdim=True)
-                    grad_kd = grad_kd * (work.max_grad_norm / (norm_k + 1e-6)).clamp(max=1.0)
+                    grad_kd.mul_((work.max_grad_norm / (norm_k + 1e-6)).clamp(max=1.0))
                 self.local.step(active, grad_kd, lr_k, step)
                 lr_sum_k[:k] += lr_k.squeeze(1)
         self.tuned.bind(cohort.theta_kd[:1])

@@ -63,6 +63,7 @@ class EmbeddedSession(Session):
     def __init__(self, engine: Embedded, site: Site) -> None:
         self.engine, self.site = engine, site
         self.runtime = Runtime(site, StateStore(site.folder))
+        self.told = False
 
     def exchange(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> Iterator[Reply | Failure]:
         """Answers bank by bank. A deadline is looked at between banks."""
@@ -91,12 +92,13 @@ class EmbeddedSession(Session):
         """Clients per batch: what the recipe says, what an earlier part of this run chose, or what a timing finds."""
         if self.engine.bank != "auto":
             size = self.engine.bank
-            if size > 1 and not self.site.tuned.banks:
-                log.warning(
-                    "%s cannot bank: clients run one by one instead of %d at a time", type(self.site.federation.tuning).__name__, size
-                )
-                size = 1
-            return size
+            if size == 1 or self.site.tuned.banks:
+                return size
+            if not self.told:
+                name = type(self.site.federation.tuning).__name__
+                log.warning("%s cannot bank: clients run one by one instead of %d at a time", name, size)
+                self.told = True
+            return 1
         if not self.site.tuned.banks:
             return 1
         if "bank" not in self.site.choices:

@@ -39,6 +39,8 @@ class Foundation:
         spec: The part it was loaded from.
         head: What it computes.
         labels: Class names, for classification.
+        num_params: Parameters of the base.
+        key: Where weights that no checkpoint has are drawn from.
         fresh: Modules that no checkpoint had (a new classification head); they train with any tuning.
         dropout: What the published config says of dropout.
         adapted: The model as another library wrapped it (``peft``), where one did.
@@ -49,6 +51,8 @@ class Foundation:
     spec: Model
     head: Head
     labels: tuple[str, ...]
+    num_params: int
+    key: Key
     fresh: tuple[str, ...]
     dropout: dict[str, float]
     adapted: Any = None
@@ -58,11 +62,6 @@ class Foundation:
         """Where the model is."""
         found: torch.device = next(self.model.parameters()).device
         return found
-
-    @property
-    def num_params(self) -> int:
-        """Parameters of the base."""
-        return sum(p.numel() for p in self.model.parameters())
 
     @property
     def max_context(self) -> int | None:
@@ -170,12 +169,13 @@ def load(spec: Model, head: Head, labels: Sequence[str] = (), device: str = "aut
             f"The tokenizer has {len(tokenizer)} tokens and the model only {config.vocab_size}: they do not fit. "
             "Use the tokenizer the model was trained with, or set vocab_size for a model from scratch."
         )
+    key = key or Key.root(0)
     dtype = getattr(torch, spec.dtype)
     where = device_of(device)
     auto = getattr(transformers, _AUTO[head])
     # New weights are drawn inside a fork of the global generator: the caller's stream stays as it was.
     with torch.random.fork_rng(devices=[]), _quiet():
-        torch.manual_seed((key or Key.root(0)).fold("model").seed())
+        torch.manual_seed(key.fold("model").seed())
         try:
             if spec.source is None:
                 model, fresh = auto.from_config(config, dtype=dtype, trust_remote_code=False), set()
@@ -210,7 +210,8 @@ def load(spec: Model, head: Head, labels: Sequence[str] = (), device: str = "aut
                 module.p = 0.0
     if head == "sequence_classification" and spec.source is None:
         fresh = {name for name, _ in model.named_children() if name in ("score", "classifier")}
-    return Foundation(model, tokenizer, spec, head, tuple(labels), tuple(sorted(fresh)), dropout)
+    num_params = sum(p.numel() for p in model.parameters())
+    return Foundation(model, tokenizer, spec, head, tuple(labels), num_params, key, tuple(sorted(fresh)), dropout)
 
 
 def _not_about_padding(record: logging.LogRecord) -> bool:

@@ -19,7 +19,8 @@ class Model(Part):
         architecture: Instead of ``source``: a ``transformers`` architecture by its model class prefix (``Llama``, ``GPT2``, ``Bert``).
         config: Its configuration, name and value; a mapping is accepted. What is left out has the architecture's default.
         tokenizer: Where the tokenizer is; with ``source`` the default is the same place.
-        dtype: Of the base's weights and activations. Trainable tensors are always float32.
+        dtype: Of the base's weights and activations: ``float32`` or ``bfloat16`` (float16 would need its loss scaled). Trainable tensors are
+            always float32.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
 
     Raises:
@@ -32,7 +33,7 @@ class Model(Part):
     architecture: str | None = None
     config: tuple[tuple[str, Any], ...] = ()
     tokenizer: str | None = None
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    dtype: Literal["float32", "bfloat16"] = "float32"
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
@@ -48,5 +49,5 @@ class Model(Part):
             )
         if self.source is not None and self.config:
             raise ConfigError(f"The model at {self.source!r} brings its own config; 'config' is for models built from scratch.")
-        if self.dtype not in ("float32", "bfloat16", "float16"):
-            raise ConfigError(f"dtype is {self.dtype!r}; it must be float32, bfloat16 or float16.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ConfigError(f"dtype is {self.dtype!r}; it must be float32 or bfloat16.")

@@ -7,8 +7,11 @@ Example:
 
 from fedfm.testing.aggregators import check_aggregator as check_aggregator
 from fedfm.testing.engines import check_engine as check_engine
+from fedfm.testing.local import check_local as check_local
 from fedfm.testing.parts import check_part as check_part
 from fedfm.testing.parts import examples as examples
 from fedfm.testing.samplers import check_sampler as check_sampler
 from fedfm.testing.server import check_server as check_server
+from fedfm.testing.tasks import check_task as check_task
 from fedfm.testing.transforms import check_transform as check_transform
+from fedfm.testing.tuning import check_tuning as check_tuning

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from fedfm.core.errors import ConfigError
-from fedfm.core.keys import Key
 from fedfm.core.registry import suggest
 from fedfm.core.tree import Tree
 from fedfm.core.tuning import Tuned, Tuning
@@ -58,7 +57,7 @@ class Peft(Tuning):
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
                 # Of names that transformers is about to drop, which are not the user's to change.
                 warnings.simplefilter("ignore", FutureWarning)
-                torch.manual_seed(Key.root(0).fold("peft", self.type).seed())
+                torch.manual_seed(foundation.key.fold("peft", self.type).seed())
                 model = peft.get_peft_model(foundation.model, config)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"tuning.Peft: {self.type} refuses its configuration: {error}") from error

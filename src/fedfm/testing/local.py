@@ -1,0 +1,109 @@
+"""What every local trainer must do."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from fedfm.core.keys import Key
+from fedfm.core.parts import Cohort, LocalTrainer, ServerOptimizer
+from fedfm.core.tree import Tree
+from fedfm.testing.parts import check_part, copied, same
+
+SIZE = 6
+STEPS_K = (5, 5, 3, 1)
+
+
+def check_local(trainer: LocalTrainer, server: ServerOptimizer | None = None) -> None:
+    """A cohort's clients do not touch each other, what they started from stays as it was, and on a quadratic of its own each goes downhill.
+
+    Args:
+        server: The server step whose leaves the trainer needs (SCAFFOLD's control variate), where it needs some.
+
+    Raises:
+        AssertionError: naming the law that is broken.
+    """
+    check_part(trainer)
+    name, work = type(trainer).__name__, trainer.work
+    assert (work.steps is None) != (work.epochs is None), (
+        f"{name}.work has steps={work.steps} and epochs={work.epochs}; exactly one is given"
+    )
+    for num_steps in (1, 7):
+        rates = [trainer.lr_at(step, num_steps, round) for step in range(num_steps) for round in (1, 20)]
+        assert all(math.isfinite(rate) and rate >= 0 for rate in rates), f"{name}.lr_at gives {rates}"
+    params: Tree = {"w": _draw("start", SIZE)}
+    # The first round, in which nobody remembers anything and what is sent is as it begins.
+    received = copied(server.broadcast(params, server.init(params))) if server is not None else {}
+    memories: list[Tree] = [{}] * len(STEPS_K)
+    for round in (1, 2):
+        together = _work(trainer, params["w"], received, memories, list(range(len(STEPS_K))), round)
+        for k in range(len(STEPS_K)):
+            alone = _work(trainer, params["w"], received, memories, [k], round)
+            for what, mine, own in zip(
+                ("parameters", "payload", "memory"), (row[k] for row in together), (row[0] for row in alone), strict=True
+            ):
+                assert mine.keys() == own.keys() and all(torch.allclose(mine[x], own[x], rtol=1e-5, atol=1e-7) for x in own), (
+                    f"{name}: client {k}'s {what} depend on who shares its bank"
+                )
+        again = _work(trainer, params["w"], received, memories, list(range(len(STEPS_K))), round)
+        assert all(same(x, y) for mine, other in zip(together, again, strict=True) for x, y in zip(mine, other, strict=True)), (
+            f"{name} does something else a second time"
+        )
+        if round == 1:
+            for k, row in enumerate(together[0]):
+                before, after = (params["w"] - _target(k)).norm(), (row["theta"] - _target(k)).norm()
+                assert after < before, f"{name}: client {k} does not go downhill on its own quadratic"
+        # A server's leaves and a client's memory are no longer zero.
+        received = {leaf: _draw(leaf, *x.shape) for leaf, x in received.items()}
+        memories = together[2]
+
+
+def _work(
+    trainer: LocalTrainer, start_d: torch.Tensor, received: Tree, memories: list[Tree], clients: list[int], round: int
+) -> tuple[list[Tree], list[Tree], list[Tree]]:
+    """A round of these clients in one cohort, each on ``|w - target_k|^2 / 2``: parameters, extra leaves and memory of each."""
+    name = type(trainer).__name__
+    steps_k = [STEPS_K[k] for k in clients]
+    target_kd = torch.stack([_target(k) for k in clients])
+    leaves = memories[clients[0]]
+    cohort = Cohort(
+        theta_kd=start_d.expand(len(clients), -1).clone(),
+        start_d=start_d.clone(),
+        received=copied(received),
+        memory={leaf: torch.stack([memories[k][leaf] for k in clients]) for leaf in leaves},
+    )
+    trainer.init(cohort)
+    wrong = [slot for slot, x in cohort.slots.items() if x.shape[:1] != (len(clients),)]
+    assert not wrong, f"{name}: the slots {wrong} have no leading client axis"
+    assert torch.equal(cohort.theta_kd, start_d.expand(len(clients), -1)), f"{name}.init moves the parameters"
+    lr_sum_k = torch.zeros(len(clients), dtype=torch.float64)
+    for step in range(max(steps_k)):
+        k = sum(num > step for num in steps_k)
+        active = cohort.head(k)
+        resting = cohort.theta_kd[k:].clone()
+        lr_k = torch.tensor([trainer.lr_at(step, num, round) for num in steps_k[:k]], dtype=torch.float32).unsqueeze(1)
+        trainer.step(active, active.theta_kd - target_kd[:k], lr_k, step)
+        assert torch.equal(cohort.theta_kd[k:], resting), f"{name} moves a client that has done its steps"
+        lr_sum_k[:k] += lr_k.squeeze(1)
+    extra = trainer.finish(cohort, lr_sum_k, torch.tensor(steps_k))
+    assert torch.equal(cohort.start_d, start_d) and same(cohort.received, received), f"{name} changed what all clients share"
+    declared = {leaf: (len(clients), *shape) for leaf, shape in trainer.extra(SIZE).items()}
+    assert {leaf: tuple(x.shape) for leaf, x in extra.items()} == declared, (
+        f"{name}.finish gives other leaves than extra declares: {declared}"
+    )
+    assert all(x.dtype == torch.float32 for x in extra.values()), f"{name}.finish gives leaves that are not float32"
+    rows = range(len(clients))
+    return (
+        [{"theta": cohort.theta_kd[row].clone()} for row in rows],
+        [{leaf: x[row].clone() for leaf, x in extra.items()} for row in rows],
+        [{leaf: x[row].clone() for leaf, x in cohort.memory.items()} for row in rows],
+    )
+
+
+def _target(k: int) -> torch.Tensor:
+    return 3 + _draw(f"target-{k}", SIZE)
+
+
+def _draw(name: str, *shape: int) -> torch.Tensor:
+    return torch.randn(shape, generator=Key.root(0).fold("check_local", name).generator())

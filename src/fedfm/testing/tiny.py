@@ -1,0 +1,125 @@
+"""Models, tokenizers and examples small enough to build in a test, in the three shapes that matter: Llama, GPT-2, BERT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from tempfile import mkdtemp
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedfm.core.keys import Key
+from fedfm.core.task import Batch, Head, IntArray, Vocabulary
+from fedfm.models import Foundation, Model, load, train_bpe
+
+CONFIGS: dict[str, dict[str, int]] = {
+    "Llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
+    "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "Bert": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+HEADS: dict[str, Head] = {"Llama": "causal_lm", "GPT2": "causal_lm", "Bert": "masked_lm"}
+TEXT = [
+    f"the {a} {b} {c} the {d}."
+    for a in ("small", "old", "red", "quiet")
+    for b in ("cat", "dog", "bird", "king")
+    for c in ("saw", "took", "left", "found")
+    for d in ("house", "river", "book", "tree")
+]
+# Ids that are text: special tokens are few and come first.
+FIRST, LAST = 5, 290
+
+
+@cache
+def tokenizer_folder() -> str:
+    """A byte-level BPE tokenizer of 300 tokens with a mask token, on disk."""
+    tokenizer = train_bpe(TEXT, 300)
+    tokenizer.add_special_tokens({"mask_token": "<mask>"})
+    folder = Path(mkdtemp(prefix="fedfm-tiny-"))
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def spec(architecture: str, **config: object) -> Model:
+    """A model from scratch: ``Llama``, ``GPT2`` or ``Bert``, 2 layers of width 32."""
+    return Model(architecture=architecture, config=tuple({**CONFIGS[architecture], **config}.items()), tokenizer=tokenizer_folder())
+
+
+def foundation(architecture: str = "Llama", head: Head | None = None, labels: tuple[str, ...] = (), **config: object) -> Foundation:
+    """It, loaded, on the CPU; the same weights each time."""
+    return load(spec(architecture, **config), head or HEADS[architecture], labels, "cpu", Key.root(0))
+
+
+class Memory:
+    """Examples held in memory.
+
+    Args:
+        ids: Token ids of each ``(n,)``.
+        starts: First target of each.
+        labels: Class of each.
+    """
+
+    vocabulary = Vocabulary(300, special=(0, 1, 2, 3), mask=300)
+
+    def __init__(self, ids: Sequence[IntArray], starts: Sequence[int] | None = None, labels: Sequence[int] | None = None) -> None:
+        self._ids, self._starts, self._labels = ids, starts, labels
+        self.lengths: IntArray = np.array([len(own) for own in ids])
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def ids(self, i: int) -> IntArray:
+        """Token ids of example ``i``."""
+        return self._ids[i]
+
+    def start(self, i: int) -> int:
+        """Its first target."""
+        return self._starts[i] if self._starts else 0
+
+    def label(self, i: int) -> int:
+        """Its class, -1 where there is none."""
+        return self._labels[i] if self._labels else -1
+
+
+def examples(seed: int, count: int, shortest: int = 9, longest: int = 9, classes: int = 0) -> Memory:
+    """Random sequences of random lengths."""
+    rng = np.random.default_rng(seed)
+    ids = [rng.integers(FIRST, LAST, rng.integers(shortest, longest + 1)) for _ in range(count)]
+    return Memory(ids, labels=[int(rng.integers(classes)) for _ in range(count)] if classes else None)
+
+
+def batch_of(foundation: Foundation, clients: int = 1, rows: int = 2, length: int = 7, seed: int = 0) -> Batch:
+    """Random ids ``(clients * rows, length)`` that ask at every position, or once per row of a classifier."""
+    generator = torch.Generator().manual_seed(seed)
+    total = clients * rows
+    per_row = foundation.head == "sequence_classification"
+    count = total if per_row else total * length
+    row_p = torch.arange(total) if per_row else torch.arange(total).repeat_interleave(length)
+    return Batch(
+        input_ids=torch.randint(FIRST, LAST, (total, length), generator=generator),
+        attention_mask=None,
+        position_p=None if per_row else torch.arange(count),
+        row_p=row_p,
+        target_p=torch.zeros(count, dtype=torch.int64),
+        owner_p=row_p // rows,
+        num_clients=clients,
+        lengths=np.full(clients, length),
+        real_rows=np.full(clients, rows),
+        num_tokens=total * length,
+    )
+
+
+@torch.no_grad()
+def logits_of(model: Any, batch: Batch) -> torch.Tensor:
+    """What a plain model of ``transformers`` or ``peft`` says where the batch asks, ``(P, C)``."""
+    found: torch.Tensor = model(input_ids=batch.input_ids).logits
+    # Virtual tokens in front answer too.
+    return found if batch.position_p is None else found[:, -batch.input_ids.shape[1] :].reshape(-1, found.shape[-1])
+
+
+def disturbed(params: dict[str, torch.Tensor], seed: int = 1, scale: float = 0.2) -> dict[str, torch.Tensor]:
+    """Parameters moved at random, so that nothing is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: p + scale * torch.randn(p.shape, generator=generator) for name, p in params.items()}

@@ -156,11 +156,14 @@ def test_whatever_else_is_damaged_is_rebuilt_from_the_journal(tmp_path: Path) ->
     same(tmp_path / "whole", out)
 
 
-def test_the_ends_of_a_federation_of_one_are_the_federation(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "changes", [{}, {"server": FedAdam(lr=0.01)}, {"method": Scaffold()}, {"local": SGD(lr=0.1, steps=2, batch_size=None, decay=0.5)}]
+)
+def test_the_ends_of_a_federation_of_one_are_the_federation(tmp_path: Path, changes: dict[str, Any]) -> None:
     # One owner, all of its examples in each step: alone, federated and centralised are the same descent.
     everything = SGD(lr=0.1, steps=2, batch_size=None, max_grad_norm=None)
     data = Data(small(tmp_path).data.source, partition=IID(clients=1))
-    table = compare(small(tmp_path, data=data, local=everything), tmp_path / "out", stage=None)
+    table = compare(small(tmp_path, data=data, **{"local": everything, **changes}), tmp_path / "out", stage=None)
     (row,) = table.owners
     assert row["local"] == pytest.approx(row["federated"], rel=1e-6) == row["centralised"]
     assert row["federated"] < row["before"]

@@ -7,8 +7,7 @@ together share a batch. Verbs: ``describe``, ``train``, ``evaluate``. Anything e
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 
 import numpy as np
@@ -162,15 +161,6 @@ class Runtime:
         shard = self.site.open_shard(client)
         found: Examples = shard.train if split == "train" else shard.test
         return found if most is None else Some(found, most)
-
-    def train_alone(self, clients: Sequence[ClientId], start: Tree, steps: int) -> Iterator[tuple[ClientId, torch.Tensor]]:
-        """Each client alone, without a federation: its own parameters ``(D,)`` after ``steps`` steps from ``start``."""
-        local = plain(self.site.federation.local)
-        bank = Bank(self.site.tuned, self.site.federation.task, local, self.bank.pad_id, self.bank.device, self.site.key.fold("alone"))
-        work = replace(local.work, steps=steps, epochs=None)
-        jobs = [Job(client, self.site.open_shard(client).train) for client in clients]
-        for trained in bank.train({name: start[name] for name in self.site.tuned.spec.names}, jobs, round=1, work=work):
-            yield trained.client, trained.params_d
 
 
 def _under(place: str, memory: Tree) -> Tree:

@@ -70,12 +70,15 @@ class Bank:
         # Tensor cores want lengths in eights; on a CPU that is only waste.
         self.multiple = 1 if device.type == "cpu" else 8
 
-    def train(self, start: Tree, jobs: Sequence[Job], round: int, work: Work | None = None) -> list[Trained]:
-        """Every job's local work from the same start.
+    def train(
+        self, start: Tree, jobs: Sequence[Job], round: int, work: Work | None = None, starts_kd: torch.Tensor | None = None
+    ) -> list[Trained]:
+        """Every job's local work, from the same start unless ``starts_kd`` says where each begins.
 
         Args:
             start: The global parameters, and leaves that came with them.
             work: Instead of the trainer's own amount.
+            starts_kd: Parameters of each job ``(K, D)``, where jobs do not begin at ``start``.
         """
         work = work or self.local.work
         jobs = list(jobs)
@@ -89,8 +92,9 @@ class Bank:
         steps = [steps_of[job.client] for job in ordered]
         spec = self.tuned.spec
         start_d = spec.flatten(start).to(self.device)
+        start_kd = start_d.expand(len(jobs), -1) if starts_kd is None else starts_kd[order].to(self.device)
         cohort = Cohort(
-            theta_kd=start_d.expand(len(jobs), -1).clone(),
+            theta_kd=start_kd.clone(),
             start_d=start_d,
             received={name: leaf.to(self.device) for name, leaf in start.items() if name not in spec.names},
             memory=_stack([job.memory for job in ordered], self.device),
@@ -133,7 +137,7 @@ class Bank:
         self.tuned.bind(cohort.theta_kd[:1])
         steps_k = torch.tensor([len(own) for own in steps], device=self.device)
         with torch.no_grad():
-            delta_kd = cohort.theta_kd - start_d
+            delta_kd = cohort.theta_kd - start_kd
             extra = self.local.finish(cohort, lr_sum_k, steps_k)
         ok = (loss_k.isfinite() & delta_kd.isfinite().all(dim=1)).tolist()
         loss = (loss_k / steps_k.clamp(min=1)).tolist()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -37,8 +36,7 @@ class Model(Part):
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        if isinstance(self.config, Mapping):
-            object.__setattr__(self, "config", tuple(sorted(self.config.items())))
+        object.__setattr__(self, "config", tuple(sorted(dict(self.config).items())))
         if (self.source is None) == (self.architecture is None):
             raise ConfigError(
                 f"A model needs a source or an architecture, one of the two; got source={self.source!r}, architecture={self.architecture!r}."

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fedfm.client.store import StateStore
 from fedfm.client.train import Bank, Job
 from fedfm.core.errors import DataError
 from fedfm.core.messages import Request
-from fedfm.core.parts import ClientId, Work
+from fedfm.core.parts import ClientId, RoundContext, Update, Work
 from fedfm.core.tree import Tree
 from fedfm.engines.embedded import Embedded
 from fedfm.federation import Federation
@@ -27,6 +28,7 @@ from fedfm.observers.evaluate import summary
 from fedfm.run.folder import COMPARE, RECIPE, RunFolder, latest_state
 from fedfm.run.ledger import Ledger
 from fedfm.run.loop import resume, run
+from fedfm.server import FedAvg
 
 Stage = Callable[[str, int | None, int | None], None]
 Scores = dict[str, Any]
@@ -60,6 +62,7 @@ def compare(
 
     An owner alone takes as many steps as a client that is in every round, ``rounds * steps``, with the same batch and trainer.
     Centralised training sees the same number of tokens as all rounds together: ``rounds * steps`` steps of a batch ``cohort`` times as large.
+    Where the recipe has a server step other than the plain mean, or a rate that falls by rounds, both have it too: each is then a federation of one.
 
     Args:
         out: The run's folder.
@@ -107,6 +110,7 @@ class _Ends:
         seconds = {"federated": self.ledger.seconds, "evaluate": time.perf_counter() - began}
 
         began, own, alone = time.perf_counter(), {}, []
+        stage("Training each owner alone", 0, len(self.site.clients))
         for done, (client, params) in enumerate(self.alone()):
             scores = self.score(params)
             own[client] = scores["owners"].get(client, {}).get("loss")
@@ -147,30 +151,64 @@ class _Ends:
         """Each owner's own model. Owners with as many steps share a bank."""
         groups: dict[int, list[ClientId]] = {}
         for client in self.site.clients:
-            groups.setdefault(self.plan.rounds * self.steps(len(self.site.open_shard(client).train)), []).append(client)
-        engine = self.plan.engine if isinstance(self.plan.engine, Embedded) else Embedded()
-        size = engine.open(self.site).bank_size(list(self.site.clients), Request("train", 1, self.start))
+            groups.setdefault(self.steps(len(self.site.open_shard(client).train)), []).append(client)
         for steps, clients in groups.items():
-            for first in range(0, len(clients), size):
-                for client, params_d in self.runtime.train_alone(clients[first : first + size], self.start, steps):
-                    yield client, self.site.tuned.spec.unflatten(params_d)
+            for first in range(0, len(clients), self.bank_size):
+                jobs = [Job(client, self.site.open_shard(client).train) for client in clients[first : first + self.bank_size]]
+                yield from zip(
+                    (job.client for job in jobs), self.trained("alone", jobs, replace(self.work, steps=steps, epochs=None)), strict=True
+                )
 
     def centralised(self) -> Tree:
         """The model of somebody who holds all data."""
         assert self.site.owners is not None
         everyone = self.site.owners.pooled()
         examples = everyone.shard(everyone.ids[0]).train
-        cohort, local, bank = self.plan.sampler.cohort_size(len(self.site.clients)), plain(self.plan.local), self.runtime.bank
-        work = local.work
+        cohort = self.plan.sampler.cohort_size(len(self.site.clients))
         # Where clients make passes over their own data, an owner of mean size stands for each of the cohort.
-        steps = self.steps(math.ceil(len(examples) / len(self.site.clients)))
-        batch = None if work.batch_size is None else work.batch_size * cohort
-        work = Work(batch, self.plan.rounds * steps, None, work.accumulate, work.max_grad_norm)
-        whole = Bank(self.site.tuned, self.plan.task, local, bank.pad_id, bank.device, self.site.key.fold("centralised"))
-        if not work.steps:
-            return self.start
-        (trained,) = whole.train(self.start, [Job(everyone.ids[0], examples)], round=1, work=work)
-        return self.site.tuned.spec.unflatten(trained.params_d)
+        work = replace(self.work, steps=self.steps(math.ceil(len(examples) / len(self.site.clients))), epochs=None)
+        if work.batch_size is not None:
+            # The batch of a whole cohort, in parts that fit into memory as a bank does.
+            together = max(size for size in range(1, max(cohort, 1) + 1) if size <= self.bank_size and max(cohort, 1) % size == 0)
+            work = replace(work, batch_size=work.batch_size * together, accumulate=work.accumulate * max(cohort, 1) // together)
+        (params,) = self.trained("centralised", [Job(everyone.ids[0], examples)], work)
+        return params
+
+    @property
+    def work(self) -> Work:
+        """What a client does in a round."""
+        return plain(self.plan.local).work
+
+    @cached_property
+    def bank_size(self) -> int:
+        """Clients in a batch."""
+        engine = self.plan.engine if isinstance(self.plan.engine, Embedded) else Embedded()
+        sent = self.plan.server.broadcast(self.start, self.plan.server.init(self.start))
+        return engine.open(self.site).bank_size(list(self.site.clients), Request("train", 1, {**self.start, **sent}))
+
+    def trained(self, name: str, jobs: list[Job], work: Work) -> list[Tree]:
+        """What comes of each job in all the rounds, ``work.steps`` steps in each, without a federation."""
+        local, server, rounds = plain(self.plan.local), self.plan.server, self.plan.rounds
+        bank, spec = self.runtime.bank, self.site.tuned.spec
+        bank = Bank(self.site.tuned, self.plan.task, local, bank.pad_id, bank.device, self.site.key.fold(name))
+        if server.broadcast(self.start, server.init(self.start)):
+            server = FedAvg()  # What is sent to clients ties the step to them, as SCAFFOLD's control variate does.
+        steps = work.steps or 0
+        if not rounds * steps:
+            return [self.start for _ in jobs]
+        if server == FedAvg() and local.lr_at(0, steps, 1) == local.lr_at(0, steps, rounds):
+            # Rounds mean nothing to somebody alone: one training that never stops.
+            done = bank.train(self.start, jobs, 1, replace(work, steps=rounds * steps))
+            return [spec.unflatten(own.params_d) for own in done]
+        # A server's step, or a rate that falls from round to round, is part of the recipe and so of its ends.
+        params_k: list[Tree] = [self.start for _ in jobs]
+        state_k = [server.init(self.start) for _ in jobs]
+        for round in range(1, rounds + 1):
+            done = bank.train(self.start, jobs, round, work, torch.stack([spec.flatten(params) for params in params_k]))
+            for k, own in enumerate(done):
+                ctx = RoundContext(round, bank.key, params_k[k], 1, own.client)
+                params_k[k], state_k[k] = server.step(params_k[k], Update(own.delta), state_k[k], ctx)
+        return params_k
 
     def steps(self, num_examples: int) -> int:
         """Steps in a round of an owner with so many training examples."""

@@ -11,7 +11,7 @@ import torch
 from fedfm.aggregators import CoordinateMedian, Mean
 from fedfm.core.check import check
 from fedfm.core.errors import ConfigError, PlanError
-from fedfm.core.parts import Cohort, LocalTrainer, ServerOptimizer, Update
+from fedfm.core.parts import Cohort, LocalTrainer, ServerOptimizer, Transform, Update
 from fedfm.data import Data
 from fedfm.federation import Federation
 from fedfm.local import SGD, AdamW, FedProx
@@ -21,6 +21,7 @@ from fedfm.models import Model
 from fedfm.server import FedAdam, FedAvg
 from fedfm.testing import check_part, check_server, examples
 from fedfm.testing.parts import context, parameters
+from fedfm.transforms import CastBF16, ClipByNorm, Int4, Int8, TopK
 
 BASE = Federation(Model(source="nowhere"), Data(source="stdlib"), local=SGD(lr=0.1, batch_size=None))
 
@@ -124,6 +125,16 @@ def test_the_servers_control_variate_is_the_mean_of_the_clients() -> None:
     for rounds in (1, 5):
         _, state, memories = simulate(ScaffoldLocal(SGD(lr=LR, batch_size=None)), ScaffoldServer(), rounds)
         assert torch.allclose(state[CONTROL], torch.stack([memories[k][CONTROL] for k in range(CLIENTS)]).mean(0), atol=1e-5)
+
+
+@pytest.mark.parametrize("transform", [ClipByNorm(0.01), CastBF16(), Int8(), Int4(block=4), TopK(k=1)], ids=repr)
+def test_a_transform_that_loses_something_leaves_the_control_variates_alone(transform: Transform) -> None:
+    params = {"x": torch.zeros(DIM)}
+    ctx = context(params, num_clients=CLIENTS, client="client-1")
+    payload = {"x": torch.linspace(-0.31, 0.97, DIM) ** 3, CONTROL: torch.linspace(-300, 700, DIM) / 3}
+    sent, _ = transform.encode(Update(payload), {}, ctx)
+    arrived = transform.decode(sent, ctx).payload
+    assert torch.equal(arrived[CONTROL], payload[CONTROL]) and not torch.equal(arrived["x"], payload["x"])
 
 
 def test_with_one_step_and_everyone_scaffold_is_fedavg() -> None:

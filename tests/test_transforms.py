@@ -163,7 +163,12 @@ def test_quantisation_passes_integers() -> None:
         {"extra": torch.zeros(3, dtype=torch.int8), "extra::scale": torch.zeros(1)},
         {"extra": torch.zeros(0, dtype=torch.int8), "extra::scale": torch.zeros(0), "extra::shape": torch.tensor([0, 2**62, 2**62])},
         {"extra": torch.zeros(1, dtype=torch.int8), "extra::scale": torch.zeros(1), "extra::shape": torch.ones(1000, dtype=torch.int64)},
-        {"extra": torch.ones(3)},
+        {"made::extra": torch.ones(3)},
+        {
+            "made::extra": torch.zeros(0, dtype=torch.int8),
+            "made::extra::scale": torch.zeros(0),
+            "made::extra::shape": torch.tensor([0, 2**62, 2**62]),
+        },
     ],
     ids=str,
 )

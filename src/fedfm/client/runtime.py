@@ -52,6 +52,7 @@ class Runtime:
 
     def handle(self, requests: Mapping[ClientId, Request]) -> Iterator[Answer]:
         """One answer for each request. Requests of one verb and round are answered together, as one bank."""
+        # A broadcast is one request object; clients that are asked something else are another bank.
         groups: dict[tuple[str, int], dict[ClientId, Request]] = {}
         for client, request in requests.items():
             if client not in self.site.clients:
@@ -59,7 +60,7 @@ class Runtime:
             elif request.verb not in self._verbs:
                 yield Failure(client, "exchange", f"the verb {request.verb!r} is not known here; known are {', '.join(self._verbs)}")
             else:
-                groups.setdefault((request.verb, request.round), {})[client] = request
+                groups.setdefault((request.verb, id(request)), {})[client] = request
         for (verb, _), group in groups.items():
             yield from self._answer(verb, group)
 
@@ -77,17 +78,23 @@ class Runtime:
             # A kernel that does not exist here: the round must be able to go on without this bank.
             log.debug("a bank failed", exc_info=True)
             reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-            halve = isinstance(error, torch.OutOfMemoryError) and len(waiting) > 1
+            # An evaluation's batch is bounded by its tokens, whoever shares it.
+            halve = is_out_of_memory(error) and (len(waiting) > 1 if verb != "evaluate" else self.bank.max_tokens > 256)
         # Outside the handlers: an error that is being handled keeps its tensors alive.
         if not halve:
             yield from (Failure(client, verb, reason) for client in waiting)
+            return
+        if self.site.foundation.device.type == "cuda":
+            torch.cuda.empty_cache()
+        if verb == "evaluate":
+            self.bank.max_tokens //= 2
+            log.warning("an evaluation does not fit into memory: going on with %d tokens at a time", self.bank.max_tokens)
+            yield from self._answer(verb, waiting)
             return
         half = (len(waiting) + 1) // 2
         log.warning("a bank of %d clients does not fit into memory: going on with %d at a time", len(waiting), half)
         if verb == "train" and "bank" in self.site.choices:
             self.site.choices["bank"] = min(self.site.choices["bank"], half)
-        if self.site.foundation.device.type == "cuda":
-            torch.cuda.empty_cache()
         items = list(waiting.items())
         for part in (items[:half], items[half:]):
             yield from self._answer(verb, dict(part))
@@ -109,7 +116,9 @@ class Runtime:
         memories, examples = {}, {}
         for client in requests:
             try:
-                memories[client], examples[client] = self.store.load(client, request.round), self.site.open_shard(client).train
+                known, own = self.store.load(client, request.round), self.site.open_shard(client).train
+                assert len(own.lengths) == len(own)  # Opens its files.
+                memories[client], examples[client] = known, own
             except FedfmError as error:
                 # What is wrong in one house is no failure of those who share its bank.
                 yield Failure(client, "train", str(error))
@@ -146,21 +155,33 @@ class Runtime:
         split, most = str(request.meta.get("split", "test")), request.meta.get("max_examples")
         spec = self.site.tuned.spec
         theta_d = spec.flatten({name: request.tensors[name] for name in spec.names})
-        sets = [self._examples(client, split, int(most) if isinstance(most, int) else None) for client in requests]
-        sums = self.bank.evaluate(theta_d.unsqueeze(0), sets)
-        for row, client in enumerate(requests):
+        sets: dict[ClientId, Examples] = {}
+        for client in requests:
+            try:
+                own = self._examples(client, split, int(most) if isinstance(most, int) else None)
+                assert len(own.lengths) == len(own)  # Opens its files.
+                sets[client] = own
+            except FedfmError as error:
+                yield Failure(client, "evaluate", str(error))
+        sums = self.bank.evaluate(theta_d.unsqueeze(0), list(sets.values()))
+        for row, client in enumerate(sets):
             yield Reply(
                 client,
                 "evaluate",
                 request.round,
                 {name: value[row].cpu().clone() for name, value in sums.items()},
-                {"examples": len(sets[row])},
+                {"examples": len(sets[client])},
             )
 
     def _examples(self, client: ClientId, split: str, most: int | None) -> Examples:
         shard = self.site.open_shard(client)
         found: Examples = shard.train if split == "train" else shard.test
         return found if most is None else Some(found, most)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether an accelerator's or the CPU's allocator gave up."""
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _under(place: str, memory: Tree) -> Tree:

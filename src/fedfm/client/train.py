@@ -69,6 +69,7 @@ class Bank:
         self.per_row = task.head == "sequence_classification"
         # Tensor cores want lengths in eights; on a CPU that is only waste.
         self.multiple = 1 if device.type == "cpu" else 8
+        self.max_tokens = 16384
 
     def train(
         self, start: Tree, jobs: Sequence[Job], round: int, work: Work | None = None, starts_kd: torch.Tensor | None = None
@@ -179,18 +180,19 @@ class Bank:
     def collate(self, parts: list[Rows]) -> Batch:
         """Rows of K clients as one batch."""
         rows = max(1, max(len(part) for part in parts))
-        return collate(parts, rows, self.pad_id, self.causal, self.per_row, self.multiple).to(self.device)
+        return collate(parts, rows, self.pad_id, self.causal, self.per_row, self.multiple, self.task.max_length).to(self.device)
 
     @torch.no_grad()
     def evaluate(
-        self, theta_kd: torch.Tensor, sets: Sequence[Examples], max_tokens: int = 16384, fold: str = "evaluate"
+        self, theta_kd: torch.Tensor, sets: Sequence[Examples], max_tokens: int | None = None, fold: str = "evaluate"
     ) -> dict[str, torch.Tensor]:
         """Sums of each set of examples, ``(len(sets), ...)`` float64, from which the task makes metrics.
 
         Args:
             theta_kd: One row ``(1, D)`` for all sets, which then share batches; or a row for each set.
-            max_tokens: Bound on the padded tokens of a batch; a large vocabulary, whose logits are many more, lowers it.
+            max_tokens: Bound on the padded tokens of a batch, the bank's own unless given; a large vocabulary, whose logits are many more, lowers it.
         """
+        max_tokens = max_tokens or self.max_tokens
         theta_kd = theta_kd.to(self.device)
         if not self.per_row and sets:
             max_tokens = min(max_tokens, max(1, MAX_LOGITS // sets[0].vocabulary.size))
@@ -244,9 +246,7 @@ class Bank:
 
     def _no_sums(self, num: int) -> dict[str, torch.Tensor]:
         where = torch.device("cpu") if self.device.type == "mps" else self.device
-        nothing = torch.zeros(0, dtype=torch.int64, device=where)
-        classes = getattr(getattr(self.tuned.model, "config", None), "num_labels", 2)
-        return self.task.stats(torch.zeros(0, classes, device=where), nothing, nothing, num)
+        return self.task.no_stats(num, getattr(getattr(self.tuned.model, "config", None), "num_labels", 2), where)
 
 
 def _add(sums: dict[str, torch.Tensor], more: Mapping[str, torch.Tensor]) -> None:

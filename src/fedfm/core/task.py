@@ -151,6 +151,11 @@ class Task(Part, ABC):
             "targets": zero.index_add(0, owner_p, torch.ones_like(hit_p)),
         }
 
+    def no_stats(self, num_clients: int, classes: int = 2, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
+        """The sums of nothing."""
+        nothing = torch.zeros(0, dtype=torch.int64, device=device)
+        return self.stats(torch.zeros(0, max(classes, 1), device=device), nothing, nothing, num_clients)
+
     @abstractmethod
     def summarise(self, sums: Tree) -> dict[str, float]:
         """Metrics from sums of one client or pooled (no client axis); always has ``loss``. NaN where nothing was evaluated."""
@@ -188,7 +193,7 @@ class Batch:
         """The same batch on ``device``."""
         if device.type == "cpu":
             return self
-        move = partial(torch.Tensor.to, device=device, non_blocking=True)
+        move = partial(torch.Tensor.to, device=device, non_blocking=device.type == "cuda")
         return replace(
             self,
             input_ids=move(self.input_ids),

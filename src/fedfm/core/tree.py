@@ -103,6 +103,12 @@ def sub(x: Tree, y: Tree) -> dict[str, torch.Tensor]:
     return {name: leaf - y[name] for name, leaf in x.items()}
 
 
+def added(name: str, params: Tree) -> bool:
+    """Whether a leaf of a payload is one that a method adds (SCAFFOLD's control variate). Not a parameter's delta, nor what a transform made of deltas,
+    whose names hold ``::``. The method counts on its exact value, so what loses something leaves it alone."""
+    return name not in params and "::" not in name
+
+
 def norm(tree: Tree) -> float:
     """Euclidean norm over all floating leaves, accumulated in float64."""
     return math.sqrt(math.fsum(leaf.double().square().sum().item() for leaf in tree.values() if leaf.is_floating_point()))

@@ -59,6 +59,7 @@ def collate(
     causal: bool,
     per_row_targets: bool,
     multiple: int = 1,
+    most: int | None = None,
 ) -> Batch:
     """One batch from the inputs and targets of K clients.
 
@@ -68,7 +69,8 @@ def collate(
         pad_id: Fills what lies right of a row's end.
         causal: Leaves the attention mask out, for padding on the right cannot be seen.
         per_row_targets: Targets are one class for each row rather than one for each position.
-        multiple: The batch's length is rounded up to a multiple of it.
+        multiple: The batch's length is rounded up to a multiple of it,
+        most: but not beyond this, which may be all that the model takes.
     """
     pairs = list(chain.from_iterable(parts))
     real_rows = np.array([len(part) for part in parts])
@@ -77,7 +79,9 @@ def collate(
     length_r = np.zeros(len(parts) * rows, dtype=np.int64)
     length_r[row_i] = [len(ids) for ids, _ in pairs]
     longest_k = length_r.reshape(len(parts), rows).max(axis=1, initial=0)
-    width = max(-(-int(longest_k.max(initial=1)) // multiple), 1) * multiple
+    longest = max(int(longest_k.max(initial=1)), 1)
+    width = -(-longest // multiple) * multiple
+    width = width if most is None else max(min(width, most), longest)
     used_rl = np.arange(width) < length_r[:, None]
     input_rl = np.full(used_rl.shape, pad_id, dtype=np.int64)
     target_p, position_p = np.zeros(0, dtype=np.int64), None

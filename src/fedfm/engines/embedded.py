@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,11 +13,11 @@ from typing import Literal
 import psutil
 import torch
 
-from fedfm.client.runtime import Runtime
+from fedfm.client.runtime import Runtime, is_out_of_memory
 from fedfm.client.site import Site
 from fedfm.client.store import StateStore
 from fedfm.client.train import Job
-from fedfm.core.errors import ConfigError
+from fedfm.core.errors import ConfigError, DataError
 from fedfm.core.messages import Failure, Reply, Request
 from fedfm.core.parts import ClientId, Engine, Session, Work
 
@@ -67,9 +68,10 @@ class EmbeddedSession(Session):
 
     def exchange(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> Iterator[Reply | Failure]:
         """Answers bank by bank. A deadline is looked at between banks."""
+        # Choosing the bank's size takes its time once in a run, which is not the clients'.
+        groups, waiting = self._groups(requests), dict(requests)
         began = time.monotonic()
-        waiting = dict(requests)
-        for group in self._groups(requests):
+        for group in groups:
             if deadline is not None and time.monotonic() - began > deadline:
                 yield from (Failure(client, "deadline", f"no answer after {deadline:g} s") for client in waiting)
                 return
@@ -77,16 +79,19 @@ class EmbeddedSession(Session):
                 waiting.pop(answer.client, None)
                 yield answer
 
-    def _groups(self, requests: Mapping[ClientId, Request]) -> Iterator[dict[ClientId, Request]]:
-        items = list(requests.items())
-        training = [item for item in items if item[1].verb == "train" and item[0] in self.site.clients]
-        yield from _chunks([item for item in items if item not in training], 64)
+    def _groups(self, requests: Mapping[ClientId, Request]) -> list[dict[ClientId, Request]]:
+        training: list[tuple[ClientId, Request]] = []
+        others: list[tuple[ClientId, Request]] = []
+        for item in requests.items():
+            (training if item[1].verb == "train" and item[0] in self.site.clients else others).append(item)
+        groups = _chunks(others, 64)
         if training:
             size = self.bank_size([client for client, _ in training], training[0][1])
             if size < len(training):
                 # Clients of like length share a bank, which keeps padding low.
                 training.sort(key=lambda item: (-_mean_length(self.site, item[0]), item[0]))
-            yield from _chunks(training, size)
+            groups += _chunks(training, size)
+        return groups
 
     def bank_size(self, clients: list[ClientId], request: Request) -> int:
         """Clients per batch: what the recipe says, what an earlier part of this run chose, or what a timing finds."""
@@ -120,15 +125,16 @@ class EmbeddedSession(Session):
         while True:
             size = min(size, len(clients))
             jobs = [Job(client, self.site.open_shard(client).train) for client in longest[:size]]
-            before = _used(bank.device)
-            seconds = []
+            before, seconds = _used(bank.device, fresh=True), []
             try:
                 for _ in range(3):
                     began = time.perf_counter()
                     bank.train(request.tensors, jobs, request.round, work)
                     _wait(bank.device)
                     seconds.append((time.perf_counter() - began) / size)
-            except torch.OutOfMemoryError:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 break
             grown = max(_used(bank.device) - before, 0)
             times[size] = min(seconds)
@@ -145,14 +151,15 @@ class EmbeddedSession(Session):
         """Nothing runs outside this process."""
 
 
-def _chunks(items: list[tuple[ClientId, Request]], size: int) -> Iterator[dict[ClientId, Request]]:
-    rest = iter(items)
-    while group := dict(islice(rest, size)):
-        yield group
+def _chunks(items: list[tuple[ClientId, Request]], size: int) -> list[dict[ClientId, Request]]:
+    return [dict(items[first : first + size]) for first in range(0, len(items), size)]
 
 
 def _mean_length(site: Site, client: ClientId) -> float:
-    return float(site.open_shard(client).train.lengths.mean())
+    try:
+        return float(site.open_shard(client).train.lengths.mean())
+    except DataError:
+        return 0.0  # It will say so itself when it is asked to train.
 
 
 def _wait(device: torch.device) -> None:
@@ -160,10 +167,18 @@ def _wait(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def _used(device: torch.device) -> int:
+def _used(device: torch.device, fresh: bool = False) -> int:
+    """The peak so far; of a GPU, with ``fresh``, the peak from here on."""
     if device.type == "cuda":
+        if fresh:
+            torch.cuda.reset_peak_memory_stats(device)
         return int(torch.cuda.max_memory_allocated(device))
-    return int(psutil.Process().memory_info().rss)
+    if sys.platform == "win32":
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    # Kilobytes on Linux, bytes on macOS.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _free(device: torch.device) -> int:

@@ -23,7 +23,7 @@ import torch
 import fedfm
 from fedfm.client.site import Site
 from fedfm.core import check
-from fedfm.core.errors import FedfmError, RunError
+from fedfm.core.errors import RunError
 from fedfm.core.messages import Failure, Reply
 from fedfm.core.parts import Session
 from fedfm.core.round import Meter, RoundRecord, ServerState, play, start
@@ -65,7 +65,7 @@ def run(
         try:
             _note_start(folder, federation)
             yield from _go(federation, folder, watchers)
-        except FedfmError:
+        except Exception:
             # A run that did not get as far as its first evaluation leaves nothing worth going on with.
             if folder.first("round") is None:
                 folder.discard()
@@ -232,7 +232,16 @@ def _evaluated(site: Site, session: Session, state: ServerState, record: RoundRe
     if not plan.evaluate.due(record.round, plan.rounds):
         return record
     began, meter = time.perf_counter(), Meter(session)
-    report = evaluate(plan.task, meter, state.params, site.clients, record.round, plan.evaluate.max_examples)
+    report = evaluate(
+        plan.task,
+        meter,
+        state.params,
+        site.clients,
+        record.round,
+        plan.evaluate.max_examples,
+        deadline=plan.deadline,
+        classes=len(site.labels),
+    )
     for client, reason in report.get("failed", {}).items():
         log.warning("round %d: %s could not be evaluated: %s", record.round, client, reason)
     metrics = {**record.metrics, "eval": report, "bytes_evaluate": meter.bytes_up + meter.bytes_down}

@@ -15,7 +15,10 @@ from fedfm.core.parts import RoundContext, Traits, Transform, Tree, Update, trai
 
 @dataclass(frozen=True)
 class CastBF16(Transform):
-    """Floating leaves travel as bfloat16, rounded to nearest: relative error at most 2^-9. On bfloat16 parameters it changes nothing."""
+    """Deltas travel as bfloat16, rounded to nearest: relative error at most 2^-9. On bfloat16 parameters it changes nothing.
+
+    Leaves that a method adds (SCAFFOLD's control variates) pass whole.
+    """
 
     concerns = ("compression",)
 
@@ -25,7 +28,10 @@ class CastBF16(Transform):
 
     def encode(self, update: Update, memory: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """To bfloat16."""
-        payload = tree.map(lambda leaf: leaf.to(torch.bfloat16) if leaf.is_floating_point() else leaf, update.payload)
+        payload = {
+            name: leaf if tree.added(name, ctx.params) or not leaf.is_floating_point() else leaf.to(torch.bfloat16)
+            for name, leaf in update.payload.items()
+        }
         return update.with_payload(payload), memory
 
     def decode(self, update: Update, ctx: RoundContext) -> Update:

@@ -17,10 +17,10 @@ from fedfm.core.parts import RoundContext, Traits, Transform, Tree, Update, trai
 
 @dataclass(frozen=True)
 class ClipByNorm(Transform):
-    """``x * min(1, max_norm / ||x||)`` over all leaves of a payload together. With a bound above every norm it changes nothing.
+    """``x * min(1, max_norm / ||x||)`` over all deltas together. With a bound above every norm it changes nothing.
 
     The bound holds after rounding too, so clipping twice is clipping once, bit for bit. It is no privacy guarantee: there is no noise,
-    and a client that lies is not clipped.
+    and a client that lies is not clipped. Leaves that a method adds (SCAFFOLD's control variates) pass whole.
 
     Args:
         max_norm: Largest Euclidean norm of an update.
@@ -47,14 +47,14 @@ class ClipByNorm(Transform):
 
     def encode(self, update: Update, memory: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """Shortens the payload where it is too long."""
-        norm = tree.norm(update.payload)
+        norm = tree.norm({name: leaf for name, leaf in update.payload.items() if not tree.added(name, ctx.params)})
         if not norm > self.max_norm:
             return update, memory
 
-        def shorten(leaf: torch.Tensor) -> torch.Tensor:
-            if not leaf.is_floating_point():
+        def shorten(name: str, leaf: torch.Tensor) -> torch.Tensor:
+            if tree.added(name, ctx.params) or not leaf.is_floating_point():
                 return leaf
             # Rounding the factor and the product may add half a unit each.
             return leaf * (self.max_norm / norm * (1 - torch.finfo(leaf.dtype).eps))
 
-        return update.with_payload(tree.map(shorten, update.payload)), memory
+        return update.with_payload({name: shorten(name, leaf) for name, leaf in update.payload.items()}), memory

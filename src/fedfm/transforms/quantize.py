@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 from fedfm.core.errors import ConfigError, MessageError
 from fedfm.core.keys import Key
 from fedfm.core.parts import RoundContext, Traits, Transform, Tree, Update, traits
+from fedfm.core.tree import added
 
 _SCALE, _SHAPE = "::scale", "::shape"
 
@@ -27,7 +28,7 @@ _SCALE, _SHAPE = "::scale", "::shape"
 class Int8(Transform):
     """``floor(127 x / s + u)`` with ``s`` the block's largest magnitude and ``u`` uniform in [0, 1): ``E[decode(encode(x))] = x``, error below ``s / 127``.
 
-    Blocks of one magnitude come back exactly. Integer leaves pass.
+    Blocks of one magnitude come back exactly. Integer leaves, and those that a method adds (SCAFFOLD's control variates), pass whole.
 
     Args:
         block: Values that share a scale; 4 bytes each ``block`` bytes.
@@ -95,7 +96,7 @@ def _require_block(part: Int8 | Int4) -> None:
 def _encode(payload: Tree, levels: int, block: int, params: Tree, key: Key) -> Iterator[tuple[str, torch.Tensor]]:
     generator = key.generator()
     for name, leaf in payload.items():
-        if not leaf.is_floating_point():
+        if added(name, params) or not leaf.is_floating_point():
             yield name, leaf
             continue
         x_bs = _blocks(leaf.detach().cpu().float().reshape(-1), block)
@@ -114,6 +115,9 @@ def _decode(payload: Tree, levels: int, block: int, params: Tree) -> Iterator[tu
     used = set()
     for name, code in payload.items():
         if name.endswith((_SCALE, _SHAPE)):
+            continue
+        if added(name, params):
+            yield name, code
             continue
         if name + _SCALE not in payload:
             if code.is_floating_point():

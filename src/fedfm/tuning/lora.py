@@ -138,7 +138,8 @@ class _LoRASite(Site):
         keep = 1 - self.lora.dropout
         mask = torch.zeros(len(self.dropout), x.shape[0] // len(self.dropout), *x.shape[1:], dtype=x.dtype, device=x.device)
         for k, key in enumerate(self.dropout):
-            rows, length = int(self.batch.real_rows[k]), int(self.batch.lengths[k])
-            drawn = torch.rand(rows, length, x.shape[-1], generator=key.fold(self.name).generator(x.device), device=x.device)
-            mask[k, :rows, :length] = (drawn < keep).to(x.dtype) / keep
+            # A pooled row has no positions.
+            seen = (int(self.batch.real_rows[k]), int(self.batch.lengths[k]))[: x.dim() - 1]
+            drawn = torch.rand(*seen, x.shape[-1], generator=key.fold(self.name).generator(x.device), device=x.device)
+            mask[k][tuple(slice(n) for n in seen)] = (drawn < keep).to(x.dtype) / keep
         return x * mask.view_as(x)

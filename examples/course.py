@@ -11,6 +11,7 @@ from fedfm.data import Data, public_text
 from fedfm.local import AdamW
 from fedfm.models import Model, train_bpe
 from fedfm.observers import Evaluate
+from fedfm.run.folder import is_finished
 from fedfm.samplers import Uniform
 from fedfm.tasks import CausalLM
 from fedfm.tuning import Full, LoRA
@@ -23,7 +24,7 @@ def base_model(quick: bool = False) -> Path:
     """
     folder = Path(os.environ.get("FEDFM_CACHE") or Path.home() / ".cache" / "fedfm") / ("course-quick" if quick else "course")
     ran = folder / "run"
-    if not (ran / "model" / "config.json").is_file():
+    if not (is_finished(ran) and (ran / "model" / "config.json").is_file()):
         public = folder / "public"
         public.mkdir(parents=True, exist_ok=True)
         (public / "manual.txt").write_text("\n\n".join(public_text()), encoding="utf-8")

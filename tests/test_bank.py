@@ -25,6 +25,8 @@ TUNINGS: dict[str, Tuning] = {
     "bitfit": BitFit(),
     "head": Head(),
     "lora-head": LoRA(r=2),
+    # The pooler of a BERT sees rows without positions.
+    "lora-dropout-head": LoRA(r=2, dropout=0.3, targets=("all-linear",)),
 }
 
 

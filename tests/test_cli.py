@@ -101,6 +101,10 @@ def test_runs_have_a_place_of_their_own(call: Fedfm, tmp_path: Path) -> None:
 def test_check_tells_what_a_plan_promises_and_refuses(call: Fedfm) -> None:
     code, out, _ = call("check", "recipe.yaml", "--data")
     assert code == 0 and "ann" in out and "can run" in out
+    code, out, _ = call("check", "recipe.yaml")
+    assert code == 0 and "the plan is sound" in out and "can run" not in out
+    code, _, err = call("check", "recipe.yaml", "tuning.LoRA.targets=[q_prj]", "--data")
+    assert code == 2 and "Did you mean 'q_proj'?" in err
     code, out, err = call("check", "recipe.yaml", "sampler={Uniform: {clients: 9}}", "--data")
     assert code == 2 and "refusal" in out and "only 3 owners" in out and "refused" in err
 
@@ -124,6 +128,8 @@ BAD_ROWS = {
     "broken JSON": ('{"owner": "ann", "text": "a"}\n{"owner": "ann", "te\n', "rows.jsonl:2"),
     "a row that is no object": ('{"owner": "ann", "text": "a"}\n[1]\n', "rows.jsonl:2"),
     "text that is none": ('{"owner": "ann", "text": 3}\n', "rows.jsonl:1"),
+    "half a character": ('{"owner": "ann", "text": "\\ud83d cut"}\n', "rows.jsonl:1: column 'text' holds half a character"),
+    "half an owner": ('{"owner": "\\ud83d", "text": "the cat"}\n', "rows.jsonl:1: column 'owner' holds half a character"),
     "owners with one example": ('{"owner": "ann", "text": "the cat"}\n{"owner": "bob", "text": "the dog"}\n', "ann"),
 }
 BAD_WORDS = {

@@ -19,10 +19,11 @@ from hypothesis import strategies as st
 from fedfm.core import words
 from fedfm.core.errors import ConfigError, MissingExtra
 from fedfm.core.messages import Failure, Reply
+from fedfm.core.parts import Session
 from fedfm.core.round import RoundRecord
 from fedfm.observers import Progress, TensorBoard
 from fedfm.observers.base import RunInfo
-from fedfm.observers.evaluate import summary
+from fedfm.observers.evaluate import evaluate, summary
 from fedfm.tasks import CausalLM
 
 INFO = RunInfo("quick", 3, 2, 2, "Llama", 1_000_000, 10_000, choices={"bank": 2})
@@ -263,3 +264,60 @@ def test_tensorboard_needs_its_package_and_a_folder(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "tensorboard", sys)
     with pytest.raises(ConfigError, match="Give dir"):
         TensorBoard().open(None, None)  # type: ignore[arg-type]
+
+
+# --- evaluation across the boundary -------------------------------------------------------------------------------
+
+
+class Answers(Session):
+    """Clients that answer this, and note what they were given to do it in."""
+
+    def __init__(self, *answers: Reply | Failure) -> None:
+        self.answers, self.deadline = answers, 0.0
+
+    def exchange(self, requests, deadline=None):  # type: ignore[no-untyped-def]
+        self.deadline = deadline
+        yield from self.answers
+
+    def close(self) -> None: ...
+
+
+def sums(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    told = {"loss": 6.0, "hits": 1.0, "targets": 3.0}
+    return {**{name: torch.tensor(value, dtype=torch.float64) for name, value in told.items()}, **changes}
+
+
+def count(value: float) -> torch.Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("told", "words"),
+    [
+        ({}, "it answered {}"),
+        ({"loss": count(1.0)}, "expected"),
+        (sums(extra=count(1.0)), "extra"),
+        (sums(targets=torch.ones(7, dtype=torch.float64)), "(7,)"),
+        (sums(hits=torch.tensor(1.0)), "float32"),
+        (sums(targets=count(-3.0)), "targets are negative or no numbers"),
+        (sums(hits=count(math.inf)), "hits are negative or no numbers"),
+    ],
+)
+def test_an_evaluation_that_is_none_is_its_clients_failure(told: dict[str, torch.Tensor], words: str) -> None:
+    session = Answers(Reply("ana", "evaluate", 3, sums()), Reply("bob", "evaluate", 3, told))
+    found = evaluate(CausalLM(), session, {}, ["ana", "bob"], 3, deadline=7.0)
+    assert session.deadline == 7.0
+    assert list(found["owners"]) == ["ana"] and found["pooled"]["loss"] == 2.0
+    assert words in found["failed"]["bob"]
+
+
+def test_a_loss_that_is_no_number_is_told() -> None:
+    found = evaluate(CausalLM(), Answers(Reply("ana", "evaluate", 3, sums(loss=count(math.nan)))), {}, ["ana"], 3)
+    assert math.isnan(found["pooled"]["loss"]) and "failed" not in found
+
+
+def test_a_live_display_takes_no_screen_before_it_has_something_to_show() -> None:
+    file = io.StringIO()
+    progress = Progress(file, live=True)
+    progress.close(None)
+    assert file.getvalue() == ""

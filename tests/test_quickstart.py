@@ -63,6 +63,14 @@ def test_a_base_that_was_cut_off_goes_on(cache: Path) -> None:
     assert sum('"event":"resume"' in line for line in (model.parent / "journal.jsonl").read_text().splitlines()) == 1
 
 
+def test_a_base_whose_writing_was_cut_off_is_written_again(cache: Path) -> None:
+    model = quickstart.base_model(quick=True)
+    weights, journal = (model / "model.safetensors").read_bytes(), model.parent / "journal.jsonl"
+    (model / "model.safetensors").write_bytes(weights[:100])
+    journal.write_text("".join(line + "\n" for line in journal.read_text().splitlines() if '"event":"end"' not in line))
+    assert (quickstart.base_model(quick=True) / "model.safetensors").read_bytes() == weights
+
+
 def test_the_recipe_says_what_it_runs() -> None:
     recipe = read(RECIPES / "quickstart.yaml")
     assert recipe.model == Model("~/.cache/fedfm/quickstart/model") or recipe.model.source == str(

@@ -27,7 +27,7 @@ from fedfm.observers.base import Watcher
 from fedfm.observers.progress import Progress
 from fedfm.reports import comparison_lines, comparison_table
 from fedfm.run.compare import compare
-from fedfm.run.folder import RECIPE
+from fedfm.run.folder import RECIPE, is_finished
 from fedfm.run.loop import resume, run
 from fedfm.server import FedAvgM
 from fedfm.tasks import CausalLM
@@ -120,7 +120,7 @@ def base_model(quick: bool = False, watchers: Sequence[Watcher] = ()) -> Path:
     made_of = "\0".join([fedfm.__version__, repr(plan), str(VOCABULARY), *texts])
     folder = root / hashlib.blake2b(made_of.encode(), digest_size=8).hexdigest()
     ran, model = folder / "run", folder / "run" / "model"
-    if not (model / "config.json").is_file():
+    if not (is_finished(ran) and (model / "config.json").is_file()):
         if not (folder / "tokenizer" / "tokenizer.json").is_file():
             disk.write_atomic(folder / "public" / "manual.txt", "\n\n".join(texts).encode())
             fresh = folder / f".tokenizer-{os.getpid()}"

@@ -79,6 +79,7 @@ def check(recipe: Path, overrides: Sequence[str], data: bool) -> None:
         from fedfm.client.site import Site
 
         site = Site.build(plan)
+        assert site.tuned.spec.names  # Loads the model, whose layers the tuning must find.
         assert site.owners is not None
         num_clients = len(site.clients)
         for row in site.owners.picture():
@@ -92,7 +93,7 @@ def check(recipe: Path, overrides: Sequence[str], data: bool) -> None:
         print(f"{finding.level:<9} {finding.where}: {finding.text}")
     if any(finding.level == "refusal" for finding in findings):
         raise ConfigError(f"{recipe} is refused, for the reasons above.")
-    print(f"{recipe} can run.")
+    print(f"{recipe} can run." if data else f"{recipe}: the plan is sound. Its model and data were not opened; --data does.")
 
 
 def export(run: Path, to: Path, merge: bool) -> None:
@@ -112,8 +113,15 @@ def generate(run: Path, prompt: str, max_new_tokens: int, temperature: float, se
 
 def _progress() -> Progress:
     # What goes wrong on the way (a client that fails, an owner left out) is told as it happens.
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_Stderr()])
     return Progress()
+
+
+class _Stderr(logging.Handler):
+    """To what stderr is when something is told: a live display puts its own in place, above which lines scroll."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
 
 
 def _say(text: str, done: int | None, total: int | None) -> None:

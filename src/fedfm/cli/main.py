@@ -67,7 +67,7 @@ def compare(
 def check(
     recipe: Recipe,
     overrides: Overrides = None,
-    data: Annotated[bool, typer.Option("--data", help="Prepare the data too, and check the plan against its owners.")] = False,
+    data: Annotated[bool, typer.Option("--data", help="Open the model and the data too, and check the plan against them.")] = False,
 ) -> None:
     """Say what a plan guarantees, and refuse what cannot mean what it says."""
     from fedfm.cli import commands

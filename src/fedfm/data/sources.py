@@ -56,7 +56,7 @@ def text_in(row: Row, column: str) -> str:
     found = value_in(row, column)
     if not isinstance(found, str):
         raise DataError(f"{where(row)}: column {column!r} holds {_show(found)}, which is not text.")
-    return found
+    return _whole(row, column, found)
 
 
 def name_in(row: Row, column: str) -> str:
@@ -68,7 +68,18 @@ def name_in(row: Row, column: str) -> str:
     found = value_in(row, column)
     if found is None or found == "" or not isinstance(found, str | int | float):
         raise DataError(f"{where(row)}: column {column!r} holds {_show(found)}, where a name or a number is needed.")
-    return str(found)
+    return _whole(row, column, str(found))
+
+
+def _whole(row: Row, column: str, text: str) -> str:
+    """The text, if it can be written down: JSON may hold one half of a character that takes two."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where(row)}: column {column!r} holds half a character ({text[error.start]!a}), so its text was cut. Mend or drop this row."
+        ) from error
+    return text
 
 
 @dataclass(frozen=True)
@@ -275,10 +286,14 @@ def _hub(location: str) -> Source:
     classes = {column: kind for column, kind in dataset.features.items() if isinstance(kind, datasets.ClassLabel)}
 
     def read() -> Iterator[Record]:
-        for number, row in enumerate(dataset, 1):
-            # Classes are stored as numbers; their names are what a person reads.
-            named = {column: kind.int2str(row[column]) for column, kind in classes.items() if row[column] is not None}
-            yield Record({**row, **named}, f"{location}:{number}")
+        number = 0
+        try:
+            for number, row in enumerate(dataset, 1):
+                # Classes are stored as numbers; their names are what a person reads. A label that is withheld is -1.
+                known = {column: kind for column, kind in classes.items() if row[column] is not None and row[column] >= 0}
+                yield Record({**row, **{column: kind.int2str(row[column]) for column, kind in known.items()}}, f"{location}:{number}")
+        except (OSError, ValueError, ImportError, RuntimeError) as error:
+            raise DataError(f"{location} cannot be read beyond row {number}: {error}") from error
 
     return Source(location, read, dataset._fingerprint)
 

@@ -13,8 +13,8 @@ from fedfm.data.partition import Partitioner
 class Data(Part):
     """Rows and their owners: from a column, from the source itself, or drawn by a partitioner.
 
-    Sources: ``.jsonl`` and ``.csv`` (also ``.gz``), ``.parquet``, a folder of text files (an owner is a subfolder, or a file where there are
-    none), a data set that ``datasets`` saved, ``hf:name`` or ``hf:name:split`` from the Hugging Face hub, and ``stdlib``, the source of
+    Sources: ``.jsonl`` and ``.csv`` (also ``.gz``), ``.parquet``, a folder of text files (an owner is a subfolder; a file beside them is an owner
+    too, by its name), a data set that ``datasets`` saved, ``hf:name`` or ``hf:name:split`` from the Hugging Face hub, and ``stdlib``, the source of
     Python's standard library (an owner is a package). Files are streamed and may be larger than memory.
 
     Args:

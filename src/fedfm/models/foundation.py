@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 
 from fedfm.core.errors import ModelError
 from fedfm.core.keys import Key
@@ -184,7 +185,7 @@ def load(spec: Model, head: Head, labels: Sequence[str] = (), device: str = "aut
                     locate(spec.source), config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True, use_safetensors=True
                 )
                 fresh = {name.rpartition(".")[0] for name in info["missing_keys"]}
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise ModelError(
                 f"The model {spec.source or spec.architecture!r} could not be loaded as a {head.replace('_', ' ')} model: {error}"
             ) from error

@@ -48,8 +48,8 @@ def load_tokenizer(source: str) -> Any:
     logging.getLogger("transformers.tokenization_utils_base").setLevel(logging.ERROR)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"No tokenizer could be loaded from {source!r}: {str(error).splitlines()[0]}") from error
+    except Exception as error:  # tokenizers raises bare ones of a file that is damaged
+        raise ModelError(f"No tokenizer could be loaded from {source!r}: {(str(error) or repr(error)).splitlines()[0]}") from error
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(f"The tokenizer at {source!r} is not a fast one (it has no tokenizer.json); fedfm needs those.")
     end = tokenizer.eos_token or tokenizer.sep_token

@@ -255,9 +255,14 @@ class _Live(Watcher):
         self.rounds: Any = None
         self.console = Console(file=file, force_terminal=True)
         self.live = Live(self.bars, console=self.console, refresh_per_second=5)
-        self.live.start()
+
+    def begin(self) -> None:
+        """Takes the screen; not before there is something to show, for a run that is refused leaves it as it was."""
+        if not self.live.is_started:
+            self.live.start()
 
     def stage(self, text: str, done: int | None = None, total: int | None = None) -> None:
+        self.begin()
         for name, task in self.stages.items():
             if name != text:
                 self.bars.update(task, visible=False)
@@ -266,6 +271,7 @@ class _Live(Watcher):
         self.bars.update(self.stages[text], completed=done or 0, total=total, visible=True)
 
     def start(self, info: RunInfo) -> None:
+        self.begin()
         self.hide_stages()
         self.rounds = self.bars.add_task("rounds", total=info.rounds, completed=info.resumed_from or 0)
         self.draw()
@@ -287,6 +293,8 @@ class _Live(Watcher):
         self.draw()
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
+        if not self.live.is_started:
+            return
         self.hide_stages()
         if self.story.started:
             self.draw(self.story.ending(summary is not None))

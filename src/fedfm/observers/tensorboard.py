@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedfm.core import disk
 from fedfm.core.errors import ConfigError, MissingExtra
 from fedfm.core.words import number
 from fedfm.observers.base import Observer, RunInfo, Watcher
@@ -55,7 +56,10 @@ class _Writer(Watcher):
         from torch.utils.tensorboard import SummaryWriter
 
         purge = None if info.resumed_from is None else info.resumed_from + 1
-        self.writer = SummaryWriter(str(self.folder), purge_step=purge)
+        try:
+            self.writer = SummaryWriter(str(self.folder), purge_step=purge)
+        except OSError as error:
+            raise disk.cannot_write(self.folder, error) from error
 
     def round(self, record: RoundRecord) -> None:
         for tag, value in scalars(record):

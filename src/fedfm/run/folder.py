@@ -44,6 +44,11 @@ RECIPE, JOURNAL, METRICS, LEDGER, SPLIT, COMPARE, MODEL = (
 _KEEP = 2
 
 
+def is_finished(path: Path) -> bool:
+    """Whether the run in ``path`` has played its rounds and written its model."""
+    return any(line.get("event") == "end" for line in read_lines(path / JOURNAL))
+
+
 @dataclass
 class RunFolder:
     """An open run folder, locked against every other process until it is closed.

@@ -28,7 +28,7 @@ from fedfm.core.messages import Failure, Reply
 from fedfm.core.parts import Session
 from fedfm.core.round import Meter, RoundRecord, ServerState, play, start
 from fedfm.federation import Federation
-from fedfm.models.foundation import flops_per_token
+from fedfm.models.foundation import device_of, flops_per_token
 from fedfm.observers.base import RunInfo, Watcher
 from fedfm.observers.evaluate import evaluate
 from fedfm.recipe import dump, load, located, read
@@ -93,7 +93,9 @@ def resume(
             _require_same(load(ran["text"]), federation, path)
         if began is not None:
             changed = [
-                f"{name} {began.get(name)} -> {now}" for name, now in envelope().items() if name != "time" and began.get(name) != now
+                f"{name} {began.get(name)} -> {now}"
+                for name, now in envelope(federation).items()
+                if name != "time" and began.get(name) != now
             ]
             if changed:
                 log.warning(
@@ -113,12 +115,13 @@ def resume(
         if ran is None:
             _note_start(folder, federation)
         else:
-            folder.note("resume", **envelope(), round=restored[0].round if restored else 0, rounds=federation.rounds)
+            folder.note("resume", **envelope(federation), round=restored[0].round if restored else 0, rounds=federation.rounds)
         yield from _go(federation, folder, watchers, restored)
 
 
-def envelope() -> dict[str, Any]:
-    """Where numbers come from, to the last bit: versions, threads, instruction set."""
+def envelope(federation: Federation) -> dict[str, Any]:
+    """Where numbers come from, to the last bit: versions, device, threads, instruction set."""
+    device = device_of(getattr(federation.engine, "device", "cpu"))
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "fedfm": fedfm.__version__,
@@ -127,13 +130,14 @@ def envelope() -> dict[str, Any]:
         "transformers": version("transformers"),
         "machine": platform.machine(),
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads(),
     }
 
 
 def _note_start(folder: RunFolder, federation: Federation) -> None:
     text = dump(federation)
-    folder.note("start", **envelope(), recipe=hashlib.blake2b(text.encode(), digest_size=8).hexdigest())
+    folder.note("start", **envelope(federation), recipe=hashlib.blake2b(text.encode(), digest_size=8).hexdigest())
     folder.note("recipe", text=text)
 
 

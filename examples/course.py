@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 from fedfm import Federation, resume, run
+from fedfm.core import disk
 from fedfm.core.round import RoundRecord
 from fedfm.data import Data, public_text
 from fedfm.local import AdamW
@@ -22,7 +22,7 @@ def base_model(quick: bool = False) -> Path:
 
     Training it is a federation of one owner, whose text is public and whose parameters all travel.
     """
-    folder = Path(os.environ.get("FEDFM_CACHE") or Path.home() / ".cache" / "fedfm") / ("course-quick" if quick else "course")
+    folder = disk.cache() / ("course-quick" if quick else "course")
     ran = folder / "run"
     if not (is_finished(ran) and (ran / "model" / "config.json").is_file()):
         public = folder / "public"

@@ -33,6 +33,8 @@ from fedfm.server import FedAvgM
 from fedfm.tasks import CausalLM
 from fedfm.tuning import Full, LoRA
 
+log = logging.getLogger(__name__)
+
 VOCABULARY = 1024
 
 
@@ -113,7 +115,7 @@ def base_model(quick: bool = False, watchers: Sequence[Watcher] = ()) -> Path:
         quick: One short round.
     """
     texts = list(public_text())
-    root = Path(os.environ.get("FEDFM_CACHE") or Path.home() / ".cache" / "fedfm") / "quickstart"
+    root = disk.cache() / "quickstart"
     plan = base_federation(Path())
     if quick:
         plan = replace(plan, rounds=1, local=AdamW(steps=2))
@@ -151,8 +153,11 @@ def _play(rounds: Iterable[object]) -> None:
 def _point(link: Path, target: Path) -> None:
     """A name that does not change with what the base is made of, for recipes."""
     fresh = link.with_name(f".{link.name}-{os.getpid()}")
-    fresh.symlink_to(target)
-    fresh.replace(link)
+    try:
+        fresh.symlink_to(target)
+        fresh.replace(link)
+    except OSError as error:  # A cache that may only be read; recipes that use the name will say what they miss.
+        log.info("%s could not be set: %s", link, error)
 
 
 def _say(text: str, done: int | None, total: int | None) -> None:

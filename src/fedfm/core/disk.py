@@ -94,8 +94,22 @@ def cannot_write(path: Path, error: Exception) -> RunError:
     if error.errno == errno.ENOSPC:
         return RunError(f"The disk is full: {path} could not be written. What was saved before is intact; free space and resume.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return RunError(f"{path.parent} cannot be written ({error.strerror}). Choose another folder or change its permissions.")
+        return RunError(
+            f"{path.parent} cannot be written ({error.strerror}). Choose another folder (FEDFM_CACHE names the one for prepared data) or change its permissions."
+        )
     return RunError(f"{path} could not be written: {error.strerror}.")
+
+
+def cache() -> Path:
+    """Where what can be made again is kept: ``$FEDFM_CACHE``, else ``~/.cache/fedfm``.
+
+    Raises:
+        RunError: if there is no home.
+    """
+    try:
+        return Path(os.environ.get("FEDFM_CACHE") or Path.home() / ".cache" / "fedfm")
+    except RuntimeError as error:
+        raise RunError("This user has no home folder. Set FEDFM_CACHE to a folder for prepared data and small models.") from error
 
 
 def slug(name: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import sys
 import tempfile
@@ -76,7 +75,7 @@ def prepare(
             f"The task's max_length is {task.max_length} tokens, but the model's context is {max_context}. Set max_length to at most {max_context}."
         )
     fingerprint = _fingerprint(data, task, tokenizer, key, source, test)
-    root = cache or Path(os.environ.get("FEDFM_CACHE") or Path.home() / ".cache" / "fedfm") / "data"
+    root = cache or disk.cache() / "data"
     folder = root / fingerprint
     if not (folder / "owners.json").exists():
         try:

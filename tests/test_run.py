@@ -157,7 +157,13 @@ def test_whatever_else_is_damaged_is_rebuilt_from_the_journal(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "changes", [{}, {"server": FedAdam(lr=0.01)}, {"method": Scaffold()}, {"local": SGD(lr=0.1, steps=2, batch_size=None, decay=0.5)}]
+    "changes",
+    [
+        {},
+        {"server": FedAdam(lr=0.01), "local": SGD(lr=0.1, steps=1, batch_size=None)},
+        {"method": Scaffold()},
+        {"local": SGD(lr=0.1, steps=2, batch_size=None, decay=0.5)},
+    ],
 )
 def test_the_ends_of_a_federation_of_one_are_the_federation(tmp_path: Path, changes: dict[str, Any]) -> None:
     # One owner, all of its examples in each step: alone, federated and centralised are the same descent.

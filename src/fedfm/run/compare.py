@@ -62,7 +62,8 @@ def compare(
 
     An owner alone takes as many steps as a client that is in every round, ``rounds * steps``, with the same batch and trainer.
     Centralised training sees the same number of tokens as all rounds together: ``rounds * steps`` steps of a batch ``cohort`` times as large.
-    Where the recipe has a server step other than the plain mean, or a rate that falls by rounds, both have it too: each is then a federation of one.
+    Both have a rate that falls by rounds, where the recipe has one. With one local step in a round the optimizer is the server's (federated SGD
+    under FedAdam), and theirs too; with more it is the trainer's, and they have no server.
 
     Args:
         out: The run's folder.
@@ -191,16 +192,17 @@ class _Ends:
         local, server, rounds = plain(self.plan.local), self.plan.server, self.plan.rounds
         bank, spec = self.runtime.bank, self.site.tuned.spec
         bank = Bank(self.site.tuned, self.plan.task, local, bank.pad_id, bank.device, self.site.key.fold(name))
-        if server.broadcast(self.start, server.init(self.start)):
-            server = FedAvg()  # What is sent to clients ties the step to them, as SCAFFOLD's control variate does.
         steps = work.steps or 0
+        if steps != 1 or server.broadcast(self.start, server.init(self.start)):
+            # Of several steps the optimizer is the trainer's; and what is sent to clients, as SCAFFOLD's control variate is, ties a step to them.
+            server = FedAvg()
         if not rounds * steps:
             return [self.start for _ in jobs]
         if server == FedAvg() and local.lr_at(0, steps, 1) == local.lr_at(0, steps, rounds):
             # Rounds mean nothing to somebody alone: one training that never stops.
             done = bank.train(self.start, jobs, 1, replace(work, steps=rounds * steps))
             return [spec.unflatten(own.params_d) for own in done]
-        # A server's step, or a rate that falls from round to round, is part of the recipe and so of its ends.
+        # With one local step in a round the optimizer is the server's, and a rate may fall from round to round.
         params_k: list[Tree] = [self.start for _ in jobs]
         state_k = [server.init(self.start) for _ in jobs]
         for round in range(1, rounds + 1):

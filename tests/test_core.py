@@ -21,7 +21,7 @@ from fedfm.core.check import Finding, check, require
 from fedfm.core.errors import ConfigError, MessageError, PlanError, RoundError
 from fedfm.core.keys import Key
 from fedfm.core.messages import Failure, Reply
-from fedfm.core.parts import Session
+from fedfm.core.parts import Session, Transform
 from fedfm.core.round import play, start
 from fedfm.core.sums import ExactSum
 from fedfm.core.tree import Spec
@@ -213,6 +213,14 @@ def test_cohorts_that_are_too_small_or_too_large() -> None:
     (found,) = refusals(10, sampler=Uniform(clients=2), min_clients=3)
     assert found.where == "min_clients" and "min_clients is 3" in found.text
     assert not refusals(None, sampler=Uniform(clients=1000))
+
+
+def test_what_loses_values_behind_top_k_is_told() -> None:
+    def warned(*transforms: Transform) -> list[str]:
+        return [finding.text for finding in check(replace(BASE, transforms=transforms)) if "TopK" in finding.text]
+
+    assert "ClipByNorm and CastBF16 change after TopK" in warned(TopK(k=1), ClipByNorm(1.0), CastBF16())[0]
+    assert not warned(ClipByNorm(1.0), TopK(k=1), Int8()) and not warned(TopK(k=1, error_feedback=False), CastBF16())
 
 
 def test_refusals_are_raised_together_and_come_first() -> None:

@@ -7,10 +7,12 @@ Karimireddy, Rebjock, Stich, Jaggi, `Error Feedback Fixes SignSGD and other Grad
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
+from fedfm.core.check import Finding, Plan, warn
 from fedfm.core.errors import ConfigError, MessageError, RunError
 from fedfm.core.parts import RoundContext, Spec, Traits, Transform, Tree, Update, traits
 
@@ -51,6 +53,15 @@ class TopK(Transform):
         """Compares values across parameters, and leaves one vector of values in their place."""
         needs = ["float-leaves", "named-leaves", *(["stateful-clients"] if self.error_feedback else [])]
         return traits(needs=needs, hides=["named-leaves"])
+
+    def check(self, plan: Plan) -> Iterator[Finding]:
+        """What changes values after it is outside its feedback. A quantiser has no other place, and is unbiased."""
+        after = plan.transforms[plan.transforms.index(self) + 1 :]
+        later = [type(part).__name__ for part in after if "float-leaves" not in part.traits().hides]
+        if self.error_feedback and later:
+            yield warn(
+                "transforms", f"what {' and '.join(later)} change after TopK is lost, for its error feedback cannot see it. Put TopK after."
+            )
 
     def encode(self, update: Update, memory: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """To values and indices.

@@ -5,9 +5,8 @@ from __future__ import annotations
 import logging
 from dataclasses import replace
 
-from course import base, loss, play
+from course import base, weigh
 
-from fedfm.core import words
 from fedfm.core.parts import Transform
 from fedfm.transforms import CastBF16, Int4, Int8, TopK
 
@@ -23,13 +22,7 @@ CHAINS: dict[str, tuple[Transform, ...]] = {
 
 def main(quick: bool = False) -> dict[str, tuple[float, int]]:
     plan = base(quick)
-    found = {}
-    print(f"{'an update as':<14} {'bytes':>8} {'loss':>7}")
-    for name, chain in CHAINS.items():
-        record = play(replace(plan, transforms=chain))
-        found[name] = loss(record), record.bytes_up // len(record.clients)
-        print(f"{name:<14} {words.size(found[name][1]):>8} {found[name][0]:>7.3f}")
-    return found
+    return weigh({name: replace(plan, transforms=chain) for name, chain in CHAINS.items()})
 
 
 if __name__ == "__main__":

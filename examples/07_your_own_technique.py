@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 import torch
-from course import base, loss, play
+from course import base, weigh
 
-from fedfm.core import words
 from fedfm.core.parts import RoundContext, Transform, Tree, Update
 from fedfm.testing import check_transform
 
@@ -41,13 +40,7 @@ def main(quick: bool = False) -> dict[str, tuple[float, int]]:
     for part in (Hold("*.bias"), Hold("nothing"), Hold("*")):
         check_transform(part)
     plan = base(quick)
-    found = {}
-    print(f"{'an update':<12} {'bytes':>8} {'loss':>7}")
-    for name, variant in {"A and B": plan, "B alone": replace(plan, transforms=(Hold("*lora_A*"),))}.items():
-        record = play(variant)
-        found[name] = loss(record), record.bytes_up // len(record.clients)
-        print(f"{name:<12} {words.size(found[name][1]):>8} {found[name][0]:>7.3f}")
-    return found
+    return weigh({"A and B": plan, "B alone": replace(plan, transforms=(Hold("*lora_A*"),))})
 
 
 if __name__ == "__main__":

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from fedfm import Federation, resume, run
-from fedfm.core import disk
+from fedfm.core import disk, words
 from fedfm.core.round import RoundRecord
 from fedfm.data import Data, public_text
 from fedfm.local import AdamW
@@ -65,6 +66,17 @@ def play(federation: Federation) -> RoundRecord:
     """Runs it without leaving anything on disk; the record of its last round."""
     *_, (_, record) = run(federation)
     return record
+
+
+def weigh(plans: Mapping[str, Federation]) -> dict[str, tuple[float, int]]:
+    """Plays each, and prints what an update of it weighs and the loss it comes to."""
+    found = {}
+    print(f"{'an update as':<14} {'bytes':>8} {'loss':>7}")
+    for name, plan in plans.items():
+        record = play(plan)
+        found[name] = loss(record), record.bytes_up // len(record.clients)
+        print(f"{name:<14} {words.size(found[name][1]):>8} {found[name][0]:>7.3f}")
+    return found
 
 
 def loss(record: RoundRecord) -> float:

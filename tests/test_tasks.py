@@ -10,37 +10,17 @@ from transformers import AutoTokenizer
 
 from fedfm.core import registry
 from fedfm.core.errors import ConfigError, DataError, ModelError
-from fedfm.core.task import IGNORE, Vocabulary
+from fedfm.core.task import IGNORE
 from fedfm.data.sources import Record
 from fedfm.tasks import CausalLM, Classification, Instruct, MaskedLM
 from fedfm.testing import check_task, examples, tiny
+from fedfm.testing.tasks import Encoded
 from fedfm.testing.tiny import tokenizer_folder
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return AutoTokenizer.from_pretrained(tokenizer_folder())
-
-
-class Encoded:
-    """Examples as a task's encoder made them."""
-
-    def __init__(self, examples, tokenizer, labels=()):
-        self.examples, self.labels = examples, labels
-        self.lengths = np.array([len(example.ids) for example in examples])
-        self.vocabulary = Vocabulary(len(tokenizer), tuple(tokenizer.all_special_ids), tokenizer.mask_token_id)
-
-    def __len__(self):
-        return len(self.examples)
-
-    def ids(self, i):
-        return self.examples[i].ids
-
-    def start(self, i):
-        return self.examples[i].start
-
-    def label(self, i):
-        return self.labels.index(self.examples[i].label) if self.labels else -1
 
 
 # Long enough that every task has something to cut.

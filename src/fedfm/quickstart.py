@@ -25,7 +25,7 @@ from fedfm.models import Model, train_bpe
 from fedfm.observers import Evaluate
 from fedfm.observers.base import Watcher
 from fedfm.observers.progress import Progress
-from fedfm.reports import comparison_lines, comparison_table
+from fedfm.reports import show_comparison
 from fedfm.run.compare import compare
 from fedfm.run.folder import RECIPE, is_finished
 from fedfm.run.loop import resume, run
@@ -98,9 +98,9 @@ def main(out: Path = Path("runs/quickstart"), quick: bool = False) -> Path:
         plan = replace(plan, data=Data("stdlib", limit=20), local=AdamW(steps=1, batch_size=1), evaluate=Evaluate(max_examples=1), rounds=1)
     out = unused(out)
     print("\nThe federation: each package of Python's standard library is an owner, and its text stays where it is.")
-    table = compare(plan, out, watchers=[Progress()], stage=_say).to_json()
+    table = compare(plan, out, watchers=[Progress()], stage=Progress(live=False).stage).to_json()
     print()
-    _show(table)
+    show_comparison(table)
     print(f"\nDone in {words.duration(time.monotonic() - began)}.")
     print(f"  report   {out / 'report.html'}   open it in a browser")
     print(f"  adapter  {out / 'model'}   loads in peft and transformers")
@@ -158,21 +158,3 @@ def _point(link: Path, target: Path) -> None:
         fresh.replace(link)
     except OSError as error:  # A cache that may only be read; recipes that use the name will say what they miss.
         log.info("%s could not be set: %s", link, error)
-
-
-def _say(text: str, done: int | None, total: int | None) -> None:
-    if done is None or done == total or done % 7 == 0:
-        print(f"- {text}" + ("" if done is None else f" {done}/{total}"), flush=True)
-
-
-def _show(table: dict[str, object]) -> None:
-    from rich.console import Console
-
-    console = Console()
-    if not console.is_terminal:
-        print("\n".join(comparison_lines(table)))
-        return
-    from fedfm.reports.table import travelled
-
-    console.print(comparison_table(table))
-    print(f"Travelled: {travelled(table)}.")

@@ -48,7 +48,7 @@ def _play(rounds: Iterable[object], out: Path) -> None:
 
 def compare(recipe: Path, overrides: Sequence[str], out: Path | None) -> None:
     """``fedfm compare``."""
-    from fedfm.reports import comparison_lines, comparison_table
+    from fedfm.reports import show_comparison
     from fedfm.run.compare import compare
 
     if recipe.is_dir():
@@ -57,17 +57,12 @@ def compare(recipe: Path, overrides: Sequence[str], out: Path | None) -> None:
     out = out or Path("runs") / federation.name
     progress = _progress()
     try:
-        table = compare(federation, out, watchers=[progress], stage=_say).to_json()
+        table = compare(federation, out, watchers=[progress], stage=Progress(live=False).stage).to_json()
     except KeyboardInterrupt:
         print(f"\nStopped; what was completed is kept. Go on with: fedfm compare {out}", file=sys.stderr)
         sys.exit(130)
     print()
-    if sys.stdout.isatty():
-        from rich.console import Console
-
-        Console().print(comparison_table(table))
-    else:
-        print("\n".join(comparison_lines(table)))
+    show_comparison(table)
     print(f"\nreport  {out / 'report.html'}")
 
 
@@ -79,8 +74,9 @@ def check(recipe: Path, overrides: Sequence[str], data: bool) -> None:
         from fedfm.client.site import Site
 
         site = Site.build(plan)
-        assert site.tuned.spec.names  # Loads the model, whose layers the tuning must find.
         assert site.owners is not None
+        trainable, whole = site.tuned.spec.size, site.foundation.num_params
+        print(f"{words.count(whole)} parameters, {words.count(trainable)} trainable")
         num_clients = len(site.clients)
         for row in site.owners.picture():
             print(
@@ -122,8 +118,3 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         print(self.format(record), file=sys.stderr)
-
-
-def _say(text: str, done: int | None, total: int | None) -> None:
-    if done is None or done == total or done % 10 == 0:
-        print(f"- {text}" + ("" if done is None else f" {done}/{total}"), flush=True)

@@ -16,7 +16,7 @@ import torch
 from fedfm.client.site import Site
 from fedfm.client.store import StateStore
 from fedfm.client.train import Bank, Job
-from fedfm.core.errors import FedfmError
+from fedfm.core.errors import DataError, FedfmError
 from fedfm.core.messages import Failure, Reply, Request
 from fedfm.core.parts import ClientId, LocalTrainer, RoundContext, Update
 from fedfm.core.task import Examples, IntArray
@@ -116,9 +116,7 @@ class Runtime:
         memories, examples = {}, {}
         for client in requests:
             try:
-                known, own = self.store.load(client, request.round), self.site.open_shard(client).train
-                assert len(own.lengths) == len(own)  # Opens its files.
-                memories[client], examples[client] = known, own
+                memories[client], examples[client] = self.store.load(client, request.round), _opened(self.site.open_shard(client).train)
             except FedfmError as error:
                 # What is wrong in one house is no failure of those who share its bank.
                 yield Failure(client, "train", str(error))
@@ -158,9 +156,7 @@ class Runtime:
         sets: dict[ClientId, Examples] = {}
         for client in requests:
             try:
-                own = self._examples(client, split, int(most) if isinstance(most, int) else None)
-                assert len(own.lengths) == len(own)  # Opens its files.
-                sets[client] = own
+                sets[client] = _opened(self._examples(client, split, int(most) if isinstance(most, int) else None))
             except FedfmError as error:
                 yield Failure(client, "evaluate", str(error))
         sums = self.bank.evaluate(theta_d.unsqueeze(0), list(sets.values()))
@@ -177,6 +173,15 @@ class Runtime:
         shard = self.site.open_shard(client)
         found: Examples = shard.train if split == "train" else shard.test
         return found if most is None else Some(found, most)
+
+
+def _opened(examples: Examples) -> Examples:
+    """The examples, their files opened: what is damaged is told here, and not in the middle of a bank."""
+    if len(examples.lengths) != len(examples):
+        raise DataError(
+            f"{len(examples.lengths)} examples are there, and {len(examples)} were prepared. Clear the cache and prepare the data again."
+        )
+    return examples
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

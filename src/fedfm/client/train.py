@@ -79,7 +79,7 @@ class Bank:
         Args:
             start: The global parameters, and leaves that came with them.
             work: Instead of the trainer's own amount.
-            starts_kd: Parameters of each job ``(K, D)``, where jobs do not begin at ``start``.
+            starts_kd: Parameters of each job ``(K, D)``, where jobs do not begin at ``start``; for trainers that do not look back at it.
         """
         work = work or self.local.work
         jobs = list(jobs)

@@ -3,3 +3,4 @@
 from fedfm.reports.page import render as render
 from fedfm.reports.table import comparison_lines as comparison_lines
 from fedfm.reports.table import comparison_table as comparison_table
+from fedfm.reports.table import show_comparison as show_comparison

@@ -128,6 +128,17 @@ def comparison_lines(compare: Mapping[str, Any], limit: int = 20) -> list[str]:
     return lines
 
 
+def show_comparison(compare: Mapping[str, Any]) -> None:
+    """Prints it: a table on a terminal, plain lines anywhere else."""
+    from rich.console import Console
+
+    console = Console()
+    if console.is_terminal:
+        console.print(comparison_table(compare))
+    else:
+        print("\n".join(comparison_lines(compare)))
+
+
 def comparison_table(compare: Mapping[str, Any], limit: int = 20) -> Table:
     """The comparison for a terminal, with the change that federating brought each owner over working alone."""
     from rich.table import Table

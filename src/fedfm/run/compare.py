@@ -101,6 +101,8 @@ class _Ends:
         last = next(line for line in reversed(folder.journal) if line["event"] == "round")
         self.ledger = Ledger.from_json(last["ledger"])
         self.after = latest_state(folder.path).params
+        # What the server sends beside the parameters, such as SCAFFOLD's control variate.
+        self.sent = self.plan.server.broadcast(self.start, self.plan.server.init(self.start))
 
     def compare(self, stage: Stage) -> Comparison:
         began = time.perf_counter()
@@ -165,13 +167,13 @@ class _Ends:
         assert self.site.owners is not None
         everyone = self.site.owners.pooled()
         examples = everyone.shard(everyone.ids[0]).train
-        cohort = self.plan.sampler.cohort_size(len(self.site.clients))
+        cohort = max(self.plan.sampler.cohort_size(len(self.site.clients)), 1)
         # Where clients make passes over their own data, an owner of mean size stands for each of the cohort.
         work = replace(self.work, steps=self.steps(math.ceil(len(examples) / len(self.site.clients))), epochs=None)
         if work.batch_size is not None:
             # The batch of a whole cohort, in parts that fit into memory as a bank does.
-            together = max(size for size in range(1, max(cohort, 1) + 1) if size <= self.bank_size and max(cohort, 1) % size == 0)
-            work = replace(work, batch_size=work.batch_size * together, accumulate=work.accumulate * max(cohort, 1) // together)
+            together = max(size for size in range(1, cohort + 1) if size <= self.bank_size and cohort % size == 0)
+            work = replace(work, batch_size=work.batch_size * together, accumulate=work.accumulate * cohort // together)
         (params,) = self.trained("centralised", [Job(everyone.ids[0], examples)], work)
         return params
 
@@ -184,8 +186,7 @@ class _Ends:
     def bank_size(self) -> int:
         """Clients in a batch."""
         engine = self.plan.engine if isinstance(self.plan.engine, Embedded) else Embedded()
-        sent = self.plan.server.broadcast(self.start, self.plan.server.init(self.start))
-        return engine.open(self.site).bank_size(list(self.site.clients), Request("train", 1, {**self.start, **sent}))
+        return engine.open(self.site).bank_size(list(self.site.clients), Request("train", 1, {**self.start, **self.sent}))
 
     def trained(self, name: str, jobs: list[Job], work: Work) -> list[Tree]:
         """What comes of each job in all the rounds, ``work.steps`` steps in each, without a federation."""
@@ -193,8 +194,8 @@ class _Ends:
         bank, spec = self.runtime.bank, self.site.tuned.spec
         bank = Bank(self.site.tuned, self.plan.task, local, bank.pad_id, bank.device, self.site.key.fold(name))
         steps = work.steps or 0
-        if steps != 1 or server.broadcast(self.start, server.init(self.start)):
-            # Of several steps the optimizer is the trainer's; and what is sent to clients, as SCAFFOLD's control variate is, ties a step to them.
+        if steps != 1 or self.sent:
+            # Of several steps the optimizer is the trainer's; and what is sent to clients ties a step to them.
             server = FedAvg()
         if not rounds * steps:
             return [self.start for _ in jobs]

@@ -46,7 +46,7 @@ def check_task(task: Task, rows: Sequence[Row], tokenizer: Any) -> None:
             raise AssertionError(f"{name} takes a row without its column {column!r}")
 
     labels = sorted({example.label for example in examples if example.label is not None})
-    memory = _Encoded(examples, labels, tokenizer)
+    memory = Encoded(examples, tokenizer, labels)
     _check_rows(name, task, memory, len(labels) if task.head == "sequence_classification" else len(tokenizer))
     _check_metrics(name, task)
 
@@ -61,10 +61,14 @@ def _same(a: Example, b: Example) -> bool:
     return np.array_equal(a.ids, b.ids) and (a.start, a.label) == (b.start, b.label)
 
 
-class _Encoded(Memory):
-    """What a task's encoder made."""
+class Encoded(Memory):
+    """What a task's encoder made.
 
-    def __init__(self, examples: Sequence[Example], labels: Sequence[str], tokenizer: Any) -> None:
+    Args:
+        labels: The classes, in the order of their indices.
+    """
+
+    def __init__(self, examples: Sequence[Example], tokenizer: Any, labels: Sequence[str] = ()) -> None:
         super().__init__(
             [example.ids for example in examples],
             [example.start for example in examples],

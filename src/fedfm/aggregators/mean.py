@@ -6,16 +6,13 @@ McMahan, Moore, Ramage, Hampson, Aguera y Arcas, `Communication-Efficient Learni
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
-
 from fedfm.core.errors import ConfigError
-from fedfm.core.parts import Aggregator, RoundContext, Spec, Traits, Update, traits
-from fedfm.core.sums import ExactSum
+from fedfm.core.leaves import deltas
+from fedfm.core.parts import Aggregator, Partial, RoundContext, Spec, Traits, Update, traits
 
 
 @dataclass(frozen=True)
@@ -42,24 +39,33 @@ class Mean(Aggregator):
             raise ConfigError(f"Mean.weights is {self.weights!r}; it must be 'examples' or 'uniform'.")
 
     def traits(self) -> Traits:
-        """Whether all clients count the same."""
-        return traits(hides=["uniform-weights"] if self.weights == "examples" else [])
+        """Whether all clients count the same; if not, owners must tell how many examples they have."""
+        return traits(needs=["counts"], hides=["uniform-weights"]) if self.weights == "examples" else traits()
 
-    def __call__(self, updates: Iterable[Update], ctx: RoundContext) -> Update:
-        """The mean so far grows with each update."""
-        spec, total = Spec.of(ctx.params), ExactSum(0)
-        weights: list[float] = []
-        num_clients = 0
-        for update in updates:
-            if not weights:
-                spec = Spec.of(update.payload)
-                total = ExactSum(spec.size)
-            weight = update.weight if self.weights == "examples" else float(update.num_clients)
-            total.add(spec.flatten(update.payload), weight)
-            weights.append(weight)
-            num_clients += update.num_clients
-        # fsum rounds once, whatever the order.
-        weight = math.fsum(weights)
-        mean_d = total.value() / weight if weights else torch.zeros(spec.size)
-        as_float32 = Spec(spec.names, spec.shapes, (torch.float32,) * len(spec.names))
-        return Update(as_float32.unflatten(mean_d.float()), weight=weight, num_clients=num_clients)
+    def takes_sums(self) -> bool:
+        """A sum is all that a mean needs."""
+        return True
+
+    def uniform(self) -> bool:
+        """As ``weights`` says."""
+        return self.weights == "uniform"
+
+    def __call__(self, updates: Iterable[Update | Partial], ctx: RoundContext) -> Update:
+        """The sum so far grows with each update, and with each sum of many."""
+        total = Partial(ctx.leaves or deltas(Spec.of(ctx.params)), self.uniform())
+        for item in updates:
+            if isinstance(item, Partial):
+                # The only sum of a round is taken as it is; a copy would hold the model twice.
+                total = item if not total.clients else _sum(total, item)
+                continue
+            if not total.clients and not ctx.leaves:
+                total = Partial(deltas(Spec.of(item.payload)), self.uniform())
+            total.add(item.client or "*", item.payload, {"weight": item.weight, **item.metrics}, item.weight)
+        return Update(total.mean(), weight=total.weight, num_clients=total.num_clients)
+
+
+def _sum(x: Partial, y: Partial) -> Partial:
+    total = Partial(x.leaves, x.uniform)
+    total.merge(x)
+    total.merge(y)
+    return total

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from fedfm.aggregators.trimmed_mean import TrimmedMean
-from fedfm.core.parts import Aggregator, RoundContext, Traits, Update, traits
+from fedfm.aggregators.trimmed_mean import TrimmedMean, singles
+from fedfm.core.parts import Aggregator, Partial, RoundContext, Traits, Update, traits
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class CoordinateMedian(Aggregator):
         """Compares clients, and is no weighted sum of them."""
         return traits(needs=["single-updates"], hides=["weighted-sum"])
 
-    def __call__(self, updates: Iterable[Update], ctx: RoundContext) -> Update:
+    def __call__(self, updates: Iterable[Update | Partial], ctx: RoundContext) -> Update:
         """The trimmed mean that keeps one or two values."""
-        us = list(updates)
+        us = singles(updates)
         return TrimmedMean(trim=max(0, len(us) - 1) // 2)(us, ctx)

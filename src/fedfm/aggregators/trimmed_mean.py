@@ -11,8 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from fedfm.aggregators.mean import Mean
 from fedfm.core.errors import ConfigError
-from fedfm.core.parts import Aggregator, RoundContext, Traits, Update, traits
+from fedfm.core.parts import Aggregator, Partial, RoundContext, Traits, Update, traits
 
 
 @dataclass(frozen=True)
@@ -44,18 +45,23 @@ class TrimmedMean(Aggregator):
         """One more than are dropped."""
         return 2 * self.trim + 1
 
-    def __call__(self, updates: Iterable[Update], ctx: RoundContext) -> Update:
+    def __call__(self, updates: Iterable[Update | Partial], ctx: RoundContext) -> Update:
         """The trimmed mean of each coordinate."""
-        us = list(updates)
+        us = singles(updates)
         n = len(us)
         if n < self.min_updates() and (us or self.trim):
             raise ConfigError(f"TrimmedMean(trim={self.trim}) needs at least {self.min_updates()} updates, got {n} in round {ctx.round}.")
         if not us:
-            return Update(
-                {name: torch.zeros_like(leaf, dtype=torch.float32) for name, leaf in ctx.params.items()}, weight=0.0, num_clients=0
-            )
+            return Mean()(us, ctx)
         payload = {}
         for name in us[0].payload:
             x_nd = torch.stack([u.payload[name] for u in us]).sort(dim=0).values
             payload[name] = x_nd[self.trim : n - self.trim].mean(dim=0, dtype=torch.float64).float()
         return Update(payload, weight=float(n), num_clients=n)
+
+
+def singles(updates: Iterable[Update | Partial]) -> list[Update]:
+    """Each client's update by itself, as a rule that compares clients needs them."""
+    items = list(updates)
+    assert not any(isinstance(item, Partial) for item in items), "the plan check refuses sums before a rule that compares clients"
+    return [item for item in items if isinstance(item, Update)]

@@ -3,53 +3,103 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from fedfm.core.messages import Failure, Reply, Request
-from fedfm.core.parts import Channel, ClientId, RoundContext, Session, Update
-from fedfm.core.words import number
+from fedfm.core import leaves, words
+from fedfm.core.errors import MessageError
+from fedfm.core.leaves import Leaf
+from fedfm.core.messages import ClientId, Failure, Reply, Request
+from fedfm.core.parts import Channel, Errand, Partial, RoundContext, Scratch, Sealed, Session, Update
 
 log = logging.getLogger(__name__)
+TICKET = "ticket"
 
 
 @dataclass(frozen=True)
 class Plain(Channel):
-    """One exchange; the server sees each update.
+    """One exchange; the server sees each update. What it may sum it adds at once, so that it never holds a cohort.
 
     Every client that was asked has exactly one outcome. An answer that nobody asked for is logged and dropped.
-    A reply's ``weight`` is its update's weight (1 where the client does not tell), its other numbers are the update's metrics.
     """
 
     def collect(
-        self, session: Session, requests: Mapping[ClientId, Request], deadline: float | None, ctx: RoundContext
-    ) -> Iterator[Update | Failure]:
-        """The updates as they arrive, and who failed."""
-        waiting = set(requests)
-        for answer in session.exchange(requests, deadline):
+        self, session: Session, errand: Errand, clients: Sequence[ClientId], deadline: float | None, ctx: RoundContext
+    ) -> Iterator[Update | Partial | Failure]:
+        """The updates as they arrive, or their sum at the end, and who failed."""
+        waiting = dict.fromkeys(clients)
+        total = Partial(errand.leaves, errand.uniform)
+        for answer in session.exchange({client: errand.request(client) for client in clients}, deadline):
             if answer.client not in waiting:
                 log.warning("round %d: dropped an answer of %r, who was not asked or has answered already", ctx.round, answer.client)
                 continue
-            waiting.remove(answer.client)
-            yield answer if isinstance(answer, Failure) else _update(answer, requests[answer.client])
+            del waiting[answer.client]
+            outcome = answer if isinstance(answer, Failure) else _opened(answer, errand, ctx)
+            if isinstance(outcome, Update) and errand.sums:
+                outcome = _added(total, outcome)
+            if outcome is not None:
+                yield outcome
         for client in sorted(waiting):
             yield Failure(client, "channel", "it gave no answer.")
+        if total.num_clients:
+            yield total
+
+    def seal(self, update: Update, leaves: tuple[Leaf, ...], request: Request, scratch: Scratch) -> Sealed:
+        """As it is."""
+        ticket = {} if update.ticket is None else {TICKET: update.ticket}
+        return Sealed(update.payload, {**update.metrics, **ticket})
 
 
-def _update(reply: Reply, request: Request) -> Update | Failure:
-    if (reply.verb, reply.round) != (request.verb, request.round):
-        return Failure(
-            reply.client,
-            "channel",
-            f"it answered {reply.verb} of round {reply.round}, was asked to {request.verb} in round {request.round}.",
-        )
-    told = {name: value for name, value in reply.meta.items() if isinstance(value, int | float) and not isinstance(value, bool)}
-    numbers = {name: number(value) for name, value in told.items()}
-    metrics = {name: value for name, value in numbers.items() if value is not None}
-    if len(metrics) < len(told):
-        name = next(name for name, value in numbers.items() if value is None)
-        return Failure(reply.client, "channel", f"its {name} is {told[name]!r:.20}, not a finite number.")
-    weight = metrics.pop("weight", 1.0)
-    if not weight > 0 or (reply.meta.get("weight") is not None and "weight" not in told):
-        return Failure(reply.client, "channel", f"its weight is {reply.meta['weight']!r:.20}; it must be a number above 0.")
-    return Update(reply.tensors, weight=weight, client=reply.client, metrics=metrics)
+def _opened(reply: Reply, errand: Errand, ctx: RoundContext) -> Update | Failure:
+    """A reply as the update that it holds. Whatever is wrong with it is its client's failure."""
+    try:
+        update = _read(reply, errand)
+    except MessageError as error:
+        return Failure(reply.client, "channel", str(error))
+    try:
+        return errand.decoded(update, ctx)
+    except MessageError as error:
+        return Failure(reply.client, "decode", str(error))
+    except Exception as error:
+        # A payload that no check foresaw must not end the round for everybody else.
+        log.debug("an update of %r could not be decoded", reply.client, exc_info=True)
+        return Failure(reply.client, "decode", f"its payload cannot be decoded ({type(error).__name__}).")
+
+
+def _read(reply: Reply, errand: Errand) -> Update:
+    body = errand.body
+    if (reply.verb, reply.round) != (body.verb, body.round):
+        raise MessageError(f"it answered {reply.verb} of round {reply.round}, was asked to {body.verb} in round {body.round}.")
+    declared = leaves.numbers(errand.leaves)
+    numbers: dict[str, float] = {}
+    for leaf in declared:
+        value = reply.meta.get(leaf.name)
+        if value is None:
+            raise MessageError(f"it does not tell its {leaf.name}.")
+        number = words.number(value)
+        if number is None and not (leaf.nan and isinstance(value, float)):
+            raise MessageError(f"its {leaf.name} is {value!r:.20}, not a finite number.")
+        numbers[leaf.name] = float("nan") if number is None else number
+        leaf.require(numbers[leaf.name], "its answer")
+    ticket = reply.meta.get(TICKET)
+    if ticket is not None and (not isinstance(ticket, int) or isinstance(ticket, bool) or ticket < 0):
+        raise MessageError(f"its ticket is {ticket!r:.20}, not a count.")
+    unknown = reply.meta.keys() - numbers.keys() - {TICKET}
+    if unknown:
+        raise MessageError(f"it tells {sorted(unknown)[:3]}, which nobody asked for.")
+    weight = numbers.pop("weight", 1.0)
+    if not weight > 0:
+        raise MessageError(f"its weight is {weight:g}; it must be a number above 0.")
+    return Update(reply.tensors, weight, client=reply.client, metrics=numbers, ticket=ticket)
+
+
+def _added(total: Partial, update: Update) -> Failure | None:
+    """Adds an update to the sum; one that does not fit is its client's failure."""
+    assert update.client is not None
+    try:
+        total.add(update.client, update.payload, {"weight": update.weight, **update.metrics}, update.weight)
+    except MessageError as error:
+        return Failure(update.client, "decode", str(error))
+    if update.ticket is not None:
+        total.tickets[update.client] = update.ticket
+    return None

@@ -7,89 +7,9 @@ look at the plan it is in. ``check`` reads all of it before anything runs.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol
 
 from fedfm.core.errors import PlanError
-from fedfm.core.parts import Aggregator, Channel, LocalTrainer, Part, Sampler, ServerOptimizer, Transform
-
-
-class Plan(Protocol):
-    """What the check and the round read of a federation."""
-
-    @property
-    def sampler(self) -> Sampler:
-        """Who takes part in a round."""
-        ...
-
-    @property
-    def local(self) -> LocalTrainer:
-        """How a client works."""
-        ...
-
-    @property
-    def transforms(self) -> tuple[Transform, ...]:
-        """On an update in flight, left to right on the client."""
-        ...
-
-    @property
-    def channel(self) -> Channel:
-        """How updates reach the aggregator."""
-        ...
-
-    @property
-    def aggregator(self) -> Aggregator:
-        """Many updates become one."""
-        ...
-
-    @property
-    def server(self) -> ServerOptimizer:
-        """The global step."""
-        ...
-
-    @property
-    def min_clients(self) -> int:
-        """Fewest updates with which a round counts."""
-        ...
-
-    @property
-    def on_failure(self) -> Literal["leave_out", "retry", "stop"]:
-        """What a client's failure does."""
-        ...
-
-    @property
-    def deadline(self) -> float | None:
-        """Seconds a client has to answer."""
-        ...
-
-    def parts(self) -> dict[str, Part]:
-        """Every part by its place in the recipe, nested ones too (``transforms.0``, ``local.inner``)."""
-        ...
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing the check has to say.
-
-    Args:
-        level: ``refusal`` stops the run, ``warning`` does not, ``promise`` is what the plan guarantees.
-        where: The part's place in the recipe.
-        text: What, why, and the remedy.
-    """
-
-    level: Literal["refusal", "warning", "promise"]
-    where: str
-    text: str
-
-
-def refuse(where: str, text: str) -> Finding:
-    """A finding that stops the run."""
-    return Finding("refusal", where, text)
-
-
-def warn(where: str, text: str) -> Finding:
-    """A finding that does not."""
-    return Finding("warning", where, text)
+from fedfm.core.parts import Finding, Plan, Transform, refuse
 
 
 def check(plan: Plan, num_clients: int | None = None) -> list[Finding]:

@@ -43,7 +43,7 @@ def write_atomic(path: Path, data: bytes) -> None:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         step(f"before {path.name}")
         with temporary.open("wb") as file:
             file.write(data)
@@ -66,15 +66,29 @@ def append(path: Path, line: str) -> None:
         RunError: if it cannot be written.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         step(f"before append {path.name}")
+        is_new = not path.exists()
         with path.open("ab") as file:
             file.write(line.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        if is_new:
+            sync_folder(path.parent)
         step(f"appended {path.name}")
     except OSError as error:
         raise cannot_write(path, error) from error
+
+
+def make_folder(folder: Path) -> None:
+    """Makes a folder and those above it, so that loss of power does not take them: each new one is synced into its parent."""
+    missing = [folder]
+    while not missing[-1].parent.exists():
+        missing.append(missing[-1].parent)
+    folder.mkdir(parents=True, exist_ok=True)
+    if len(missing) > 1 or not any(folder.iterdir()):
+        for made in missing:
+            sync_folder(made.parent)
 
 
 def sync_folder(folder: Path) -> None:

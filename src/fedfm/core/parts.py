@@ -8,20 +8,20 @@ is final: parts compose, nobody subclasses a part to tweak it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar, Literal, Protocol, TypeVar
 
 import torch
 
+from fedfm.core import leaves
+from fedfm.core.errors import MessageError
 from fedfm.core.keys import Key
+from fedfm.core.leaves import Leaf
+from fedfm.core.messages import Body, ClientId, Failure, Request, Scalar
+from fedfm.core.session import Session
+from fedfm.core.sums import Partial
 from fedfm.core.tree import Spec, Tree
-
-if TYPE_CHECKING:
-    from fedfm.core.check import Finding, Plan
-    from fedfm.core.messages import Failure, Reply, Request
-
-ClientId = str
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,13 @@ class Update:
     """What a client, or many together, contribute to a round.
 
     Args:
-        payload: What leaves the client: a delta (``w_after - w_before``) for each trainable tensor, and leaves that a method adds.
+        payload: The tensors that leave the client: a delta (``w_after - w_before``) for each parameter that travels, and leaves that a method adds;
+            or whatever else its trainer declares.
         weight: How much it counts in a weighted mean: the number of training examples (not trusted by robust rules).
         num_clients: How many clients it stands for.
         client: Whose it is; ``None`` once it is a sum.
-        metrics: What the client is willing to tell about its work (``loss``, ``tokens``, ``steps``...), numbers only.
+        metrics: The single numbers that leave with it (``loss``, ``tokens``, ``steps``...).
+        ticket: Names what the client remembers from this work; ``None`` where it remembers nothing.
     """
 
     payload: Tree
@@ -41,10 +43,27 @@ class Update:
     num_clients: int = 1
     client: ClientId | None = None
     metrics: Mapping[str, float] = field(default_factory=dict)
+    ticket: int | None = None
 
     def with_payload(self, payload: Tree) -> Update:
         """The same update carrying something else."""
         return replace(self, payload=payload)
+
+
+class Spent(ABC):
+    """What one client has spent for good: privacy, masks, quotas. Synced before anything leaves, and never rolled back."""
+
+    @abstractmethod
+    def add(self, what: str, amount: float) -> None:
+        """Writes down that ``amount`` more of ``what`` is spent; durable when this returns.
+
+        Raises:
+            RunError: if it cannot be written; nothing may leave then.
+        """
+
+    @abstractmethod
+    def total(self, what: str) -> float:
+        """All that was spent of ``what``, by rounds that count and by rounds that do not."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +73,12 @@ class RoundContext:
     Args:
         round: Counted from 1.
         key: The run's key; fold it with a name before drawing.
-        params: The global trainable parameters at the start of the round.
+        params: The parameters that travel, at the start of the round; on one client's behalf, as that client holds them.
         num_clients: How many clients are registered.
         client: Set where a part acts on one client's behalf.
+        leaves: What an aggregate of this round holds.
+        received: What the part itself sends to clients (``Transform.broadcast``).
+        spent: Set on a client: what it has spent for good.
     """
 
     round: int
@@ -64,11 +86,35 @@ class RoundContext:
     params: Tree
     num_clients: int
     client: ClientId | None = None
+    leaves: tuple[Leaf, ...] = ()
+    received: Tree = field(default_factory=dict)
+    spent: Spent | None = None
 
     def draw(self, name: str) -> Key:
         """The key of ``name`` in this round, for this client where there is one."""
         key = self.key.fold(name, self.round)
         return key if self.client is None else key.fold(self.client)
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """Everything the server needs to go on.
+
+    Args:
+        round: Rounds completed.
+        params: The global trainable parameters, those that stay at home as they were at the start.
+        parts: The state of each part that has one, under the part's place in the recipe (``server``, ``transforms.0``, ``sampler``).
+        counted: The ticket of each client that was counted last; a client goes on from what it remembered then.
+    """
+
+    round: int
+    params: Tree
+    parts: Mapping[str, Tree] = field(default_factory=dict)
+    counted: Mapping[ClientId, int] = field(default_factory=dict)
+
+    def of(self, place: str) -> Tree:
+        """The state of the part at ``place``; empty where it has none."""
+        return self.parts.get(place, {})
 
 
 @dataclass(frozen=True)
@@ -78,17 +124,47 @@ class Traits:
     A part that needs what another hides is refused before anything runs. Words in use:
     ``single-updates`` (each client's update, one by one), ``float-leaves`` (tensors that can still be computed with),
     ``named-leaves`` (one tensor per parameter), ``stateful-clients`` (a client's memory from its last round),
-    ``uniform-weights``, ``weighted-sum`` (a mean of some kind).
+    ``uniform-weights``, ``weighted-sum`` (a mean of some kind), ``counts`` (the owners tell how many examples they have).
+
+    What a part *is* lets others ask for a property instead of a class: ``plain-step`` (the new parameters are the mean of the clients'),
+    ``gradient-steps`` (a client moves by its gradients and nothing else), ``linear`` (decoding commutes with addition), ``private``
+    (a privacy promise, which every leaf that leaves must be covered by).
     """
 
     needs: frozenset[str] = frozenset()
     hides: frozenset[str] = frozenset()
     promises: tuple[str, ...] = ()
+    is_: frozenset[str] = frozenset()
 
 
-def traits(needs: Iterable[str] = (), hides: Iterable[str] = (), promises: Iterable[str] = ()) -> Traits:
+def traits(needs: Iterable[str] = (), hides: Iterable[str] = (), promises: Iterable[str] = (), is_: Iterable[str] = ()) -> Traits:
     """Shorthand for :class:`Traits`."""
-    return Traits(frozenset(needs), frozenset(hides), tuple(promises))
+    return Traits(frozenset(needs), frozenset(hides), tuple(promises), frozenset(is_))
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing the plan check has to say.
+
+    Args:
+        level: ``refusal`` stops the run, ``warning`` does not, ``promise`` is what the plan guarantees.
+        where: The part's place in the recipe.
+        text: What, why, and the remedy.
+    """
+
+    level: Literal["refusal", "warning", "promise"]
+    where: str
+    text: str
+
+
+def refuse(where: str, text: str) -> Finding:
+    """A finding that stops the run."""
+    return Finding("refusal", where, text)
+
+
+def warn(where: str, text: str) -> Finding:
+    """A finding that does not."""
+    return Finding("warning", where, text)
 
 
 class Part:
@@ -111,9 +187,13 @@ class Sampler(Part, ABC):
 
     room = "samplers"
 
+    def init(self) -> Tree:
+        """Its state before the first round."""
+        return {}
+
     @abstractmethod
-    def sample(self, clients: Sequence[ClientId], ctx: RoundContext) -> list[ClientId]:
-        """The cohort of round ``ctx.round``, drawn from ``ctx.key`` alone, in a fixed order."""
+    def sample(self, clients: Sequence[ClientId], state: Tree, ctx: RoundContext) -> tuple[list[ClientId], Tree]:
+        """The cohort of round ``ctx.round``, drawn from ``ctx.key`` and the state alone, in a fixed order; and the new state."""
 
     @abstractmethod
     def cohort_size(self, num_clients: int) -> int:
@@ -124,9 +204,25 @@ class Transform(Part, ABC):
     """An update in flight. ``encode`` acts on the client, ``decode`` and ``finish`` on the server; all default to nothing.
 
     In a chain ``encode`` runs left to right, ``decode`` and ``finish`` right to left.
+
+    Attributes:
+        covers: The groups of leaves that it changes. All others pass whole.
     """
 
     room = "transforms"
+    covers: ClassVar[frozenset[str]] = frozenset({"delta"})
+
+    def init(self, params: Tree) -> Tree:
+        """Its state on the server before the first round."""
+        return {}
+
+    def broadcast(self, state: Tree) -> Tree:
+        """What goes out with the parameters, and reaches ``encode`` and ``decode`` as ``ctx.received``."""
+        return {}
+
+    def leaves(self, leaves: tuple[Leaf, ...]) -> tuple[Leaf, ...]:
+        """What an update holds once it is decoded, given what it held before: a transform that tells something more adds a leaf."""
+        return leaves
 
     def encode(self, update: Update, memory: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """The update as it leaves the client, and what the client remembers (its own, from round to round)."""
@@ -140,9 +236,9 @@ class Transform(Part, ABC):
         """
         return update
 
-    def finish(self, aggregate: Update, ctx: RoundContext) -> Update:
-        """What is done once, to the aggregate."""
-        return aggregate
+    def finish(self, aggregate: Update, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
+        """What is done once, to the aggregate; and the new state."""
+        return aggregate, state
 
 
 class Aggregator(Part, ABC):
@@ -151,8 +247,16 @@ class Aggregator(Part, ABC):
     room = "aggregators"
 
     @abstractmethod
-    def __call__(self, updates: Iterable[Update], ctx: RoundContext) -> Update:
-        """The aggregate. Takes each update as it arrives; its result does not depend on their order."""
+    def __call__(self, updates: Iterable[Update | Partial], ctx: RoundContext) -> Update:
+        """The aggregate. Takes each update, or sum of updates, as it arrives; its result does not depend on their order."""
+
+    def takes_sums(self) -> bool:
+        """Whether a sum of many is enough. A rule that says no gets each client's update by itself."""
+        return False
+
+    def uniform(self) -> bool:
+        """Whether every client counts alike, whatever the weight that it tells."""
+        return False
 
     def min_updates(self) -> int:
         """The fewest updates with which the rule means something."""
@@ -257,48 +361,134 @@ class LocalTrainer(Part, ABC):
         return {}
 
 
+@dataclass(frozen=True)
+class Errand:
+    """What the server asks of a cohort, and what may come back.
+
+    Args:
+        body: What all are asked alike.
+        leaves: What an answer holds once it is decoded, of a client of full size; so does the aggregate.
+        params: The parameters that travel, of full size.
+        own: Numbers for one client alone.
+        params_of: The parameters as a client with these own numbers holds them.
+        pad: A client's payload at full size.
+        transforms: What encodes a payload on its way, left to right.
+        received: What each transform sends to clients, by its index.
+        sums: Whether a sum of the answers is enough.
+        uniform: Whether every client counts alike.
+    """
+
+    body: Body
+    leaves: tuple[Leaf, ...]
+    params: Tree = field(default_factory=dict)
+    own: Mapping[ClientId, Mapping[str, Scalar]] = field(default_factory=dict)
+    params_of: Callable[[Mapping[str, Scalar]], Tree] | None = None
+    pad: Callable[[Tree, Mapping[str, Scalar]], Tree] | None = None
+    transforms: tuple[Transform, ...] = ()
+    received: Mapping[int, Tree] = field(default_factory=dict)
+    sums: bool = False
+    uniform: bool = False
+
+    def request(self, client: ClientId) -> Request:
+        """What one client is asked."""
+        return Request(self.body, self.own.get(client, {}))
+
+    def decoded(self, update: Update, ctx: RoundContext) -> Update:
+        """One client's update as the aggregator takes it: decoded right to left, checked against what was declared, at full size.
+
+        Raises:
+            MessageError: if it is not what its client could honestly have sent.
+        """
+        own = self.own.get(update.client or "", {})
+        params = self.params if self.params_of is None else self.params_of(own)
+        for i, transform in reversed(list(enumerate(self.transforms))):
+            update = transform.decode(update, replace(ctx, params=params, client=update.client, received=self.received.get(i, {})))
+        expected = self.leaves if params is self.params else resized(self.leaves, params)
+        leaves.require(expected, update.payload, f"update of {update.client!r}")
+        return update if self.pad is None else update.with_payload(self.pad(update.payload, own))
+
+
+def resized(declared: Sequence[Leaf], params: Tree) -> tuple[Leaf, ...]:
+    """The leaves of a client whose parameters have other shapes; those it does not hold are left out."""
+    return tuple(
+        replace(leaf, shape=tuple(params[leaf.name].shape)) if leaf.name in params else leaf
+        for leaf in declared
+        if leaf.name in params or leaf.group != "delta"
+    )
+
+
+@dataclass
+class Sealed:
+    """An answer as it leaves the house.
+
+    Args:
+        tensors: What crosses the boundary.
+        meta: Numbers that cross it in the clear.
+    """
+
+    tensors: Tree
+    meta: Mapping[str, Scalar]
+
+
+# What a channel keeps of one client between the exchanges of one errand, and no longer.
+Scratch = dict[str, object]
+
+
 class Channel(Part, ABC):
-    """How updates reach the aggregator. May need several exchanges in a round."""
+    """How answers reach the aggregator: a half on the server and a half on each client. May need several exchanges.
+
+    Training, evaluation and counting all pass it, so that what it protects is protected everywhere.
+
+    Attributes:
+        verbs: Exchanges of its own, which :meth:`answer` answers.
+    """
 
     room = "channels"
+    verbs: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def collect(
-        self, session: Session, requests: Mapping[ClientId, Request], deadline: float | None, ctx: RoundContext
-    ) -> Iterator[Update | Failure]:
-        """The updates as they arrive (still encoded), and who failed: one outcome for each request."""
+        self, session: Session, errand: Errand, clients: Sequence[ClientId], deadline: float | None, ctx: RoundContext
+    ) -> Iterator[Update | Partial | Failure]:
+        """The server's half: the answers, decoded and checked, as they arrive, or sums of them; and who failed: one outcome for each client.
 
-
-class Engine(Part, ABC):
-    """Where the clients run. One verb."""
-
-    room = "engines"
-
-    @abstractmethod
-    def open(self, site: Any) -> Session:
-        """Starts what the engine needs; ``site`` is a :class:`fedfm.client.site.Site`."""
-
-
-class Session(ABC):
-    """An engine that is running."""
-
-    @abstractmethod
-    def exchange(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> Iterator[Reply | Failure]:
-        """Sends each client its request; yields the replies as they arrive, one for each request.
-
-        Args:
-            deadline: Seconds after which clients that have not answered have failed.
+        Single updates are asked for where ``errand.sums`` is off.
         """
 
     @abstractmethod
-    def close(self) -> None:
-        """Ends every client. Calling it twice is fine."""
+    def seal(self, update: Update, leaves: tuple[Leaf, ...], request: Request, scratch: Scratch) -> Sealed:
+        """The client's half: an answer as it leaves the house.
 
-    def __enter__(self) -> Session:
-        return self
+        Args:
+            leaves: What the answer holds, as the client itself declares it.
+            scratch: What :meth:`answer` has kept for this client in this round.
 
-    def __exit__(self, *exc: object) -> None:
-        self.close()
+        Raises:
+            FedfmError: if it must not leave.
+        """
+
+    def answer(self, client: ClientId, request: Request, scratch: Scratch) -> Sealed:
+        """The client's half of an exchange of the channel's own."""
+        raise MessageError(f"{type(self).__name__} has no exchange {request.verb!r}.")
+
+
+class Pacing(Part, ABC):
+    """When a round has enough answers."""
+
+    room = "pacing"
+
+    @abstractmethod
+    def gather(
+        self, plan: Plan, session: Session, errand: Errand, cohort: Sequence[ClientId], ctx: RoundContext
+    ) -> Iterator[Update | Partial | Failure]:
+        """What the cohort answers, as it arrives, until the round has enough; failures too, one for each attempt.
+
+        Raises:
+            RoundError: if the round cannot be completed under the recipe's rule.
+        """
+
+
+P = TypeVar("P", bound="Plan")
 
 
 class Method(Part, ABC):
@@ -307,11 +497,82 @@ class Method(Part, ABC):
     room = "methods"
 
     @abstractmethod
-    def apply(self, federation: Any) -> Any:
-        """The federation with this method's parts in place."""
+    def apply(self, plan: P) -> P:
+        """The plan with this method's parts in place (``plan.with_parts``)."""
+
+
+class Plan(Protocol):
+    """What the check and the round read of a federation."""
+
+    @property
+    def sampler(self) -> Sampler:
+        """Who takes part in a round."""
+        ...
+
+    @property
+    def local(self) -> LocalTrainer:
+        """How a client works."""
+        ...
+
+    @property
+    def transforms(self) -> tuple[Transform, ...]:
+        """On an update in flight, left to right on the client."""
+        ...
+
+    @property
+    def channel(self) -> Channel:
+        """How updates reach the aggregator."""
+        ...
+
+    @property
+    def pacing(self) -> Pacing:
+        """When a round has enough answers."""
+        ...
+
+    @property
+    def aggregator(self) -> Aggregator:
+        """Many updates become one."""
+        ...
+
+    @property
+    def server(self) -> ServerOptimizer:
+        """The global step."""
+        ...
+
+    @property
+    def min_clients(self) -> int:
+        """Fewest updates with which a round counts."""
+        ...
+
+    @property
+    def on_failure(self) -> Literal["leave_out", "retry", "stop"]:
+        """What a client's failure does."""
+        ...
+
+    @property
+    def deadline(self) -> float | None:
+        """Seconds a client has to answer."""
+        ...
+
+    def parts(self) -> dict[str, Part]:
+        """Every part by its place in the recipe, nested ones too (``transforms.0``, ``local.inner``)."""
+        ...
+
+    def with_parts(self: P, **parts: Part) -> P:
+        """The plan with these parts in place of its own."""
+        ...
+
+    def travelling(self, params: Tree) -> Tree:
+        """The parameters that leave their house; the others stay at home."""
+        ...
+
+    def work(self, state: ServerState, cohort: Sequence[ClientId], ctx: RoundContext) -> Errand:
+        """What a cohort is asked to do in a round."""
+        ...
 
 
 __all__ = [
-    "Aggregator", "Channel", "ClientId", "Cohort", "Engine", "LocalTrainer", "Method", "Part", "RoundContext", "Sampler",
-    "ServerOptimizer", "Session", "Spec", "Traits", "Transform", "Tree", "Update", "Work", "traits",
+    "Aggregator", "Channel", "ClientId", "Cohort", "Errand", "Finding", "Leaf", "LocalTrainer", "Method", "Pacing", "Part", "Partial", "Plan",
+    "RoundContext", "Sampler", "Scratch", "Sealed", "ServerOptimizer", "ServerState", "Session", "Spec", "Spent", "Traits", "Transform", "Tree",
+    "Update", "Work", "refuse", "traits", "warn",
 ]  # fmt: skip

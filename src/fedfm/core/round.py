@@ -7,38 +7,19 @@ Updates stream: the server holds the aggregate and one update, never a cohort (r
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-
-from fedfm.core import messages
-from fedfm.core.check import Plan
-from fedfm.core.errors import MessageError, RoundError
+from fedfm.core import leaves, messages
 from fedfm.core.keys import Key
-from fedfm.core.messages import Failure, Reply, Request
-from fedfm.core.parts import ClientId, RoundContext, Session, Update
-from fedfm.core.sums import LIMIT
+from fedfm.core.messages import ClientId, Failure, Reply, Request
+from fedfm.core.parts import Errand, Plan, RoundContext, ServerState, Session, Update
+from fedfm.core.session import Answer, WrappedSession
+from fedfm.core.sums import Partial
 from fedfm.core.tree import Spec, Tree, norm
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class ServerState:
-    """Everything the server needs to go on.
-
-    Args:
-        round: Rounds completed.
-        params: The global trainable parameters.
-        server: The server optimizer's state.
-    """
-
-    round: int
-    params: Tree
-    server: Tree = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -48,7 +29,7 @@ class RoundRecord:
     Args:
         cohort: Who was asked.
         failures: Who failed, where and why; one entry for each attempt.
-        clients: What each client told about its work.
+        clients: What each client told about its work; empty where the channel shows sums alone.
         metrics: Of the round: ``train_loss`` (weighted), ``update_norm``, and what observers add under ``eval``.
         bytes_up: Bytes of all replies.
         bytes_down: Bytes of all requests.
@@ -66,34 +47,33 @@ class RoundRecord:
 
 def start(plan: Plan, params: Tree) -> ServerState:
     """The state before the first round."""
-    return ServerState(0, dict(params), plan.server.init(params))
+    travelling = plan.travelling(params)
+    parts = {"sampler": plan.sampler.init(), "server": plan.server.init(travelling)}
+    parts |= {f"transforms.{i}": transform.init(travelling) for i, transform in enumerate(plan.transforms)}
+    return ServerState(0, dict(params), {place: state for place, state in parts.items() if state})
 
 
-class Meter(Session):
-    """A session that counts the bytes of what passes, and tells ``watch`` of each answer."""
+class Meter(WrappedSession):
+    """A session that counts the bytes of what passes, and shows ``watch`` each answer."""
 
-    def __init__(self, inner: Session, watch: Callable[[Reply | Failure], None] | None = None) -> None:
-        self.inner, self.watch = inner, watch
+    def __init__(self, inner: Session, watch: Callable[[Answer], None] | None = None) -> None:
+        super().__init__(inner)
+        self.watch = watch
         self.bytes_up = self.bytes_down = 0
 
-    def exchange(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> Iterator[Reply | Failure]:
-        """The inner session's replies, counted."""
-        # A broadcast is one request object for many clients: measured once, counted for each.
-        sizes: dict[int, int] = {}
-        for request in requests.values():
-            if id(request) not in sizes:
-                sizes[id(request)] = messages.size(request)
-            self.bytes_down += sizes[id(request)]
-        for answer in self.inner.exchange(requests, deadline):
-            if isinstance(answer, Reply):
-                self.bytes_up += messages.size(answer)
-            if self.watch is not None:
-                self.watch(answer)
-            yield answer
+    def send(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> None:
+        """Counts the requests."""
+        self.bytes_down += sum(messages.size(request) for request in requests.values())
+        self.inner.send(requests, deadline)
 
-    def close(self) -> None:
-        """Closes the inner session."""
-        self.inner.close()
+    def receive(self) -> Answer | None:
+        """Counts the reply."""
+        answer = self.inner.receive()
+        if isinstance(answer, Reply):
+            self.bytes_up += messages.size(answer)
+        if answer is not None and self.watch is not None:
+            self.watch(answer)
+        return answer
 
 
 def play(
@@ -102,7 +82,7 @@ def play(
     session: Session,
     clients: Sequence[ClientId],
     key: Key,
-    watch: Callable[[Reply | Failure], None] | None = None,
+    watch: Callable[[Answer], None] | None = None,
 ) -> tuple[ServerState, RoundRecord]:
     """One round.
 
@@ -114,108 +94,83 @@ def play(
     Raises:
         RoundError: if fewer than ``plan.min_clients`` updates arrive, or one fails under ``on_failure: stop``.
     """
-    began = time.perf_counter()
+    began = session.clock.now()
     ctx = RoundContext(state.round + 1, key, state.params, len(clients))
     meter = Meter(session, watch)
-    cohort = plan.sampler.sample(clients, ctx)
-    told: dict[ClientId, Mapping[str, float]] = {}
-    failures: list[Failure] = []
-    request = Request("train", ctx.round, {**state.params, **plan.server.broadcast(state.params, state.server)})
-    expected = expected_payload(plan, state.params)
-
-    def updates() -> Iterator[Update]:
-        for update in _collect(plan, meter, cohort, request, expected, ctx, failures):
-            told[update.client or "*"] = {"weight": update.weight, **update.metrics}
-            yield update
-
-    aggregate = plan.aggregator(updates(), ctx)
-    for transform in reversed(plan.transforms):
-        aggregate = transform.finish(aggregate, ctx)
-    params, server = plan.server.step(state.params, aggregate, state.server, ctx)
-    Spec.of(state.params).require(params, f"Round {ctx.round}, parameters after the server step")
-
-    losses = [(seen["weight"], seen["loss"]) for seen in (told[c] for c in cohort if c in told) if "loss" in seen]
-    total = sum(weight for weight, _ in losses)
-    metrics = {"update_norm": norm(aggregate.payload), "num_clients": aggregate.num_clients, "weight": aggregate.weight}
-    if total > 0:
-        metrics["train_loss"] = sum(weight * loss for weight, loss in losses) / total
+    cohort, sampler = plan.sampler.sample(clients, state.of("sampler"), ctx)
+    errand = plan.work(state, cohort, ctx)
+    ctx = replace(ctx, params=errand.params, leaves=errand.leaves)
+    arrivals = Arrivals(errand)
+    aggregate = plan.aggregator(arrivals.of(plan.pacing.gather(plan, meter, errand, cohort, ctx)), ctx)
+    aggregate, finished = finish(plan, replace(aggregate, metrics=arrivals.numbers.mean_numbers()), state, errand, ctx)
+    stepped, server = plan.server.step(errand.params, aggregate, state.of("server"), ctx)
+    Spec.of(errand.params).require(stepped, f"Round {ctx.round}, parameters after the server step")
+    parts = {place: own for place, own in {"sampler": sampler, "server": server, **finished}.items() if own}
+    after = ServerState(ctx.round, {**state.params, **stepped}, parts, {**state.counted, **arrivals.tickets})
     record = RoundRecord(
         round=ctx.round,
         cohort=tuple(cohort),
-        failures=tuple(failures),
-        clients={client: told[client] for client in cohort if client in told},
-        metrics=metrics,
+        failures=tuple(arrivals.failures),
+        clients={client: arrivals.told[client] for client in cohort if client in arrivals.told},
+        metrics=_metrics(aggregate, arrivals, cohort),
         bytes_up=meter.bytes_up,
         bytes_down=meter.bytes_down,
-        seconds={"train": time.perf_counter() - began},
+        seconds={"train": session.clock.now() - began},
     )
-    return ServerState(ctx.round, params, server), record
+    return after, record
 
 
-def expected_payload(plan: Plan, params: Tree) -> Spec:
-    """What a decoded payload must look like: a delta for each parameter, and what the local trainer adds."""
-    spec = Spec.of(params)
-    extra = plan.local.extra(spec.size)
-    return Spec((*spec.names, *extra), (*spec.shapes, *extra.values()), (*spec.dtypes, *(torch.float32 for _ in extra)))
+class Arrivals:
+    """What is known of a round's answers, noted while they stream to the aggregator.
 
-
-def _collect(
-    plan: Plan, session: Session, cohort: Sequence[ClientId], request: Request, expected: Spec, ctx: RoundContext, failures: list[Failure]
-) -> Iterator[Update]:
-    """Decoded updates as they arrive; asks again or gives up as the recipe says."""
-    pending, arrived = list(cohort), 0
-    for attempt in range(2 if plan.on_failure == "retry" else 1):
-        failed: list[Failure] = []
-        for item in plan.channel.collect(session, dict.fromkeys(pending, request), plan.deadline, ctx):
-            if isinstance(item, Failure):
-                failed.append(item)
-            else:
-                try:
-                    update = decode(plan, item, ctx)
-                    # One leaf-by-leaf check stands between what arrived and the sum.
-                    expected.require(update.payload, "Its update")
-                    require_summable(expected.flatten(update.payload), update.weight)
-                except MessageError as error:
-                    failed.append(Failure(item.client or "*", "decode", str(error)))
-                    continue
-                arrived += update.num_clients
-                yield update
-            if failed and plan.on_failure == "stop":
-                break
-        failed.sort(key=lambda failure: failure.client)
-        failures.extend(failed)
-        for failure in failed:
-            log.warning("round %d: %s failed in %s (attempt %d): %s", ctx.round, failure.client, failure.stage, attempt + 1, failure.reason)
-        if failed and plan.on_failure == "stop":
-            first = failed[0]
-            raise RoundError(
-                f"Round {ctx.round}: client {first.client!r} failed in {first.stage}: {first.reason} "
-                "The recipe says on_failure: stop; leave_out would go on without it, retry would ask once more."
-            )
-        pending = [failure.client for failure in failed]
-        if not pending:
-            break
-    needed = max(1, plan.min_clients, plan.aggregator.min_updates())
-    # A Poisson cohort may be empty by chance; that is a round without an update, not a failure.
-    if arrived < needed and (cohort or needed > 1):
-        reasons = "; ".join(f"{failure.client}: {failure.reason}" for failure in failures[:3])
-        raise RoundError(f"Round {ctx.round}: {arrived} of {len(cohort)} clients gave an update, at least {needed} are needed. {reasons}")
-
-
-def decode(plan: Plan, update: Update, ctx: RoundContext) -> Update:
-    """Undoes the transforms' representations, right to left."""
-    ctx = replace(ctx, client=update.client)
-    for transform in reversed(plan.transforms):
-        update = transform.decode(update, ctx)
-    return update
-
-
-def require_summable(x_d: torch.Tensor, weight: float) -> None:
-    """Refuses an update so large that, with a few like it, no sum could hold it.
-
-    Raises:
-        MessageError: if a value times the weight reaches 1/256 of what an exact sum can hold.
+    Attributes:
+        failures: One for each attempt that failed.
+        told: The numbers of each client whose update counts, where the channel shows them.
+        tickets: What each of these clients remembers from this round.
+        numbers: The sum of everybody's numbers.
     """
-    largest, bound = max(abs(end.item()) for end in x_d.aminmax()) if len(x_d) else 0.0, LIMIT / 256
-    if not largest * weight < bound:
-        raise MessageError(f"Its update reaches {largest:.3g} with weight {weight:g}; a sum takes products below {bound:.3g}.")
+
+    def __init__(self, errand: Errand) -> None:
+        self.failures: list[Failure] = []
+        self.told: dict[ClientId, Mapping[str, float]] = {}
+        self.tickets: dict[ClientId, int] = {}
+        self.numbers = Partial(leaves.numbers(errand.leaves), errand.uniform)
+
+    def of(self, items: Iterator[Update | Partial | Failure]) -> Iterator[Update | Partial]:
+        """The updates and sums among ``items``."""
+        for item in items:
+            if isinstance(item, Failure):
+                self.failures.append(item)
+                continue
+            if isinstance(item, Partial):
+                self.told |= item.told
+                self.tickets |= item.tickets
+                self.numbers.merge(item.only_numbers())
+            else:
+                client = item.client or "*"
+                self.told[client] = {"weight": item.weight, **item.metrics}
+                self.tickets |= {} if item.ticket is None else {client: item.ticket}
+                self.numbers.add(client, {}, {"weight": item.weight, **item.metrics}, item.weight)
+            yield item
+
+
+def finish(
+    plan: Plan, aggregate: Update, state: ServerState, errand: Errand, ctx: RoundContext
+) -> tuple[Update, dict[str, Tree]]:
+    """What the transforms do once, to the aggregate, right to left; and their new states by place."""
+    states: dict[str, Tree] = {}
+    for i, transform in reversed(list(enumerate(plan.transforms))):
+        place = f"transforms.{i}"
+        aggregate, states[place] = transform.finish(aggregate, state.of(place), replace(ctx, received=errand.received.get(i, {})))
+    return aggregate, states
+
+
+def _metrics(aggregate: Update, arrivals: Arrivals, cohort: Sequence[ClientId]) -> dict[str, float]:
+    metrics = {"update_norm": norm(aggregate.payload), "num_clients": aggregate.num_clients, "weight": aggregate.weight}
+    losses = [(told["weight"], told["loss"]) for told in (arrivals.told[c] for c in cohort if c in arrivals.told) if "loss" in told]
+    total = sum(weight for weight, _ in losses)
+    if total > 0:
+        metrics["train_loss"] = sum(weight * loss for weight, loss in losses) / total
+    elif "loss" in aggregate.metrics and aggregate.num_clients:
+        metrics["train_loss"] = aggregate.metrics["loss"]
+    return metrics

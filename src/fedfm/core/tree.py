@@ -65,6 +65,17 @@ class Spec:
         Raises:
             MessageError: naming the first leaf that is wrong.
         """
+        self.require_shapes(tree, what)
+        bad = first_not_finite(tree)
+        if bad is not None:
+            raise MessageError(f"{what}: tensor {bad!r} holds NaN or infinity.")
+
+    def require_shapes(self, tree: Tree, what: str) -> None:
+        """Refuses a tree with other names, shapes or types.
+
+        Raises:
+            MessageError: naming the first leaf that is wrong.
+        """
         if set(tree) != set(self.names):
             missing, extra = sorted(set(self.names) - set(tree)), sorted(set(tree) - set(self.names))
             raise MessageError(f"{what}: wrong tensors; missing {missing[:3]}, unexpected {extra[:3]}.")
@@ -74,9 +85,6 @@ class Spec:
                 raise MessageError(
                     f"{what}: tensor {name!r} is {str(leaf.dtype)[6:]}{list(leaf.shape)}, expected {str(dtype)[6:]}{list(shape)}."
                 )
-        bad = first_not_finite(tree)
-        if bad is not None:
-            raise MessageError(f"{what}: tensor {bad!r} holds NaN or infinity.")
 
 
 def first_not_finite(tree: Tree) -> str | None:

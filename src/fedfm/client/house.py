@@ -1,0 +1,111 @@
+"""An owner's house: the plan it was told, its data, what it remembers and has spent, its key and its policy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from fedfm.client.bank import Bank
+from fedfm.client.memory import Memory
+from fedfm.client.plan import ClientPlan
+from fedfm.client.spent import SpentStore
+from fedfm.core.keys import Key
+from fedfm.core.messages import ClientId
+from fedfm.core.tree import Tree
+from fedfm.data import Shard
+from fedfm.models import Foundation, load
+from fedfm.tuning.base import Tuned
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What an owner does not tell.
+
+    Args:
+        withhold: ``counts``: how many examples and tokens it has; ``labels``: how many of each class.
+    """
+
+    withhold: frozenset[Literal["counts", "labels"]] = frozenset()
+
+
+@dataclass
+class House:
+    """One place where clients run: an owner's own machine with one client, or a simulation's with all of them.
+
+    Attributes:
+        plan: What it was told of the federation.
+        shards: The folder of each client's prepared data, in a fixed order.
+        labels: Class names, agreed before the first round.
+        key: The run's root key.
+        num_clients: How many clients the federation has, here and elsewhere.
+        cohort_size: How many clients a usual round asks, here and elsewhere.
+        device: Where the model runs.
+        folder: Clients keep what they remember and have spent under it. ``None`` keeps it in this process.
+        choices: What was chosen for the whole run (the bank's size), kept when a run is resumed.
+        policies: What each owner does not tell; one that is not named tells all.
+    """
+
+    plan: ClientPlan
+    shards: Mapping[ClientId, Path]
+    labels: tuple[str, ...]
+    key: Key
+    num_clients: int
+    cohort_size: int = 1
+    device: str = "auto"
+    folder: Path | None = None
+    choices: dict[str, int] = field(default_factory=dict)
+    policies: Mapping[ClientId, Policy] = field(default_factory=dict)
+
+    @property
+    def clients(self) -> tuple[ClientId, ...]:
+        """Who is hosted here, in a fixed order."""
+        return tuple(self.shards)
+
+    def shard(self, client: ClientId) -> Shard:
+        """A client's data, opened; nothing of it is held in memory.
+
+        Raises:
+            DataError: if it cannot be read.
+        """
+        return Shard.open(self.shards[client], owner=client)
+
+    def policy(self, client: ClientId) -> Policy:
+        """What this owner does not tell."""
+        return self.policies.get(client, _OPEN)
+
+    @cached_property
+    def memory(self) -> Memory:
+        """What clients remember from round to round."""
+        return Memory(self.folder)
+
+    @cached_property
+    def spent(self) -> SpentStore:
+        """What clients have spent for good."""
+        return SpentStore(self.folder)
+
+    @cached_property
+    def foundation(self) -> Foundation:
+        """The loaded model."""
+        return load(self.plan.model, self.plan.task.head, self.labels, self.device, self.key)
+
+    @cached_property
+    def tuned(self) -> Tuned:
+        """The model prepared for its tuning."""
+        return self.plan.tuning.attach(self.foundation)
+
+    @cached_property
+    def start(self) -> Tree:
+        """The trainable parameters before the first round: where leaves that stay at home begin."""
+        return self.tuned.init(self.key.fold("init"))
+
+    @cached_property
+    def bank(self) -> Bank:
+        """The model, the task and the trainer; loads the model."""
+        pad_id = self.foundation.tokenizer.pad_token_id
+        return Bank(self.tuned, self.plan.task, self.plan.local, pad_id, self.foundation.device, self.key)
+
+
+_OPEN = Policy()

@@ -1,0 +1,56 @@
+"""A verb: what a server asks, and what a client answers. Both halves are one file in ``verbs/``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import ClassVar
+
+from fedfm.client.house import House
+from fedfm.core import registry
+from fedfm.core.leaves import Leaf
+from fedfm.core.messages import ClientId, Failure, Request
+from fedfm.core.parts import Part, Update
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """A client's answer before its channel seals it.
+
+    Args:
+        update: What it holds; ``update.client`` is set.
+        leaves: The declaration of all of it.
+    """
+
+    update: Update
+    leaves: tuple[Leaf, ...]
+
+
+class Verb(Part, ABC):
+    """What a client can be asked. The server's half makes an errand and reads what comes back, each verb in its own way.
+
+    Attributes:
+        name: What it is called on the wire.
+        banked: Whether its clients share a batch, so that an engine asks as many together as the bank holds.
+    """
+
+    room = "verbs"
+    name: ClassVar[str]
+    banked: ClassVar[bool] = False
+
+    @abstractmethod
+    def answer(self, requests: Mapping[ClientId, Request], house: House) -> Iterator[Contribution | Failure]:
+        """The clients' half: one outcome for each request. All requests have one body."""
+
+    def shrink(self, house: House) -> bool:
+        """Makes the next try need less memory; whether it could. Banks are halved before this is asked."""
+        return False
+
+
+@cache
+def verbs() -> dict[str, Verb]:
+    """Every verb in the index, by its name on the wire."""
+    parts = [entry.load()() for entry in registry.entries("verbs").values()]
+    return {part.name: part for part in parts if isinstance(part, Verb)}

@@ -1,0 +1,120 @@
+"""Everything that leaves a house is declared: a name, a shape, a type, a bound, and how many become one.
+
+The boundary, an exact sum, the ring of a secure sum, the sensitivity of a noise and the owner's policy read this one declaration.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from fedfm.core.errors import MessageError
+from fedfm.core.tree import Spec, Tree, first_not_finite
+
+Reduce = Literal["mean", "sum", "each"]
+# A count that one owner tells: a thousandth of the sum that 2^38 allows, and more examples than anybody has.
+MOST = 2.0**30
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor of an answer.
+
+    Args:
+        name: Its name in the payload, or among an update's metrics.
+        shape: Of one client's.
+        group: ``delta`` for changes of parameters, ``told`` for weights, losses and counts; a method may name a group of its own. A transform
+            changes only the groups it covers.
+        bound: No value is larger in magnitude.
+        signed: Whether values may be negative.
+        nan: Whether NaN is an honest value: a loss of a model that diverged, a count that its owner withholds.
+        reduce: How many become one: the weighted ``mean``, the ``sum``, or ``each`` by itself.
+    """
+
+    name: str
+    shape: tuple[int, ...] = ()
+    dtype: torch.dtype = torch.float32
+    group: str = "delta"
+    bound: float = math.inf
+    reduce: Reduce = "mean"
+    signed: bool = True
+    nan: bool = False
+
+    @property
+    def is_number(self) -> bool:
+        """Whether it is a single number that is told; such leaves are an update's metrics, all others its payload."""
+        return self.group == "told" and self.shape == ()
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+    def require(self, value: torch.Tensor | float, whose: str) -> None:
+        """Refuses a value that is out of bounds. A type that holds no larger one needs no look.
+
+        Raises:
+            MessageError: with the value and the bound.
+        """
+        low, high = (value, value) if isinstance(value, float) else _ends(value)
+        if self.nan and math.isnan(low):
+            return
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise MessageError(f"{whose}: {self.name!r} holds NaN or infinity.")
+        if max(-low, high) > self.bound or (low < 0 and not self.signed):
+            least = -self.bound if self.signed else 0
+            raise MessageError(f"{whose}: {self.name!r} reaches {high if high > self.bound else low:.4g}; it lies in {least:g}..{self.bound:g}.")
+
+
+def number(name: str, reduce: Reduce = "sum", bound: float = MOST, signed: bool = False, nan: bool = False) -> Leaf:
+    """A single number that a client tells; a count unless said otherwise."""
+    return Leaf(name, (), torch.float64, "told", bound, reduce, signed, nan)
+
+
+def deltas(spec: Spec) -> tuple[Leaf, ...]:
+    """A change of each parameter in ``spec``."""
+    return tuple(Leaf(name, shape, dtype) for name, shape, dtype in zip(spec.names, spec.shapes, spec.dtypes, strict=True))
+
+
+def numbers(leaves: Iterable[Leaf]) -> tuple[Leaf, ...]:
+    """Those that are single numbers."""
+    return tuple(leaf for leaf in leaves if leaf.is_number)
+
+
+def payload(leaves: Iterable[Leaf]) -> tuple[Leaf, ...]:
+    """Those that are tensors of the payload."""
+    return tuple(leaf for leaf in leaves if not leaf.is_number)
+
+
+def spec_of(leaves: Iterable[Leaf]) -> Spec:
+    """Names, shapes and types of the payload."""
+    tensors = payload(leaves)
+    return Spec(tuple(leaf.name for leaf in tensors), tuple(leaf.shape for leaf in tensors), tuple(leaf.dtype for leaf in tensors))
+
+
+def require(leaves: Sequence[Leaf], tree: Tree, whose: str) -> None:
+    """Refuses a payload that is not what was declared.
+
+    Raises:
+        MessageError: naming the first leaf that is wrong.
+    """
+    tensors = payload(leaves)
+    spec_of(tensors).require_shapes(tree, whose)
+    bounded = {leaf.name for leaf in tensors if leaf.nan or leaf.bound < math.inf or not leaf.signed}
+    bad = first_not_finite({name: leaf for name, leaf in tree.items() if name not in bounded})
+    if bad is not None:
+        raise MessageError(f"{whose}: tensor {bad!r} holds NaN or infinity.")
+    for leaf in tensors:
+        if leaf.name in bounded:
+            leaf.require(tree[leaf.name], whose)
+
+
+def _ends(value: torch.Tensor) -> tuple[float, float]:
+    if not value.numel():
+        return 0.0, 0.0
+    low, high = value.aminmax()
+    return float(low), float(high)

@@ -9,7 +9,6 @@ import torch
 
 from fedfm.core.parts import Aggregator, LocalTrainer, Sampler, ServerOptimizer, Transform, Update, Work
 from fedfm.core.task import Task
-from fedfm.core.tuning import Tuning
 from fedfm.models.tokenizer import load_tokenizer
 from fedfm.server import FedAvg
 from fedfm.tasks import CausalLM
@@ -26,7 +25,8 @@ from fedfm.testing import (
     tiny,
 )
 from fedfm.tuning import LoRA
-from fedfm.tuning.bank import BankedModel
+from fedfm.tuning.base import Tuning
+from fedfm.tuning.sites import BankedModel
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ from fedfm.core.errors import ConfigError, ModelError
 from fedfm.core.keys import Key
 from fedfm.core.task import Batch
 from fedfm.core.tree import equal
-from fedfm.core.tuning import Tuning
 from fedfm.models import Foundation, Model, load
 from fedfm.models.foundation import device_of, save
 from fedfm.testing import check_tuning, examples, tiny
 from fedfm.tuning import IA3, BitFit, Full, Head, LoRA, Peft, load_adapter
+from fedfm.tuning.base import Tuning
 from fedfm.tuning.layout import plain_copy
 
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 
 from fedfm.core.keys import Key
 from fedfm.core.parts import ClientId
-from fedfm.core.tuning import Tuned
 from fedfm.data import Owners, Shard, prepare
 from fedfm.models import Foundation, load, load_tokenizer
 from fedfm.models.foundation import max_context, read_config
+from fedfm.tuning.base import Tuned
 
 if TYPE_CHECKING:
     from fedfm.federation import Federation

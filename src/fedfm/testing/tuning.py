@@ -14,10 +14,10 @@ from fedfm.core.errors import ConfigError
 from fedfm.core.keys import Key
 from fedfm.core.task import Batch
 from fedfm.core.tree import Tree
-from fedfm.core.tuning import Tuned, Tuning
 from fedfm.models import Foundation, Model, load
 from fedfm.testing import tiny
 from fedfm.testing.parts import check_part, fits, same
+from fedfm.tuning.base import Tuned, Tuning
 
 
 def check_tuning(tuning: Tuning, make: Callable[[], Foundation] = tiny.foundation, tolerance: float = 1e-5) -> None:

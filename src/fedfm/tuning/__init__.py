@@ -1,4 +1,4 @@
-"""Which parameters train and travel, and the bank: a cohort is one batch."""
+"""Which parameters train and travel, and where they act in the base."""
 
 from fedfm.tuning.bitfit import BitFit as BitFit
 from fedfm.tuning.foreign import Peft as Peft

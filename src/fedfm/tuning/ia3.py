@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,11 +14,11 @@ from torch import nn
 from fedfm.core.errors import ConfigError
 from fedfm.core.keys import Key
 from fedfm.core.tree import Tree
-from fedfm.core.tuning import Tuning
 from fedfm.models import Foundation
 from fedfm.tuning import layout
-from fedfm.tuning.bank import BankedModel, Site, in_out, is_conv1d, is_linear, match
+from fedfm.tuning.base import Tuning
 from fedfm.tuning.head import head_sites
+from fedfm.tuning.sites import BankedModel, Site, in_out, is_conv1d, is_linear, match
 
 # Per family: layers whose output is scaled, and layers whose input is (the second half of the feed-forward block).
 _FAMILIES = (
@@ -88,7 +87,7 @@ class IA3(Tuning):
         }
         layout.save_adapter(foundation, params, config, folder)
 
-    def merge(self, foundation: Foundation, params: Tree) -> Any:
+    def merge(self, foundation: Foundation, params: Tree) -> nn.Module:
         """The vectors multiplied into the weights."""
         deltas: dict[str, torch.Tensor] = {}
         scales: dict[str, torch.Tensor] = {}

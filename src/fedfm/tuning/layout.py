@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from fedfm.core.errors import ModelError
 from fedfm.core.tree import Tree
-from fedfm.core.tuning import Tuning
 from fedfm.models import Foundation
 from fedfm.models.foundation import save as save_model
+from fedfm.tuning.base import Tuning
 
 PREFIX = "base_model.model."
 TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS", "masked_lm": None}
@@ -105,7 +106,7 @@ def load_adapter(folder: str | Path) -> tuple[Tuning, dict[str, torch.Tensor]]:
 
 def merged(
     foundation: Foundation, params: Tree, deltas: Mapping[str, torch.Tensor], replaced: Mapping[str, torch.Tensor] | None = None
-) -> Any:
+) -> nn.Module:
     """A copy of the base with ``deltas`` added to weights (module name, float64) and every parameter that ``params`` or ``replaced`` names set.
 
     Raises:
@@ -114,7 +115,7 @@ def merged(
     values = {name.removeprefix(PREFIX): p for name, p in params.items() if ".lora_" not in name and not name.endswith(".ia3_l")}
     # A weight's second name is the output layer's, tied to the embeddings: what was learned there alone must not move them.
     second = dict(foundation.model.named_parameters(remove_duplicate=False)).keys() - dict(foundation.model.named_parameters()).keys()
-    model = plain_copy(foundation, untie=not second.isdisjoint({*values, *(f"{name}.weight" for name in deltas)}))
+    model: nn.Module = plain_copy(foundation, untie=not second.isdisjoint({*values, *(f"{name}.weight" for name in deltas)}))
     own = dict(model.named_parameters(remove_duplicate=False))
     missing = [name for name in values if name not in own]
     if missing:

@@ -10,7 +10,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -19,11 +18,11 @@ from fedfm.core.check import Finding, Plan, warn
 from fedfm.core.errors import ConfigError
 from fedfm.core.keys import Key
 from fedfm.core.tree import Tree
-from fedfm.core.tuning import Tuning
 from fedfm.models import Foundation
 from fedfm.tuning import layout
-from fedfm.tuning.bank import BankedModel, Site, in_out, is_conv1d, match, query_value
+from fedfm.tuning.base import Tuning
 from fedfm.tuning.head import head_sites
+from fedfm.tuning.sites import BankedModel, Site, in_out, is_conv1d, match, query_value
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class LoRA(Tuning):
         }
         layout.save_adapter(foundation, params, config, folder)
 
-    def merge(self, foundation: Foundation, params: Tree) -> Any:
+    def merge(self, foundation: Foundation, params: Tree) -> nn.Module:
         """``W + s B A`` in every target."""
         deltas: dict[str, torch.Tensor] = {}
         for name in (name for name in params if name.endswith(".lora_A.weight")):

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -16,6 +15,7 @@ from fedfm.core.keys import Key
 from fedfm.core.parts import Part
 from fedfm.core.task import Batch
 from fedfm.core.tree import Spec, Tree
+from fedfm.models import Foundation
 
 
 class Tuned(ABC):
@@ -53,17 +53,17 @@ class Tuning(Part, ABC):
     room = "tuning"
 
     @abstractmethod
-    def attach(self, foundation: Any) -> Tuned:
-        """Prepares ``foundation`` (a :class:`fedfm.models.Foundation`), changing its model in place.
+    def attach(self, foundation: Foundation) -> Tuned:
+        """Prepares ``foundation``, changing its model in place.
 
         Raises:
             ConfigError: if a target matches nothing, listing what there is.
         """
 
     @abstractmethod
-    def save(self, foundation: Any, params: Tree, folder: Path) -> None:
+    def save(self, foundation: Foundation, params: Tree, folder: Path) -> None:
         """Writes the result in the layout the rest of the world loads: PEFT's for adapters, Hugging Face's for full models."""
 
     @abstractmethod
-    def merge(self, foundation: Any, params: Tree) -> torch.nn.Module:
+    def merge(self, foundation: Foundation, params: Tree) -> torch.nn.Module:
         """A plain ``transformers`` model with the tuning folded in."""

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from parts import Hadamard
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 
+from fedfm.core import registry
 from fedfm.core.errors import ConfigError, ModelError
 from fedfm.core.keys import Key
 from fedfm.core.task import Batch
@@ -16,7 +20,7 @@ from fedfm.core.tree import equal
 from fedfm.models import Foundation, Model, load
 from fedfm.models.foundation import device_of, save
 from fedfm.testing import check_tuning, examples, tiny
-from fedfm.tuning import IA3, BitFit, Full, Head, LoRA, Peft, load_adapter
+from fedfm.tuning import IA3, BitFit, Full, Head, LoRA, Peft, attach_adapter, load_adapter
 from fedfm.tuning.base import Tuning
 from fedfm.tuning.layout import plain_copy
 
@@ -248,6 +252,85 @@ def test_we_load_what_peft_names_by_its_own_habits(kind: str, tmp_path: Path) ->
     tuned.bind(tuned.spec.flatten(params).unsqueeze(0))
     with torch.no_grad():
         torch.testing.assert_close(tuned.logits(batch), tiny.logits_of(theirs, batch), **TOLERANCE)
+
+
+def saved_by_peft(config: PeftConfig, folder: Path) -> None:
+    with warnings.catch_warnings():
+        # That embeddings are saved too where they are targets.
+        warnings.simplefilter("ignore", UserWarning)
+        get_peft_model(plain_copy(tiny.foundation("Llama")), config).save_pretrained(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"lora_bias": True}, r"would not make: .*lora_B.bias"),
+        ({"layer_replication": [(0, 2), (0, 2)]}, "uses layer_replication"),
+        ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, "uses exclude_modules"),
+        ({"use_dora": True}, "uses use_dora"),
+        ({"bias": "all"}, "uses bias"),
+        ({"init_lora_weights": "pissa"}, "uses init_lora_weights=pissa"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, r"would not make: .*lora_embedding_A"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_adapter_that_would_compute_something_else_is_refused(config: dict[str, object], reason: str, tmp_path: Path) -> None:
+    saved_by_peft(LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **config}), tmp_path)
+    with pytest.raises(ModelError, match=reason):
+        load_adapter(tmp_path)
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    saved_by_peft(LoraConfig(r=2, target_modules=["q_proj"]), tmp_path)
+    tuning, tuned, params = attach_adapter(tmp_path, tiny.foundation("Llama"))
+    assert tuning == LoRA(r=2, alpha=8.0, targets=("q_proj",), modules_to_save=()) and set(tuned.spec.names) == set(params)
+    with pytest.raises(ModelError, match=r"does not fit.*unexpected .*layers\.1"):
+        attach_adapter(tmp_path, tiny.foundation("Llama", num_hidden_layers=1))
+    with pytest.raises(ModelError, match=r"does not fit.*expected"):
+        attach_adapter(tmp_path, tiny.foundation("Llama", hidden_size=64))
+
+
+def test_a_saved_module_with_more_than_linear_layers_is_refused(tmp_path: Path) -> None:
+    foundation = tiny.foundation("Bert")
+    get_peft_model(plain_copy(foundation), LoraConfig(target_modules=["query"], modules_to_save=["transform"])).save_pretrained(
+        str(tmp_path)
+    )
+    with pytest.raises(ModelError, match=r"does not fit.*unexpected .*LayerNorm"):
+        attach_adapter(tmp_path, foundation)
+
+
+def test_what_no_tuning_loads_is_refused_with_what_can_be_loaded(tmp_path: Path) -> None:
+    saved_by_peft(LoHaConfig(r=2, target_modules=["q_proj"]), tmp_path)
+    with pytest.raises(ModelError, match=r"is a LOHA; IA3 and LORA can be loaded here"):
+        load_adapter(tmp_path)
+    with pytest.raises(ModelError, match="No adapter could be loaded"):
+        load_adapter(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"r": "two"}, "r is 'two'"),
+        ({"r": 0}, r"LoRA.r is 0"),
+        ({"target_modules": 3}, "target_modules is 3"),
+        ({"target_modules": None}, r"LoRA.targets is empty"),
+    ],
+    ids=str,
+)
+def test_a_config_that_is_not_valid_is_refused(config: dict[str, object], reason: str, tmp_path: Path) -> None:
+    saved_by_peft(LoraConfig(r=2, target_modules=["q_proj"]), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    with pytest.raises(ModelError, match=reason):
+        load_adapter(tmp_path)
+
+
+def test_a_tuning_of_another_package_loads_its_own_adapters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    entry = registry.Entry("tuning", "Hadamard", "parts", "", ())
+    monkeypatch.setattr(registry, "entries", lambda room, known=registry.entries: {**known(room), "Hadamard": entry})
+    saved_by_peft(LoHaConfig(r=2, target_modules=["q_proj"]), tmp_path)
+    tuning, params = load_adapter(tmp_path)
+    assert tuning == Hadamard(r=2) and len(params) == 8
 
 
 @pytest.mark.parametrize("kind", ["LOHA", "PROMPT_TUNING"])

@@ -7,10 +7,13 @@ carry a leading client axis, so that K clients run as one batch through one froz
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar, Self
 
 import torch
 
+from fedfm.core.errors import ModelError
 from fedfm.core.keys import Key
 from fedfm.core.parts import Part
 from fedfm.core.task import Batch
@@ -48,9 +51,14 @@ class Tuned(ABC):
 
 
 class Tuning(Part, ABC):
-    """Which parameters train and travel."""
+    """Which parameters train and travel.
+
+    Attributes:
+        peft_type: PEFT's name of this tuning; ``None`` where PEFT has no layout for it, or another part reads that layout.
+    """
 
     room = "tuning"
+    peft_type: ClassVar[str | None] = None
 
     @abstractmethod
     def attach(self, foundation: Foundation) -> Tuned:
@@ -67,3 +75,16 @@ class Tuning(Part, ABC):
     @abstractmethod
     def merge(self, foundation: Foundation, params: Tree) -> torch.nn.Module:
         """A plain ``transformers`` model with the tuning folded in."""
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, object], tensors: Tree) -> Self:
+        """The tuning that makes the adapter with this config and these tensors.
+
+        Args:
+            config: What ``adapter_config.json`` says. It is not trusted.
+            tensors: What ``adapter_model.safetensors`` holds.
+
+        Raises:
+            ModelError: if this tuning would compute something else, or make other tensors.
+        """
+        raise ModelError(f"PEFT has no layout for {cls.__name__}.")

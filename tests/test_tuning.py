@@ -9,17 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from parts import Hadamard
+from parts import Hadamard, Personal, Ranks
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 
+from fedfm.client.train import Bank, Job
 from fedfm.core import registry
 from fedfm.core.errors import ConfigError, ModelError
 from fedfm.core.keys import Key
+from fedfm.core.parts import LocalTrainer
 from fedfm.core.task import Batch
 from fedfm.core.tree import equal
+from fedfm.local import SGD, AdamW
 from fedfm.models import Foundation, Model, load
 from fedfm.models.foundation import device_of, save
+from fedfm.tasks import CausalLM
 from fedfm.testing import check_tuning, examples, tiny
+from fedfm.testing.parts import same
 from fedfm.tuning import IA3, BitFit, Full, Head, LoRA, Peft, attach_adapter, load_adapter
 from fedfm.tuning.base import Tuning
 from fedfm.tuning.layout import plain_copy
@@ -52,6 +57,70 @@ def test_conformance(tuning: Tuning) -> None:
         "Head": lambda: tiny.foundation("Bert", "sequence_classification", ("a", "b", "c")),
     }
     check_tuning(tuning, make.get(type(tuning).__name__, tiny.foundation))
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        Personal(LoRA(r=2), home=("*lora_B*",)),
+        Ranks(LoRA(r=4), ranks=(("small", 2),)),
+        Personal(Ranks(LoRA(), (("small", 1),)), ("*lora_A*",)),
+    ],
+    ids=repr,
+)
+def test_conformance_of_wrapped_tunings(tuning: Tuning) -> None:
+    check_tuning(tuning, clients=("small", "large"))
+
+
+def test_by_default_everybody_holds_everything_and_all_of_it_travels() -> None:
+    tuning = LoRA(r=2)
+    tuned = tuning.attach(tiny.foundation())
+    params = tuned.init(Key.root(0))
+    assert tuning.travels(tuned.spec) == tuned.spec.names and not tuning.own("alice")
+    assert same(tuning.cut(params, {"rank": 1}), params) and same(tuning.pad(params, tuned.spec, {"rank": 1}), params)
+
+
+def test_a_wrapped_tuning_is_its_inner_one_but_for_what_it_says() -> None:
+    inner = LoRA(r=4)
+    spec = inner.attach(tiny.foundation()).spec
+    assert Personal(inner).travels(spec) == spec.names
+    both = Personal(Ranks(inner, (("alice", 2),)), home=("*lora_B*",))
+    assert both.travels(spec) == tuple(name for name in spec.names if "lora_A" in name)
+    assert both.own("alice") == {"rank": 2} and both.own("bob") == {}
+    held = both.cut(inner.attach(tiny.foundation()).init(Key.root(0)), both.own("alice"))
+    assert {tuple(leaf.shape) for name, leaf in held.items() if "lora_A" in name} == {(2, 32)}
+
+
+@pytest.mark.parametrize(
+    "local",
+    [
+        SGD(lr=0.3, momentum=0.9, weight_decay=0.01, steps=6, batch_size=2, max_grad_norm=0.5),
+        AdamW(lr=1e-2, eps=1e-4, weight_decay=0.01, steps=6, batch_size=2),
+    ],
+    ids=lambda local: type(local).__name__,
+)
+def test_clients_of_two_ranks_share_a_bank(local: LocalTrainer) -> None:
+    """A client of rank 4, padded to rank 8, trains as it does at rank 4 with the same scale; what is beyond stays zero."""
+    ranks = Ranks(LoRA(r=8, alpha=16.0, dropout=0.1), (("client0", 4),))
+
+    def bank_of(tuning: Tuning) -> Bank:
+        foundation = tiny.foundation("Llama")
+        return Bank(tuning.attach(foundation), CausalLM(), local, foundation.tokenizer.pad_token_id, torch.device("cpu"), Key.root(1))
+
+    large, small = bank_of(ranks), bank_of(LoRA(r=4, alpha=8.0, dropout=0.1))
+    spec, jobs = large.tuned.spec, [Job(f"client{i}", tiny.examples(i, 7, 4, 11)) for i in range(2)]
+    start = tiny.disturbed(dict(large.tuned.init(Key.root(2))), scale=0.05)
+    held = {job.client: ranks.cut(start, ranks.own(job.client)) for job in jobs}
+    padded = {client: ranks.pad(tree, spec, ranks.own(client)) for client, tree in held.items()}
+    starts_kd = torch.stack([spec.flatten(tree) for tree in padded.values()])
+    together = large.train(start, jobs, 1, starts_kd=starts_kd)[0]
+    (alone,) = small.train(held["client0"], jobs[:1], 1)
+    after = ranks.cut(spec.unflatten(together.params_d), {"rank": 4})
+    moved = small.tuned.spec.flatten(after) - small.tuned.spec.flatten(held["client0"])
+    expected = alone.params_d - small.tuned.spec.flatten(held["client0"])
+    assert expected.norm() > 0 and (moved - expected).norm() < 1e-4 * expected.norm()
+    assert equal(ranks.pad(after, spec, {"rank": 4}), spec.unflatten(together.params_d))
+    assert equal(ranks.pad(ranks.cut(together.delta, {"rank": 4}), spec, {"rank": 4}), together.delta)
 
 
 def test_a_foreign_adapter_is_drawn_from_the_runs_key() -> None:

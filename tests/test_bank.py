@@ -11,11 +11,11 @@ from fedfm.client.train import Bank, Job, Trained
 from fedfm.core.keys import Key
 from fedfm.core.parts import LocalTrainer
 from fedfm.core.task import Task
-from fedfm.core.tuning import Tuned, Tuning
 from fedfm.local import SGD, AdamW, FedProx
 from fedfm.tasks import CausalLM, Classification, MaskedLM
 from fedfm.testing import tiny
 from fedfm.tuning import IA3, BitFit, Full, Head, LoRA, Peft
+from fedfm.tuning.base import Tuned, Tuning
 
 TASKS: dict[str, Task] = {"Llama": CausalLM(), "GPT2": CausalLM(), "Bert": MaskedLM()}
 TUNINGS: dict[str, Tuning] = {

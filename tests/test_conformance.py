@@ -9,7 +9,6 @@ import torch
 
 from fedfm.core.parts import Aggregator, LocalTrainer, Sampler, ServerOptimizer, Transform, Update, Work
 from fedfm.core.task import Task
-from fedfm.core.tuning import Tuning
 from fedfm.models.tokenizer import load_tokenizer
 from fedfm.server import FedAvg
 from fedfm.tasks import CausalLM
@@ -26,7 +25,8 @@ from fedfm.testing import (
     tiny,
 )
 from fedfm.tuning import LoRA
-from fedfm.tuning.bank import BankedModel
+from fedfm.tuning.base import Tuning, WrappedTuning
+from fedfm.tuning.sites import BankedModel
 
 
 @dataclass(frozen=True)
@@ -196,6 +196,61 @@ class Wearing(Tuning):
 
 
 @dataclass(frozen=True)
+class Wandering(WrappedTuning):
+    """Sends leaves that do not train."""
+
+    inner: Tuning
+
+    def travels(self, spec):
+        return (*spec.names, "model.embed_tokens.weight")
+
+
+def first_row(tree):
+    """``A`` of rank 1; ``B`` as it is."""
+    return {name: leaf[:1] if "lora_A" in name else leaf for name, leaf in tree.items()}
+
+
+def second_row(tree, value):
+    return {name: torch.nn.functional.pad(leaf, (0, 0, 0, 1), value=value) if "lora_A" in name else leaf for name, leaf in tree.items()}
+
+
+@dataclass(frozen=True)
+class Halved(WrappedTuning):
+    """Cuts one factor alone, so that the rest of it trains."""
+
+    inner: Tuning
+
+    def cut(self, tree, own):
+        return first_row(tree)
+
+    def pad(self, tree, spec, own):
+        return second_row(tree, 0.0)
+
+
+@dataclass(frozen=True)
+class Noisy(WrappedTuning):
+    """Pads with ones."""
+
+    inner: Tuning
+
+    def cut(self, tree, own):
+        return first_row(tree)
+
+    def pad(self, tree, spec, own):
+        return second_row(tree, 1.0)
+
+
+@dataclass(frozen=True)
+class Shrinking(WrappedTuning):
+    """Does not pad what it cut."""
+
+    inner: Tuning
+
+    def cut(self, tree, own):
+        return first_row(tree)
+
+
+@dataclass(frozen=True)
 class Scribbling(Task):
     """Masks the examples themselves."""
 
@@ -268,6 +323,10 @@ class Steeper(FedAvg):
         (check_tuning, Crowded(), "client 0.s gradient depends on who shares its bank"),
         (check_tuning, Forgetful(), "what was saved says something else"),
         (check_tuning, Wearing(), "changed the base"),
+        (check_tuning, Wandering(LoRA(r=2)), "names leaves that do not train"),
+        (check_tuning, Halved(LoRA(r=2)), "does not hold would train"),
+        (check_tuning, Noisy(LoRA(r=2)), "not zero beyond"),
+        (check_tuning, Shrinking(LoRA(r=2)), r"pad: tensor .* expected"),
         (check_tiny_task, Scribbling(), "changed the examples"),
         (check_tiny_task, Averaging(), "do not add up"),
         (check_part, Thawed(), "not frozen"),

@@ -86,7 +86,19 @@ def test_rooms_know_only_what_they_stand_on(room: str) -> None:
 
 def parts_in(path: Path) -> set[str]:
     """Frozen dataclasses that inherit a room's noun."""
-    nouns = {"Sampler", "Transform", "Channel", "Aggregator", "ServerOptimizer", "Method", "LocalTrainer", "Tuning", "Task", "Engine"}
+    nouns = {
+        "Sampler",
+        "Transform",
+        "Channel",
+        "Aggregator",
+        "ServerOptimizer",
+        "Method",
+        "LocalTrainer",
+        "Tuning",
+        "WrappedTuning",
+        "Task",
+        "Engine",
+    }
     return {
         node.name
         for node in ast.parse(path.read_text(encoding="utf-8")).body
@@ -96,7 +108,7 @@ def parts_in(path: Path) -> set[str]:
 
 @pytest.mark.parametrize("room", ["samplers", "transforms", "channels", "aggregators", "server", "local", "tasks", "tuning", "engines"])
 def test_every_technique_is_exported_and_so_under_its_rooms_suite(room: str) -> None:
-    written = set().union(*(parts_in(path) for path in (SOURCE / room).glob("*.py")))
+    written = set().union(*(parts_in(path) for path in (SOURCE / room).glob("*.py") if path.name != "base.py"))
     assert written == set(registry.entries(room)), f"add one import line per technique to {room}/__init__.py"
 
 

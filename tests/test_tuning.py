@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from peft import IA3Config, LoraConfig, PeftModel, get_peft_model
+from parts import Hadamard, Personal, Ranks
+from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 
+from fedfm.client.train import Bank, Job
+from fedfm.core import registry
 from fedfm.core.errors import ConfigError, ModelError
 from fedfm.core.keys import Key
+from fedfm.core.parts import LocalTrainer
 from fedfm.core.task import Batch
 from fedfm.core.tree import equal
-from fedfm.core.tuning import Tuning
+from fedfm.local import SGD, AdamW
 from fedfm.models import Foundation, Model, load
 from fedfm.models.foundation import device_of, save
+from fedfm.tasks import CausalLM
 from fedfm.testing import check_tuning, examples, tiny
-from fedfm.tuning import IA3, BitFit, Full, Head, LoRA, Peft, load_adapter
+from fedfm.testing.parts import same
+from fedfm.tuning import IA3, BitFit, Full, Head, LoRA, Peft, attach_adapter, load_adapter
+from fedfm.tuning.base import Tuning
 from fedfm.tuning.layout import plain_copy
 
 TOLERANCE = {"rtol": 1e-5, "atol": 2e-6}
@@ -48,6 +57,70 @@ def test_conformance(tuning: Tuning) -> None:
         "Head": lambda: tiny.foundation("Bert", "sequence_classification", ("a", "b", "c")),
     }
     check_tuning(tuning, make.get(type(tuning).__name__, tiny.foundation))
+
+
+@pytest.mark.parametrize(
+    "tuning",
+    [
+        Personal(LoRA(r=2), home=("*lora_B*",)),
+        Ranks(LoRA(r=4), ranks=(("small", 2),)),
+        Personal(Ranks(LoRA(), (("small", 1),)), ("*lora_A*",)),
+    ],
+    ids=repr,
+)
+def test_conformance_of_wrapped_tunings(tuning: Tuning) -> None:
+    check_tuning(tuning, clients=("small", "large"))
+
+
+def test_by_default_everybody_holds_everything_and_all_of_it_travels() -> None:
+    tuning = LoRA(r=2)
+    tuned = tuning.attach(tiny.foundation())
+    params = tuned.init(Key.root(0))
+    assert tuning.travels(tuned.spec) == tuned.spec.names and not tuning.own("alice")
+    assert same(tuning.cut(params, {"rank": 1}), params) and same(tuning.pad(params, tuned.spec, {"rank": 1}), params)
+
+
+def test_a_wrapped_tuning_is_its_inner_one_but_for_what_it_says() -> None:
+    inner = LoRA(r=4)
+    spec = inner.attach(tiny.foundation()).spec
+    assert Personal(inner).travels(spec) == spec.names
+    both = Personal(Ranks(inner, (("alice", 2),)), home=("*lora_B*",))
+    assert both.travels(spec) == tuple(name for name in spec.names if "lora_A" in name)
+    assert both.own("alice") == {"rank": 2} and both.own("bob") == {}
+    held = both.cut(inner.attach(tiny.foundation()).init(Key.root(0)), both.own("alice"))
+    assert {tuple(leaf.shape) for name, leaf in held.items() if "lora_A" in name} == {(2, 32)}
+
+
+@pytest.mark.parametrize(
+    "local",
+    [
+        SGD(lr=0.3, momentum=0.9, weight_decay=0.01, steps=6, batch_size=2, max_grad_norm=0.5),
+        AdamW(lr=1e-2, eps=1e-4, weight_decay=0.01, steps=6, batch_size=2),
+    ],
+    ids=lambda local: type(local).__name__,
+)
+def test_clients_of_two_ranks_share_a_bank(local: LocalTrainer) -> None:
+    """A client of rank 4, padded to rank 8, trains as it does at rank 4 with the same scale; what is beyond stays zero."""
+    ranks = Ranks(LoRA(r=8, alpha=16.0, dropout=0.1), (("client0", 4),))
+
+    def bank_of(tuning: Tuning) -> Bank:
+        foundation = tiny.foundation("Llama")
+        return Bank(tuning.attach(foundation), CausalLM(), local, foundation.tokenizer.pad_token_id, torch.device("cpu"), Key.root(1))
+
+    large, small = bank_of(ranks), bank_of(LoRA(r=4, alpha=8.0, dropout=0.1))
+    spec, jobs = large.tuned.spec, [Job(f"client{i}", tiny.examples(i, 7, 4, 11)) for i in range(2)]
+    start = tiny.disturbed(dict(large.tuned.init(Key.root(2))), scale=0.05)
+    held = {job.client: ranks.cut(start, ranks.own(job.client)) for job in jobs}
+    padded = {client: ranks.pad(tree, spec, ranks.own(client)) for client, tree in held.items()}
+    starts_kd = torch.stack([spec.flatten(tree) for tree in padded.values()])
+    together = large.train(start, jobs, 1, starts_kd=starts_kd)[0]
+    (alone,) = small.train(held["client0"], jobs[:1], 1)
+    after = ranks.cut(spec.unflatten(together.params_d), {"rank": 4})
+    moved = small.tuned.spec.flatten(after) - small.tuned.spec.flatten(held["client0"])
+    expected = alone.params_d - small.tuned.spec.flatten(held["client0"])
+    assert expected.norm() > 0 and (moved - expected).norm() < 1e-4 * expected.norm()
+    assert equal(ranks.pad(after, spec, {"rank": 4}), spec.unflatten(together.params_d))
+    assert equal(ranks.pad(ranks.cut(together.delta, {"rank": 4}), spec, {"rank": 4}), together.delta)
 
 
 def test_a_foreign_adapter_is_drawn_from_the_runs_key() -> None:
@@ -248,6 +321,85 @@ def test_we_load_what_peft_names_by_its_own_habits(kind: str, tmp_path: Path) ->
     tuned.bind(tuned.spec.flatten(params).unsqueeze(0))
     with torch.no_grad():
         torch.testing.assert_close(tuned.logits(batch), tiny.logits_of(theirs, batch), **TOLERANCE)
+
+
+def saved_by_peft(config: PeftConfig, folder: Path) -> None:
+    with warnings.catch_warnings():
+        # That embeddings are saved too where they are targets.
+        warnings.simplefilter("ignore", UserWarning)
+        get_peft_model(plain_copy(tiny.foundation("Llama")), config).save_pretrained(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"lora_bias": True}, r"would not make: .*lora_B.bias"),
+        ({"layer_replication": [(0, 2), (0, 2)]}, "uses layer_replication"),
+        ({"exclude_modules": ["layers.0.self_attn.q_proj"]}, "uses exclude_modules"),
+        ({"use_dora": True}, "uses use_dora"),
+        ({"bias": "all"}, "uses bias"),
+        ({"init_lora_weights": "pissa"}, "uses init_lora_weights=pissa"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, r"would not make: .*lora_embedding_A"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_an_adapter_that_would_compute_something_else_is_refused(config: dict[str, object], reason: str, tmp_path: Path) -> None:
+    saved_by_peft(LoraConfig(**{"r": 2, "target_modules": ["q_proj"], **config}), tmp_path)
+    with pytest.raises(ModelError, match=reason):
+        load_adapter(tmp_path)
+
+
+def test_an_adapter_of_another_base_is_refused(tmp_path: Path) -> None:
+    saved_by_peft(LoraConfig(r=2, target_modules=["q_proj"]), tmp_path)
+    tuning, tuned, params = attach_adapter(tmp_path, tiny.foundation("Llama"))
+    assert tuning == LoRA(r=2, alpha=8.0, targets=("q_proj",), modules_to_save=()) and set(tuned.spec.names) == set(params)
+    with pytest.raises(ModelError, match=r"does not fit.*unexpected .*layers\.1"):
+        attach_adapter(tmp_path, tiny.foundation("Llama", num_hidden_layers=1))
+    with pytest.raises(ModelError, match=r"does not fit.*expected"):
+        attach_adapter(tmp_path, tiny.foundation("Llama", hidden_size=64))
+
+
+def test_a_saved_module_with_more_than_linear_layers_is_refused(tmp_path: Path) -> None:
+    foundation = tiny.foundation("Bert")
+    get_peft_model(plain_copy(foundation), LoraConfig(target_modules=["query"], modules_to_save=["transform"])).save_pretrained(
+        str(tmp_path)
+    )
+    with pytest.raises(ModelError, match=r"does not fit.*unexpected .*LayerNorm"):
+        attach_adapter(tmp_path, foundation)
+
+
+def test_what_no_tuning_loads_is_refused_with_what_can_be_loaded(tmp_path: Path) -> None:
+    saved_by_peft(LoHaConfig(r=2, target_modules=["q_proj"]), tmp_path)
+    with pytest.raises(ModelError, match=r"is a LOHA; IA3 and LORA can be loaded here"):
+        load_adapter(tmp_path)
+    with pytest.raises(ModelError, match="No adapter could be loaded"):
+        load_adapter(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        ({"r": "two"}, "r is 'two'"),
+        ({"r": 0}, r"LoRA.r is 0"),
+        ({"target_modules": 3}, "target_modules is 3"),
+        ({"target_modules": None}, r"LoRA.targets is empty"),
+    ],
+    ids=str,
+)
+def test_a_config_that_is_not_valid_is_refused(config: dict[str, object], reason: str, tmp_path: Path) -> None:
+    saved_by_peft(LoraConfig(r=2, target_modules=["q_proj"]), tmp_path)
+    path = tmp_path / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **config}))
+    with pytest.raises(ModelError, match=reason):
+        load_adapter(tmp_path)
+
+
+def test_a_tuning_of_another_package_loads_its_own_adapters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    entry = registry.Entry("tuning", "Hadamard", "parts", "", ())
+    monkeypatch.setattr(registry, "entries", lambda room, known=registry.entries: {**known(room), "Hadamard": entry})
+    saved_by_peft(LoHaConfig(r=2, target_modules=["q_proj"]), tmp_path)
+    tuning, params = load_adapter(tmp_path)
+    assert tuning == Hadamard(r=2) and len(params) == 8
 
 
 @pytest.mark.parametrize("kind", ["LOHA", "PROMPT_TUNING"])

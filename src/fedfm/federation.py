@@ -13,7 +13,6 @@ from fedfm.channels import Plain
 from fedfm.core.errors import ConfigError
 from fedfm.core.parts import Aggregator, Channel, Engine, LocalTrainer, Method, Part, Sampler, ServerOptimizer, Transform
 from fedfm.core.task import Task
-from fedfm.core.tuning import Tuning
 from fedfm.data import Data
 from fedfm.engines import Embedded
 from fedfm.local import AdamW
@@ -23,6 +22,7 @@ from fedfm.samplers import All
 from fedfm.server import FedAvg
 from fedfm.tasks import CausalLM
 from fedfm.tuning import LoRA
+from fedfm.tuning.base import Tuning
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from fedfm.core.keys import Key
 from fedfm.core.parts import ClientId, Cohort, LocalTrainer, Work
 from fedfm.core.task import Batch, Examples, IntArray, Task
 from fedfm.core.tree import Tree
-from fedfm.core.tuning import Tuned
 from fedfm.data import collate, plan
+from fedfm.tuning.base import Tuned
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,21 +12,26 @@ import torch
 
 from fedfm.core.errors import ConfigError
 from fedfm.core.keys import Key
+from fedfm.core.messages import Scalar
+from fedfm.core.parts import ClientId
 from fedfm.core.task import Batch
-from fedfm.core.tree import Tree
-from fedfm.core.tuning import Tuned, Tuning
+from fedfm.core.tree import Spec, Tree
 from fedfm.models import Foundation, Model, load
 from fedfm.testing import tiny
 from fedfm.testing.parts import check_part, fits, same
+from fedfm.tuning.base import Tuned, Tuning
 
 
-def check_tuning(tuning: Tuning, make: Callable[[], Foundation] = tiny.foundation, tolerance: float = 1e-5) -> None:
+def check_tuning(
+    tuning: Tuning, make: Callable[[], Foundation] = tiny.foundation, tolerance: float = 1e-5, clients: tuple[ClientId, ...] = ("client0",)
+) -> None:
     """The key alone decides the start; each client's rows meet its own tensors and nobody else's; the base stays as it was; what is saved and
-    what is merged computes the same outside.
+    what is merged computes the same outside; what travels is part of what trains; what a client holds of it is what it trains.
 
     Args:
         make: A fresh base with the same weights each time, on the CPU; one that the tuning fits.
         tolerance: Of logits, relative to the largest.
+        clients: Clients of every size that the tuning knows.
 
     Raises:
         AssertionError: naming the law that is broken.
@@ -51,6 +56,9 @@ def check_tuning(tuning: Tuning, make: Callable[[], Foundation] = tiny.foundatio
     )
     assert torch.equal(said, _say(tuned, theta_d.unsqueeze(0), batch)), f"{name}: the same tensors and rows give other logits a second time"
     _check_gradients(name, tuned, theta_d, batch)
+    _check_travels(name, tuning.travels(tuned.spec), tuned.spec)
+    for client in clients:
+        _check_size(name, tuning, tuned, params, tuning.own(client), batch)
     if tuned.banks:
         _check_bank(name, tuned, foundation, params, tolerance)
 
@@ -92,7 +100,30 @@ def _check_gradients(name: str, tuned: Tuned, theta_d: torch.Tensor, batch: Batc
     (grad_d,) = _gradient(tuned, theta_d.unsqueeze(0), batch)
     assert grad_d.isfinite().all(), f"{name}: a gradient that is not finite"
     idle = [leaf for leaf, g in tuned.spec.unflatten(grad_d).items() if not g.any()]
-    assert not idle, f"{name}: {idle} travel and do not train"
+    assert not idle, f"{name}: {idle} do not train"
+
+
+def _check_travels(name: str, names: tuple[str, ...], spec: Spec) -> None:
+    chosen = set(names)
+    assert names and names == tuple(leaf for leaf in spec.names if leaf in chosen), (
+        f"{name}.travels names leaves that do not train, or not in their order: {names}"
+    )
+
+
+def _check_size(name: str, tuning: Tuning, tuned: Tuned, params: Tree, own: Mapping[str, Scalar], batch: Batch) -> None:
+    """What a client holds comes back as it was cut, with zeros beyond that stay zero in training."""
+    assert all(isinstance(value, Scalar) for value in own.values()), f"{name}.own gives what is neither text nor a number: {dict(own)}"
+    held = tuning.cut(params, own)
+    full = tuning.pad(held, tuned.spec, own)
+    fits(tuned.spec, full, f"{name}.pad")
+    assert same(tuning.cut(full, own), held), f"{name}: cut does not undo pad, for a client with {dict(own)}"
+    ones = tuning.pad({leaf: torch.ones_like(x) for leaf, x in held.items()}, tuned.spec, own)
+    assert sum(int(x.count_nonzero()) for x in ones.values()) == sum(x.numel() for x in held.values()), f"{name}.pad is not zero beyond"
+    beyond_d = tuned.spec.flatten(ones) == 0
+    (grad_d,) = _gradient(tuned, tuned.spec.flatten(full).unsqueeze(0), batch)
+    assert not grad_d[beyond_d].any(), f"{name}: what a client with {dict(own)} does not hold would train"
+    one, *_ = held
+    assert same(tuning.pad({one: held[one]}, tuned.spec, own), {one: full[one]}), f"{name}.pad needs leaves that may stay at home"
 
 
 def _check_bank(name: str, tuned: Tuned, foundation: Foundation, params: Tree, tolerance: float) -> None:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -15,12 +14,12 @@ from torch import nn
 from fedfm.core.errors import ConfigError
 from fedfm.core.keys import Key
 from fedfm.core.tree import Tree
-from fedfm.core.tuning import Tuning
 from fedfm.models import Foundation
 from fedfm.models.foundation import save as save_model
 from fedfm.tuning import layout
-from fedfm.tuning.bank import BankedModel, Site, is_linear, output_layer
+from fedfm.tuning.base import Tuning
 from fedfm.tuning.head import head_sites
+from fedfm.tuning.sites import BankedModel, Site, is_linear, output_layer
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class BitFit(Tuning):
         """A full model: PEFT has no layout for this."""
         save_model(foundation, self.merge(foundation, params), folder)
 
-    def merge(self, foundation: Foundation, params: Tree) -> Any:
+    def merge(self, foundation: Foundation, params: Tree) -> nn.Module:
         """The base with the trained biases in place."""
         return layout.merged(foundation, params, {})
 

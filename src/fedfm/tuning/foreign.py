@@ -17,9 +17,9 @@ import torch
 from fedfm.core.errors import ConfigError
 from fedfm.core.registry import suggest
 from fedfm.core.tree import Tree
-from fedfm.core.tuning import Tuned, Tuning
 from fedfm.models import Foundation
 from fedfm.tuning import layout
+from fedfm.tuning.base import Tuned, Tuning
 from fedfm.tuning.full import UnbankedModel
 
 
@@ -80,7 +80,7 @@ class Peft(Tuning):
             config.base_model_name_or_path = base
         model.save_pretrained(str(folder))
 
-    def merge(self, foundation: Foundation, params: Tree) -> Any:
+    def merge(self, foundation: Foundation, params: Tree) -> torch.nn.Module:
         """The base with the adapter folded in, where the method can be.
 
         Raises:
@@ -89,7 +89,8 @@ class Peft(Tuning):
         model = self._filled(foundation, params)
         if not hasattr(model, "merge_and_unload"):
             raise ConfigError(f"tuning.Peft: {self.type} cannot be merged into a model; export it without --merge.")
-        return model.merge_and_unload()
+        merged: torch.nn.Module = model.merge_and_unload()
+        return merged
 
     def _filled(self, foundation: Foundation, params: Tree) -> Any:
         if foundation.adapted is None:

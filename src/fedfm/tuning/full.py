@@ -15,11 +15,11 @@ from fedfm.core.check import Finding, Plan, warn
 from fedfm.core.keys import Key
 from fedfm.core.task import Batch
 from fedfm.core.tree import Spec, Tree
-from fedfm.core.tuning import Tuned, Tuning
 from fedfm.models import Foundation
 from fedfm.models.foundation import save as save_model
 from fedfm.tuning import layout
-from fedfm.tuning.bank import Asker
+from fedfm.tuning.base import Tuned, Tuning
+from fedfm.tuning.sites import Asker
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Full(Tuning):
         """A full model in the Hugging Face layout."""
         save_model(foundation, self.merge(foundation, params), folder)
 
-    def merge(self, foundation: Foundation, params: Tree) -> Any:
+    def merge(self, foundation: Foundation, params: Tree) -> nn.Module:
         """The base with its parameters replaced."""
         return layout.merged(foundation, params, {})
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -13,11 +12,11 @@ from fedfm.core.errors import ConfigError
 from fedfm.core.keys import Key
 from fedfm.core.registry import suggest
 from fedfm.core.tree import Tree
-from fedfm.core.tuning import Tuning
 from fedfm.models import Foundation
 from fedfm.models.foundation import save as save_model
 from fedfm.tuning import layout
-from fedfm.tuning.bank import BankedModel, Site
+from fedfm.tuning.base import Tuning
+from fedfm.tuning.sites import BankedModel, Site
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ class Head(Tuning):
         """A full model: PEFT has no layout for this."""
         save_model(foundation, self.merge(foundation, params), folder)
 
-    def merge(self, foundation: Foundation, params: Tree) -> Any:
+    def merge(self, foundation: Foundation, params: Tree) -> nn.Module:
         """The base with the head in place."""
         return layout.merged(foundation, params, {})
 

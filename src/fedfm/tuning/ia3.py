@@ -5,9 +5,10 @@ Liu et al., `Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheaper than
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import torch
 from torch import nn
@@ -15,11 +16,11 @@ from torch import nn
 from fedfm.core.errors import ConfigError
 from fedfm.core.keys import Key
 from fedfm.core.tree import Tree
-from fedfm.core.tuning import Tuning
 from fedfm.models import Foundation
 from fedfm.tuning import layout
-from fedfm.tuning.bank import BankedModel, Site, in_out, is_conv1d, is_linear, match
+from fedfm.tuning.base import Tuning
 from fedfm.tuning.head import head_sites
+from fedfm.tuning.sites import BankedModel, Site, in_out, is_conv1d, is_linear, match
 
 # Per family: layers whose output is scaled, and layers whose input is (the second half of the feed-forward block).
 _FAMILIES = (
@@ -29,6 +30,7 @@ _FAMILIES = (
     (("k_lin", "v_lin"), ("lin2",)),
     (("k", "v"), ("wo",)),
 )
+_LEAF = ".ia3_l"
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class IA3(Tuning):
     """
 
     concerns = ("parameter-efficient", "communication")
+    peft_type = "IA3"
 
     targets: tuple[str, ...] | None = None
     feedforward: tuple[str, ...] | None = None
@@ -79,35 +82,50 @@ class IA3(Tuning):
 
     def save(self, foundation: Foundation, params: Tree, folder: Path) -> None:
         """``adapter_config.json`` and ``adapter_model.safetensors``."""
-        vectors = {name.removeprefix(layout.PREFIX).removesuffix(".ia3_l"): p for name, p in params.items() if name.endswith(".ia3_l")}
+        vectors = {name.removeprefix(layout.PREFIX).removesuffix(_LEAF): p for name, p in params.items() if name.endswith(_LEAF)}
         config = {
-            "peft_type": "IA3",
+            "peft_type": self.peft_type,
             "target_modules": list(vectors),
             "feedforward_modules": [name for name, p in vectors.items() if p.shape[0] == 1],
             "fan_in_fan_out": any(is_conv1d(foundation.model.get_submodule(name)) for name in vectors),
         }
-        layout.save_adapter(foundation, params, config, folder)
+        layout.save_adapter(foundation, params, _modules(params), config, folder)
 
-    def merge(self, foundation: Foundation, params: Tree) -> Any:
+    def merge(self, foundation: Foundation, params: Tree) -> nn.Module:
         """The vectors multiplied into the weights."""
         deltas: dict[str, torch.Tensor] = {}
         scales: dict[str, torch.Tensor] = {}
         for name, p in params.items():
-            if name.endswith(".ia3_l"):
-                module = name.removeprefix(layout.PREFIX).removesuffix(".ia3_l")
+            if name.endswith(_LEAF):
+                module = name.removeprefix(layout.PREFIX).removesuffix(_LEAF)
                 layer = foundation.model.get_submodule(module)
                 weight = layer.weight.detach().cpu().double()
                 vector = p.double().T if is_conv1d(layer) else p.double()
                 deltas[module] = weight * vector - weight
                 if p.shape[1] == 1 and getattr(layer, "bias", None) is not None:
                     scales[f"{module}.bias"] = layer.bias.detach().cpu().double() * p.double().squeeze(1)
-        return layout.merged(foundation, params, deltas, scales)
+        return layout.merged(foundation, _modules(params), deltas, scales)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, object], tensors: Tree) -> Self:
+        """The (IA)3 of an adapter."""
+        layout.refuse(config, ("exclude_modules",), cls.__name__)
+        saved = layout.saved_in(config, tensors)
+        layout.require_names(tensors, (_LEAF,), saved, cls.__name__)
+        inputs = layout.names_in(config, "feedforward_modules")
+        outputs = tuple(name for name in layout.names_in(config, "target_modules") if name not in inputs)
+        return cls(targets=outputs, feedforward=inputs, modules_to_save=saved)
+
+
+def _modules(params: Tree) -> dict[str, torch.Tensor]:
+    """The leaves that are weights of modules trained in full."""
+    return {name: p for name, p in params.items() if not name.endswith(_LEAF)}
 
 
 class _IA3Site(Site):
     def __init__(self, name: str, module: nn.Module, feedforward: bool) -> None:
         n, m = in_out(module)
-        super().__init__(name, module, {f"{layout.PREFIX}{name}.ia3_l": (1, n) if feedforward else (m, 1)})
+        super().__init__(name, module, {f"{layout.PREFIX}{name}{_LEAF}": (1, n) if feedforward else (m, 1)})
         self.feedforward = feedforward
 
     def init(self, key: Key) -> list[torch.Tensor]:

@@ -1,4 +1,4 @@
-"""How adapters lie on disk: PEFT's own layout, read and written without importing PEFT."""
+"""How adapters lie on disk: PEFT's own layout, without importing PEFT. What is written and what is read back is said here."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
+from torch import nn
 
 from fedfm.core.errors import ModelError
 from fedfm.core.tree import Tree
-from fedfm.core.tuning import Tuning
 from fedfm.models import Foundation
 from fedfm.models.foundation import save as save_model
 
@@ -22,15 +21,17 @@ PREFIX = "base_model.model."
 TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS", "masked_lm": None}
 
 
-def save_adapter(foundation: Foundation, params: Tree, config: Mapping[str, Any], folder: Path) -> None:
+def save_adapter(foundation: Foundation, params: Tree, modules: Tree, config: Mapping[str, object], folder: Path) -> None:
     """``adapter_config.json`` and ``adapter_model.safetensors``, so that ``PeftModel.from_pretrained`` loads them.
 
     A base that exists nowhere else (built from a config) is saved beside the adapter, in ``base/``.
+
+    Args:
+        params: All leaves.
+        modules: Those of them that are weights of modules trained in full.
     """
     base = base_of(foundation, foundation.model, folder)
-    saved = sorted(
-        {name.removeprefix(PREFIX).rpartition(".")[0] for name in params if ".lora_" not in name and not name.endswith(".ia3_l")}
-    )
+    saved = sorted({name.removeprefix(PREFIX).rpartition(".")[0] for name in modules})
     full = {
         "auto_mapping": None,
         "base_model_name_or_path": base,
@@ -59,62 +60,82 @@ def base_of(foundation: Foundation, model: Any, folder: Path) -> str | None:
     return str(Path(source).resolve()) if Path(source).is_dir() else source
 
 
-def load_adapter(folder: str | Path) -> tuple[Tuning, dict[str, torch.Tensor]]:
-    """A LoRA or (IA)3 adapter in PEFT's layout, ours or anybody's: the tuning and its tensors.
+def require_names(tensors: Tree, leaves: tuple[str, ...], saved: tuple[str, ...], what: str) -> None:
+    """Refuses tensors that a tuning would not make: what it does not make would be left out, and the logits would be wrong.
+
+    Args:
+        leaves: Ends of the names that every adapted module has (``.lora_A.weight``).
+        saved: Modules saved whole.
 
     Raises:
-        ModelError: if there is none, or it is of a kind that is not banked here.
+        ModelError: naming the first that are missing or too many.
     """
-    from fedfm.tuning.ia3 import IA3
-    from fedfm.tuning.lora import LoRA
+    modules = {name.removesuffix(leaf) for name in tensors for leaf in leaves if name.endswith(leaf)}
+    expected = {module + leaf for module in modules for leaf in leaves}
+    whole = {name for name in tensors if any(f".{module}." in name for module in saved)}
+    extra, missing = sorted(tensors.keys() - expected - whole), sorted(expected - tensors.keys())
+    if extra:
+        raise ModelError(f"It holds tensors that this {what} would not make: {', '.join(extra[:3])}.")
+    if missing or not modules:
+        raise ModelError(f"It lacks tensors that this {what} would make: {', '.join(missing[:3] or leaves)}.")
 
-    folder = Path(folder)
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        tensors = load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ModelError(f"No adapter could be loaded from {folder}: {error}") from error
-    params = {name: t.float() for name, t in tensors.items()}
-    targets = config.get("target_modules")
-    names = tuple(targets) if isinstance(targets, list) else (targets,)
-    # PEFT names every head that a classifier may have; the file tells which there was.
-    saved = tuple(name for name in config.get("modules_to_save") or () if any(f".{name}." in tensor for tensor in tensors))
-    if config.get("peft_type") == "LORA":
-        unusual = [
-            name
-            for name in ("use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "trainable_token_indices")
-            if config.get(name)
-        ]
-        if unusual or config.get("bias", "none") != "none":
-            raise ModelError(f"The adapter at {folder} uses {', '.join(unusual) or 'bias'}, which this LoRA has not.")
-        tuning: Tuning = LoRA(
-            r=config["r"],
-            alpha=float(config["lora_alpha"]),
-            targets=names,
-            dropout=float(config.get("lora_dropout", 0.0)),
-            rslora=bool(config.get("use_rslora", False)),
-            modules_to_save=saved,
-        )
-    elif config.get("peft_type") == "IA3":
-        inputs = tuple(config.get("feedforward_modules") or ())
-        tuning = IA3(targets=tuple(name for name in names if name not in inputs), feedforward=inputs, modules_to_save=saved)
-    else:
-        raise ModelError(f"The adapter at {folder} is a {config.get('peft_type')}; LORA and IA3 can be loaded here.")
-    return tuning, params
+
+def refuse(config: Mapping[str, object], options: tuple[str, ...], what: str) -> None:
+    """Refuses a config in which one of ``options`` is set.
+
+    Raises:
+        ModelError: naming those that are.
+    """
+    used = [name for name in options if config.get(name)]
+    if used:
+        raise ModelError(f"It uses {', '.join(used)}, which this {what} has not.")
+
+
+def names_in(config: Mapping[str, object], key: str) -> tuple[str, ...]:
+    """A list of modules in a config of PEFT's, or its one pattern; empty where there is none.
+
+    Raises:
+        ModelError: if it is neither.
+    """
+    value = config.get(key) or []
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"Its {key} is {value!r}, not a name or a list of names.")
+    return tuple(names)
+
+
+def number_in(config: Mapping[str, object], key: str, default: float | None = None) -> float:
+    """A number in a config of PEFT's.
+
+    Raises:
+        ModelError: if it is none.
+    """
+    value = config.get(key, default)
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise ModelError(f"Its {key} is {value!r}, not a number.")
+    return value
+
+
+def saved_in(config: Mapping[str, object], tensors: Tree) -> tuple[str, ...]:
+    """The modules that an adapter brings whole. PEFT names every head that a classifier may have; the tensors tell which there was."""
+    return tuple(name for name in names_in(config, "modules_to_save") if any(f".{name}." in tensor for tensor in tensors))
 
 
 def merged(
-    foundation: Foundation, params: Tree, deltas: Mapping[str, torch.Tensor], replaced: Mapping[str, torch.Tensor] | None = None
-) -> Any:
-    """A copy of the base with ``deltas`` added to weights (module name, float64) and every parameter that ``params`` or ``replaced`` names set.
+    foundation: Foundation, modules: Tree, deltas: Mapping[str, torch.Tensor], replaced: Mapping[str, torch.Tensor] | None = None
+) -> nn.Module:
+    """A copy of the base with ``deltas`` added to weights (module name, float64) and every parameter that ``modules`` or ``replaced`` names set.
+
+    Args:
+        modules: Leaves that are parameters of the base, as they are saved.
 
     Raises:
         ModelError: if a tensor belongs to no parameter.
     """
-    values = {name.removeprefix(PREFIX): p for name, p in params.items() if ".lora_" not in name and not name.endswith(".ia3_l")}
+    values = {name.removeprefix(PREFIX): p for name, p in modules.items()}
     # A weight's second name is the output layer's, tied to the embeddings: what was learned there alone must not move them.
     second = dict(foundation.model.named_parameters(remove_duplicate=False)).keys() - dict(foundation.model.named_parameters()).keys()
-    model = plain_copy(foundation, untie=not second.isdisjoint({*values, *(f"{name}.weight" for name in deltas)}))
+    model: nn.Module = plain_copy(foundation, untie=not second.isdisjoint({*values, *(f"{name}.weight" for name in deltas)}))
     own = dict(model.named_parameters(remove_duplicate=False))
     missing = [name for name in values if name not in own]
     if missing:

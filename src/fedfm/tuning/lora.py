@@ -7,23 +7,33 @@ Kalajdzievski, `A Rank Stabilization Scaling Factor <https://arxiv.org/abs/2312.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Self
 
 import torch
 from torch import nn
 
 from fedfm.core.check import Finding, Plan, warn
-from fedfm.core.errors import ConfigError
+from fedfm.core.errors import ConfigError, ModelError
 from fedfm.core.keys import Key
 from fedfm.core.tree import Tree
-from fedfm.core.tuning import Tuning
 from fedfm.models import Foundation
 from fedfm.tuning import layout
-from fedfm.tuning.bank import BankedModel, Site, in_out, is_conv1d, match, query_value
+from fedfm.tuning.base import Tuning
 from fedfm.tuning.head import head_sites
+from fedfm.tuning.sites import BankedModel, Site, in_out, is_conv1d, match, query_value
+
+_LEAVES = (".lora_A.weight", ".lora_B.weight")
+# Options of PEFT's that change what an adapter computes, or which layers have one.
+_OPTIONS = (
+    "use_dora", "rank_pattern", "alpha_pattern", "layers_to_transform", "trainable_token_indices", "layer_replication", "exclude_modules",
+    "target_parameters", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config",
+    "monteclora_config",
+)  # fmt: skip
+# Other starts than these take something out of the base's weights.
+_STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
 
 @dataclass(frozen=True)
@@ -45,6 +55,7 @@ class LoRA(Tuning):
     """
 
     concerns = ("parameter-efficient", "communication")
+    peft_type = "LORA"
 
     r: int = 8
     alpha: float = 16.0
@@ -88,7 +99,7 @@ class LoRA(Tuning):
         """``adapter_config.json`` and ``adapter_model.safetensors``."""
         names = [name.removeprefix(layout.PREFIX).removesuffix(".lora_A.weight") for name in params if name.endswith(".lora_A.weight")]
         config = {
-            "peft_type": "LORA",
+            "peft_type": self.peft_type,
             "r": self.r,
             "lora_alpha": self.alpha,
             "lora_dropout": self.dropout,
@@ -97,16 +108,43 @@ class LoRA(Tuning):
             "fan_in_fan_out": any(is_conv1d(foundation.model.get_submodule(name)) for name in names),
             "bias": "none",
         }
-        layout.save_adapter(foundation, params, config, folder)
+        layout.save_adapter(foundation, params, _modules(params), config, folder)
 
-    def merge(self, foundation: Foundation, params: Tree) -> Any:
+    def merge(self, foundation: Foundation, params: Tree) -> nn.Module:
         """``W + s B A`` in every target."""
         deltas: dict[str, torch.Tensor] = {}
         for name in (name for name in params if name.endswith(".lora_A.weight")):
             module = name.removeprefix(layout.PREFIX).removesuffix(".lora_A.weight")
             delta = self.scale * params[name.replace("lora_A", "lora_B")].double() @ params[name].double()
             deltas[module] = delta.T if is_conv1d(foundation.model.get_submodule(module)) else delta
-        return layout.merged(foundation, params, deltas)
+        return layout.merged(foundation, _modules(params), deltas)
+
+    @classmethod
+    def from_peft(cls, config: Mapping[str, object], tensors: Tree) -> Self:
+        """The LoRA of an adapter; variants of it (DoRA, ranks that differ by layer) are refused."""
+        layout.refuse(config, _OPTIONS, cls.__name__)
+        start = config.get("init_lora_weights")
+        if config.get("bias", "none") != "none" or (isinstance(start, str) and start not in _STARTS):
+            used = "bias" if config.get("bias", "none") != "none" else f"init_lora_weights={start}"
+            raise ModelError(f"It uses {used}, which this {cls.__name__} has not.")
+        saved = layout.saved_in(config, tensors)
+        layout.require_names(tensors, _LEAVES, saved, cls.__name__)
+        try:
+            return cls(
+                r=int(layout.number_in(config, "r")),
+                alpha=float(layout.number_in(config, "lora_alpha")),
+                targets=layout.names_in(config, "target_modules"),
+                dropout=float(layout.number_in(config, "lora_dropout", 0.0)),
+                rslora=bool(config.get("use_rslora", False)),
+                modules_to_save=saved,
+            )
+        except ConfigError as error:
+            raise ModelError(str(error)) from error
+
+
+def _modules(params: Tree) -> dict[str, torch.Tensor]:
+    """The leaves that are weights of modules trained in full."""
+    return {name: p for name, p in params.items() if not name.endswith(_LEAVES)}
 
 
 class _LoRASite(Site):

@@ -1,4 +1,4 @@
-"""The bank: K clients' trainable tensors beside one frozen base.
+"""Sites: where K clients' trainable tensors act on one frozen base.
 
 A *site* is a place in the base where a client's tensors act: a module and what is done to its input
 or output. Rows of a batch lie client after client, ``R`` each, so a site views its activations as
@@ -23,8 +23,8 @@ from fedfm.core.keys import Key
 from fedfm.core.registry import suggest
 from fedfm.core.task import Batch
 from fedfm.core.tree import Spec, Tree
-from fedfm.core.tuning import Tuned
 from fedfm.models import Foundation
+from fedfm.tuning.base import Tuned
 
 
 class Site(ABC):

@@ -1,0 +1,81 @@
+"""What the server knows of the owners: who they are, and what each is willing to tell of its data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fedfm.core.messages import ClientId
+
+
+@dataclass(frozen=True)
+class Holding:
+    """What one owner tells of its data; ``None`` where it withholds a number.
+
+    Args:
+        train: Training examples.
+        test: Held-out examples.
+        tokens: Tokens of the training examples.
+        labels: Training examples of each class that it has.
+    """
+
+    train: int | None = None
+    test: int | None = None
+    tokens: int | None = None
+    labels: Mapping[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Roster:
+    """Who takes part.
+
+    Args:
+        ids: Everyone registered, in a fixed order.
+        holdings: What each owner tells; nothing of an owner whose channel shows sums alone.
+        totals: What all of them have together, where every owner tells or the channel adds it up.
+    """
+
+    ids: tuple[ClientId, ...]
+    holdings: Mapping[ClientId, Holding] = field(default_factory=dict)
+    totals: Holding = field(default_factory=Holding)
+
+    def withholds(self, what: str) -> list[ClientId]:
+        """Owners who do not tell their ``counts`` or ``labels``, though the channel would show them."""
+        name = {"counts": "train", "labels": "labels"}[what]
+        return [client for client, holding in self.holdings.items() if getattr(holding, name) is None]
+
+    def picture(self) -> list[dict[str, Any]]:
+        """The split as rows to print or plot: ``owner``, ``train``, ``test``, ``tokens``, ``labels``; null where an owner withholds it."""
+        return [{"owner": client, **asdict(self.holdings.get(client, Holding()))} for client in self.ids]
+
+    @staticmethod
+    def from_picture(rows: Iterable[Mapping[str, Any]]) -> Roster:
+        """Undoes :meth:`picture`."""
+        holdings = {str(row["owner"]): Holding(**{name: row.get(name) for name in ("train", "test", "tokens", "labels")}) for row in rows}
+        return Roster(tuple(holdings), holdings, total_of(holdings.values()))
+
+
+def total_of(holdings: Iterable[Holding]) -> Holding:
+    """What all of them have together; a number that one withholds is withheld of all."""
+    known = list(holdings)
+
+    def total(name: str) -> int | None:
+        values = [getattr(holding, name) for holding in known]
+        return None if None in values else sum(values)
+
+    histograms = [holding.labels for holding in known]
+    labels: dict[str, int] | None = {}
+    for histogram in histograms:
+        if histogram is None or labels is None:
+            labels = None
+            continue
+        for label, count in histogram.items():
+            labels[label] = labels.get(label, 0) + count
+    return Holding(total("train"), total("test"), total("tokens"), labels)
+
+
+def count(value: float) -> int | None:
+    """A count that was told, ``None`` for NaN, which stands for one that is withheld."""
+    return None if math.isnan(value) else int(value)

@@ -26,6 +26,10 @@ class CoordinateMedian(Aggregator):
         """Compares clients, and is no weighted sum of them."""
         return traits(needs=["single-updates"], hides=["weighted-sum"])
 
+    def uniform(self) -> bool:
+        """Weights are ignored."""
+        return True
+
     def __call__(self, updates: Iterable[Update | Partial], ctx: RoundContext) -> Update:
         """The trimmed mean that keeps one or two values."""
         us = singles(updates)

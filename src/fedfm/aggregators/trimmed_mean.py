@@ -45,6 +45,10 @@ class TrimmedMean(Aggregator):
         """One more than are dropped."""
         return 2 * self.trim + 1
 
+    def uniform(self) -> bool:
+        """Weights are ignored."""
+        return True
+
     def __call__(self, updates: Iterable[Update | Partial], ctx: RoundContext) -> Update:
         """The trimmed mean of each coordinate."""
         us = singles(updates)

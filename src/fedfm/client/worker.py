@@ -1,6 +1,6 @@
 """A client as a process of its own: ``python -m fedfm.client.worker``, frames in at stdin, frames out at stdout.
 
-Its first message says who it is: the recipe as text, the folder of its own data, the folder in which it keeps its
+Its first message says who it is: the plan as text, the folder of its own data, the folder in which it keeps its
 memory, the run's key. It opens no other owner's data, answers one request after the other, and ends with its parent.
 """
 
@@ -60,33 +60,33 @@ def serve(incoming: int, outgoing: int) -> None:
         send(answer)
 
 
-def _runtime(client: str, told: Mapping[str, Any]) -> Runtime:
+def _runtime(client: str, hello: Mapping[str, Any]) -> Runtime:
     import torch
 
-    from fedfm import recipe
+    from fedfm import notation
+    from fedfm.client.house import House, Policy
+    from fedfm.client.plan import ClientPlan
     from fedfm.client.runtime import Runtime
-    from fedfm.client.site import Site
-    from fedfm.client.store import StateStore
     from fedfm.core.keys import Key
     from fedfm.data import Shard
 
     # The order in which a sum is taken, and so its last bits, depends on the number of threads.
-    torch.set_num_threads(told["threads"])
-    shard, folder = Shard.open(Path(told["data"])), Path(told["folder"])
-    key, choices = Key(bytes.fromhex(told["key"])), json.loads(told["choices"])
-    site = Site(
-        recipe.load(told["recipe"]).resolved(),
-        (client,),
-        lambda _: shard,
-        shard.labels,
-        key,
-        folder,
-        choices,
-        registered=told["num_clients"],
+    torch.set_num_threads(hello["threads"])
+    data = Path(hello["data"])
+    house = House(
+        plan=notation.build(ClientPlan, hello["plan"], "plan"),
+        shards={client: data},
+        labels=Shard.open(data).labels,
+        key=Key(bytes.fromhex(hello["key"])),
+        num_clients=hello["num_clients"],
+        device=hello["device"],
+        folder=Path(hello["folder"]),
+        choices=json.loads(hello["choices"]),
+        policies={client: Policy(frozenset(filter(None, hello["withhold"].split(","))))},
     )
-    runtime = Runtime(site, StateStore(folder))
+    runtime = Runtime(house)
     # A model that does not load is a failure to start, not of the first round.
-    runtime.bank  # noqa: B018
+    house.bank  # noqa: B018
     return runtime
 
 

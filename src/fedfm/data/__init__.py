@@ -11,5 +11,6 @@ from fedfm.data.partition import Partitioner as Partitioner
 from fedfm.data.partition import QuantitySkew as QuantitySkew
 from fedfm.data.partition import Shards as Shards
 from fedfm.data.prepare import prepare as prepare
+from fedfm.data.sample import Sample as Sample
 from fedfm.data.spec import Data as Data
 from fedfm.data.stdlib import public_text as public_text

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import logging
-import sys
-import time
+import math
+from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Literal
 
 import psutil
 import torch
 
-from fedfm.client.runtime import Runtime, is_out_of_memory
-from fedfm.client.site import Site
-from fedfm.client.store import StateStore
-from fedfm.client.train import Job
+from fedfm.client.house import House
+from fedfm.client.runtime import Runtime, by_body
+from fedfm.client.verb import verbs
+from fedfm.core.clock import Clock, Wall
 from fedfm.core.errors import ConfigError, DataError
-from fedfm.core.messages import Failure, Reply, Request
-from fedfm.core.parts import ClientId, Engine, Session, Work
+from fedfm.core.messages import ClientId, Failure, Request
+from fedfm.core.session import Answer, Session
+from fedfm.engines.base import Engine
 
 log = logging.getLogger(__name__)
+# Clients that are asked together what no bank is needed for.
+_TOGETHER = 64
 
 
 @dataclass(frozen=True)
@@ -31,9 +33,10 @@ class Embedded(Engine):
     With ``bank=1`` clients run one by one, and every number is that of a client on a machine of its own.
 
     Args:
-        bank: Clients per batch; ``auto`` takes what a short timing finds fastest within the memory that is free.
+        bank: Clients per batch; ``auto`` takes the whole cohort where the machine's memory holds it, else equal parts that it holds.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         threads: Of torch; ``None`` leaves what is set. A run's numbers are exact for one number of threads.
+        memory: Gigabytes that ``auto`` may count on; ``None`` for half of what the device has in all.
 
     Raises:
         ConfigError: if a number is out of range.
@@ -44,144 +47,125 @@ class Embedded(Engine):
     bank: int | Literal["auto"] = "auto"
     device: str = "auto"
     threads: int | None = None
+    memory: float | None = None
 
     def __post_init__(self) -> None:
         if self.bank != "auto" and self.bank < 1:
             raise ConfigError(f"Embedded.bank is {self.bank}; it must be 1 or more, or auto.")
         if self.threads is not None and self.threads < 1:
             raise ConfigError(f"Embedded.threads is {self.threads}; it must be 1 or more.")
+        if self.memory is not None and not (self.memory > 0 and math.isfinite(self.memory)):
+            raise ConfigError(f"Embedded.memory is {self.memory} GB; it must be a finite number above 0.")
 
-    def open(self, site: Site) -> EmbeddedSession:
+    def open(self, house: House, clock: Clock | None = None) -> EmbeddedSession:
         """A session in this process; nothing is loaded before it is needed."""
         if self.threads is not None:
             torch.set_num_threads(self.threads)
-        return EmbeddedSession(self, site)
+        return EmbeddedSession(self, house, clock or Wall())
 
 
 class EmbeddedSession(Session):
     """Clients in this process."""
 
-    def __init__(self, engine: Embedded, site: Site) -> None:
-        self.engine, self.site = engine, site
-        self.runtime = Runtime(site, StateStore(site.folder))
-        self.told = False
+    def __init__(self, engine: Embedded, house: House, clock: Clock) -> None:
+        self.engine, self.house, self.clock = engine, house, clock
+        self.runtime = Runtime(house)
+        self._waiting: deque[_Group] = deque()
+        self._answers: Iterator[Answer] = iter(())
+        self._warned = False
 
-    def exchange(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> Iterator[Reply | Failure]:
-        """Answers bank by bank. A deadline is looked at between banks."""
-        # Choosing the bank's size takes its time once in a run, which is not the clients'.
-        groups, waiting = self._groups(requests), dict(requests)
-        began = time.monotonic()
-        for group in groups:
-            if deadline is not None and time.monotonic() - began > deadline:
-                yield from (Failure(client, "deadline", f"no answer after {deadline:g} s") for client in waiting)
-                return
-            for answer in self.runtime.handle(group):
-                waiting.pop(answer.client, None)
-                yield answer
+    def send(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> None:
+        """Lines the requests up in banks. A deadline is looked at between banks."""
+        groups = self._groups(requests)
+        # What it takes to load the model, once in a run, is not the clients' time.
+        expires = math.inf if deadline is None else self.clock.now() + deadline
+        self._waiting.extend(_Group(group, deadline or 0.0, expires) for group in groups)
 
-    def _groups(self, requests: Mapping[ClientId, Request]) -> list[dict[ClientId, Request]]:
-        training: list[tuple[ClientId, Request]] = []
-        others: list[tuple[ClientId, Request]] = []
-        for item in requests.items():
-            (training if item[1].verb == "train" and item[0] in self.site.clients else others).append(item)
-        groups = _chunks(others, 64)
-        if training:
-            size = self.bank_size([client for client, _ in training], training[0][1])
-            if size < len(training):
-                # Clients of like length share a bank, which keeps padding low.
-                training.sort(key=lambda item: (-_mean_length(self.site, item[0]), item[0]))
-            groups += _chunks(training, size)
-        return groups
-
-    def bank_size(self, clients: list[ClientId], request: Request) -> int:
-        """Clients per batch: what the recipe says, what an earlier part of this run chose, or what a timing finds."""
-        if self.engine.bank != "auto":
-            size = self.engine.bank
-            if size == 1 or self.site.tuned.banks:
-                return size
-            if not self.told:
-                name = type(self.site.federation.tuning).__name__
-                log.warning("%s cannot bank: clients run one by one instead of %d at a time", name, size)
-                self.told = True
-            return 1
-        if not self.site.tuned.banks:
-            return 1
-        if "bank" not in self.site.choices:
-            self.site.choices["bank"] = self._measure(clients, request)
-        return self.site.choices["bank"]
-
-    def _measure(self, clients: list[ClientId], request: Request) -> int:
-        """Doubles the bank while memory allows and a step per client does not get much dearer; takes the largest that is among the fastest."""
-        # The choice holds for the whole run: a first cohort that is small by chance must not bound it.
-        usual = self.site.federation.sampler.cohort_size(len(self.site.clients))
-        clients = list(islice(dict.fromkeys([*clients, *self.site.clients]), max(len(clients), usual)))
-        if len(clients) == 1:
-            return 1
-        bank = self.runtime.bank
-        work = Work(bank.local.work.batch_size, 1, None, 1)
-        longest = sorted(clients, key=lambda client: -_mean_length(self.site, client))
-        times: dict[int, float] = {}
-        size = 1
+    def receive(self) -> Answer | None:
+        """The next answer; runs the next bank where the last one has given all of its own."""
         while True:
-            size = min(size, len(clients))
-            jobs = [Job(client, self.site.open_shard(client).train) for client in longest[:size]]
-            before, seconds = _used(bank.device, fresh=True), []
-            try:
-                for _ in range(3):
-                    began = time.perf_counter()
-                    bank.train(request.tensors, jobs, request.round, work)
-                    _wait(bank.device)
-                    seconds.append((time.perf_counter() - began) / size)
-            except RuntimeError as error:
-                if not is_out_of_memory(error):
-                    raise
-                break
-            grown = max(_used(bank.device) - before, 0)
-            times[size] = min(seconds)
-            # The next size needs about twice as much again; leave a fifth of what is free.
-            if size == len(clients) or times[size] > 1.5 * min(times.values()) or 2 * grown > 0.8 * _free(bank.device):
-                break
-            size *= 2
-        # Of sizes as good as the fastest the largest: a timing is noisy, and a whole cohort is never far from one batch of central training.
-        best = max((size for size, one in times.items() if one <= 1.05 * min(times.values())), default=1)
-        log.info("bank size %d of %d clients (%.1f ms per client and step)", best, len(clients), 1000 * times.get(best, 0.0))
-        return best
+            answer = next(self._answers, None)
+            if answer is not None or not self._waiting:
+                return answer
+            self._answers = self._run(self._waiting.popleft())
+
+    def abandon(self) -> None:
+        """Forgets the banks that have not run."""
+        self._waiting.clear()
+        self._answers = iter(())
 
     def close(self) -> None:
         """Nothing runs outside this process."""
+        self.abandon()
+
+    def bank_size(self) -> int:
+        """Clients per batch: what the recipe says or an earlier part of this run chose, else what the cohort, its tokens and the memory come to."""
+        choices = self.house.choices
+        if not self.house.bank.banks:
+            if self.engine.bank not in ("auto", 1) and not self._warned:
+                name = type(self.house.plan.tuning).__name__
+                log.warning("%s cannot bank: clients run one by one instead of %d at a time", name, self.engine.bank)
+                self._warned = True
+            return 1
+        if self.engine.bank != "auto":
+            return min(self.engine.bank, choices.get("bank", self.engine.bank))
+        if "bank" not in choices:
+            choices["bank"] = self._choose()
+        return choices["bank"]
+
+    def _choose(self) -> int:
+        """The largest bank that fits, evened out so that the last one is as full as the others. Neither the clock nor free memory decides."""
+        house, cohort = self.house, max(self.house.cohort_size, 1)
+        budget = self.engine.memory * 1e9 if self.engine.memory is not None else 0.5 * total_memory(house.foundation.device)
+        fits = max(1, int((budget - house.bank.base_bytes()) // house.bank.client_bytes()))
+        size = math.ceil(cohort / math.ceil(cohort / min(fits, cohort)))
+        log.info("bank size %d of %d clients", size, cohort)
+        return size
+
+    def _run(self, group: _Group) -> Iterator[Answer]:
+        if self.clock.now() > group.expires:
+            return iter([Failure(client, "deadline", f"no answer after {group.deadline:g} s") for client in group.requests])
+        return self.runtime.handle(group.requests)
+
+    def _groups(self, requests: Mapping[ClientId, Request]) -> list[dict[ClientId, Request]]:
+        known, groups = verbs(), list[dict[ClientId, Request]]()
+        for group in by_body(requests):
+            verb = known.get(next(iter(group.values())).verb)
+            if verb is None or not verb.banked:
+                groups += _chunks(list(group.items()), _TOGETHER)
+                continue
+            hosted = [item for item in group.items() if item[0] in self.house.shards]
+            groups += _chunks([item for item in group.items() if item[0] not in self.house.shards], _TOGETHER)
+            size = self.bank_size()
+            if size < len(hosted):
+                # Clients of like length share a bank, which keeps padding low.
+                hosted.sort(key=lambda item: (-_mean_length(self.house, item[0]), item[0]))
+            groups += _chunks(hosted, size)
+        return groups
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Requests that are answered together, and when it is too late for that."""
+
+    requests: dict[ClientId, Request]
+    deadline: float
+    expires: float
+
+
+def total_memory(device: torch.device) -> int:
+    """Bytes that the device has in all, used or free."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    return int(psutil.virtual_memory().total)
 
 
 def _chunks(items: list[tuple[ClientId, Request]], size: int) -> list[dict[ClientId, Request]]:
     return [dict(items[first : first + size]) for first in range(0, len(items), size)]
 
 
-def _mean_length(site: Site, client: ClientId) -> float:
+def _mean_length(house: House, client: ClientId) -> float:
     try:
-        return float(site.open_shard(client).train.lengths.mean())
+        return float(house.shard(client).train.lengths.mean())
     except DataError:
         return 0.0  # It will say so itself when it is asked to train.
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _used(device: torch.device, fresh: bool = False) -> int:
-    """The peak so far; of a GPU, with ``fresh``, the peak from here on."""
-    if device.type == "cuda":
-        if fresh:
-            torch.cuda.reset_peak_memory_stats(device)
-        return int(torch.cuda.max_memory_allocated(device))
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    # Kilobytes on Linux, bytes on macOS.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def _free(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)

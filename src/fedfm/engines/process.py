@@ -12,32 +12,30 @@ recipe's rule. Not covered: what its process could reach on this machine (it run
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 import subprocess
 import sys
-import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import torch
 
+from fedfm import notation
 from fedfm.client.frames import Inbox, Outbox
-from fedfm.client.store import home
+from fedfm.client.house import House
+from fedfm.client.memory import home
+from fedfm.core.clock import Clock, Wall
 from fedfm.core.errors import ConfigError, MessageError
-from fedfm.core.messages import Failure, Reply, Request, Scalar, pack, unpack
-from fedfm.core.parts import ClientId, Engine, Session
-
-if TYPE_CHECKING:
-    from fedfm.client.site import Site
+from fedfm.core.messages import Body, ClientId, Failure, Reply, Request, Scalar, pack, unpack
+from fedfm.core.session import Answer, Session
+from fedfm.engines.base import Engine
 
 _WORKER = (sys.executable, "-P", "-m", "fedfm.client.worker")
 
@@ -71,37 +69,33 @@ class Process(Engine):
         if not self.start_timeout > 0:
             raise ConfigError(f"Process: start_timeout is {self.start_timeout} seconds; it must be more than 0.")
 
-    def open(self, site: Site) -> ProcessSession:
-        """A session in which no client has been started yet.
-
-        Raises:
-            ConfigError: if the site has no data that was divided among owners.
-        """
-        from fedfm import recipe
-
-        owners = site.owners
-        if owners is None:
-            raise ConfigError("Process gives each client its own owner's folder, but this site did not divide the data. Use Site.build.")
-        text, threads = recipe.dump(recipe.located(site.written or site.federation)), self.threads or torch.get_num_threads()
-        size = site.tuned.spec.size + sum(math.prod(shape) for shape in site.federation.local.extra(site.tuned.spec.size).values())
+    def open(self, house: House, clock: Clock | None = None) -> ProcessSession:
+        """A session in which no client has been started yet."""
+        text, threads = notation.write(house.plan), self.threads or torch.get_num_threads()
         # A value and its place take at most 16 bytes, whatever a transform makes of them; the rest is for names and for what an evaluation sums.
-        max_bytes = 16 * size + (16 << 20)
+        spec = house.tuned.spec
+        max_bytes = 16 * sum(leaf.size for leaf in house.plan.local.leaves(spec, spec)) + (16 << 20)
 
         def hello(client: ClientId, folder: Path) -> Request:
+            withheld = sorted(house.policy(client).withhold)
             told: dict[str, Scalar] = {
                 "client": client,
-                "recipe": text,
-                "data": str(owners.path(client).absolute()),
+                "plan": text,
+                "data": str(house.shards[client].absolute()),
                 "folder": str(folder),
-                "key": site.key.digest.hex(),
+                "key": house.key.digest.hex(),
+                "device": house.device,
                 "threads": threads,
-                "choices": json.dumps(site.choices),
-                "num_clients": site.num_clients,
+                "choices": json.dumps(house.choices),
+                "num_clients": house.num_clients,
+                "withhold": ",".join(withheld),
                 "max_bytes": max_bytes,
             }
-            return Request("hello", meta=told)
+            return Request(Body("hello", meta=told))
 
-        return ProcessSession(site.clients, hello, _WORKER, site.folder, max_bytes, self.max_processes, self.start_timeout)
+        return ProcessSession(
+            house.clients, hello, _WORKER, house.folder, max_bytes, self.max_processes, self.start_timeout, clock or Wall()
+        )
 
 
 class ProcessSession(Session):
@@ -126,63 +120,71 @@ class ProcessSession(Session):
         max_bytes: int = 1 << 30,
         max_processes: int | None = None,
         start_timeout: float = 120.0,
+        clock: Clock | None = None,
     ) -> None:
         self._clients, self._hello, self._command = frozenset(clients), hello, tuple(command)
         self._max_bytes, self._max_processes, self._start_timeout = max_bytes, max_processes or inf, start_timeout
+        self.clock = clock or Wall()
         self._stack = ExitStack()
         self._folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="fedfm-"))) if folder is None else folder.absolute()
         self._selector = self._stack.enter_context(DefaultSelector())
         self._children: dict[ClientId, _Child] = {}
-        self._answers = self._exchange({}, None)
+        self._waiting: deque[tuple[ClientId, Request, float]] = deque()
+        self._arrived: deque[Answer] = deque()
+        self._given: float | None = None
 
     @property
     def processes(self) -> dict[ClientId, int]:
         """The process ids of the clients that are alive."""
         return {client: child.process.pid for client, child in self._children.items()}
 
-    def exchange(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> Iterator[Reply | Failure]:
-        """Sends each client its request; yields the replies as they arrive.
-
-        Clients that still owe an answer when the caller stops listening, or asks anew, are ended.
-        """
-        self._answers.close()
-        self._answers = self._exchange(requests, deadline)
-        return self._answers
-
-    def _exchange(self, requests: Mapping[ClientId, Request], deadline: float | None) -> Generator[Reply | Failure]:
+    def send(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> None:
+        """Lines the requests up; each is written when its client is there to read it."""
         limit = inf if deadline is None else deadline
         # Those alive come first: whoever is idle later has answered, or was not asked, and may make room.
-        waiting = deque(sorted(requests, key=lambda client: client not in self._children))
-        frames: dict[int, bytes] = {}
-        try:
-            while waiting or any(child.owes for child in self._children.values()):
-                answers: list[Reply | Failure] = []
-                while waiting and self._has_room(waiting[0]):
-                    client = waiting.popleft()
-                    request, child = requests[client], self._child(client)
-                    if isinstance(child, Failure):
-                        answers.append(child)
-                        continue
-                    # A broadcast is one request object for many clients: its bytes are made once.
-                    if id(request) not in frames:
-                        frames[id(request)] = pack(request)
-                    self._ask(child, request, frames[id(request)], limit)
-                for answer in answers or self._listen():
-                    since = time.monotonic()
-                    yield answer
-                    # A client does not pay for the time that the server spends on another's answer.
-                    for child in self._children.values():
-                        child.expires += time.monotonic() - since
-        finally:
-            for child in [child for child in self._children.values() if child.owes]:
-                self._end(child)
+        clients = sorted(requests, key=lambda client: client not in self._children)
+        self._waiting.extend((client, requests[client], limit) for client in clients)
+
+    def receive(self) -> Answer | None:
+        """The next answer, once it is complete."""
+        if self._given is not None:
+            # A client does not pay for the time that the server spends on another's answer.
+            for child in self._children.values():
+                child.expires += self.clock.now() - self._given
+            self._given = None
+        while not self._arrived and (self._waiting or any(child.owes for child in self._children.values())):
+            self._write()
+            if not self._arrived:
+                self._arrived.extend(self._listen())
+        if not self._arrived:
+            return None
+        self._given = self.clock.now()
+        return self._arrived.popleft()
+
+    def abandon(self) -> None:
+        """Ends the clients that still owe an answer."""
+        self._waiting.clear()
+        self._arrived.clear()
+        self._given = None
+        for child in [child for child in self._children.values() if child.owes]:
+            self._end(child)
 
     def close(self) -> None:
         """Ends every client."""
-        self._answers.close()
+        self.abandon()
         for child in list(self._children.values()):
             self._end(child)
         self._stack.close()
+
+    def _write(self) -> None:
+        """Hands requests to the clients that there is room for."""
+        while self._waiting and self._has_room(self._waiting[0][0]):
+            client, request, limit = self._waiting.popleft()
+            child = self._child(client)
+            if isinstance(child, Failure):
+                self._arrived.append(child)
+            else:
+                self._ask(child, request, pack(request), limit)
 
     def _has_room(self, client: ClientId) -> bool:
         if client in self._children or client not in self._clients:
@@ -209,7 +211,7 @@ class ProcessSession(Session):
             log = home(self._folder, client) / "log.txt"
             try:
                 log.parent.mkdir(parents=True, exist_ok=True)
-                child = _Child(client, self._command, log, self._max_bytes)
+                child = _Child(client, self._command, log, self._max_bytes, self.clock)
             except OSError as error:
                 return Failure(
                     client,
@@ -227,11 +229,11 @@ class ProcessSession(Session):
         if child.outbox.fd not in self._selector.get_map():
             self._selector.register(child.outbox.fd, EVENT_WRITE, child)
 
-    def _listen(self) -> list[Reply | Failure]:
+    def _listen(self) -> list[Answer]:
         """Waits for something to arrive or for a client to be late; the answers that are complete."""
         soonest = min(child.expires for child in self._children.values())
-        events = self._selector.select(None if soonest == inf else max(0.0, soonest - time.monotonic()))
-        now = time.monotonic()
+        events = self._selector.select(None if soonest == inf else max(0.0, soonest - self.clock.now()))
+        now = self.clock.now()
         answers = []
         for key, _ in events:
             child: _Child = key.data
@@ -247,7 +249,7 @@ class ProcessSession(Session):
             self._end(child)
         return [answer for answer in answers if answer is not None]
 
-    def _hear(self, child: _Child) -> Reply | Failure | None:
+    def _hear(self, child: _Child) -> Answer | None:
         owed = child.owes
         try:
             answer = child.hear()
@@ -274,7 +276,7 @@ class ProcessSession(Session):
 class _Child:
     """A client's process, and what it owes: its greeting first, then an answer."""
 
-    def __init__(self, client: ClientId, command: Sequence[str], log: Path, max_bytes: int) -> None:
+    def __init__(self, client: ClientId, command: Sequence[str], log: Path, max_bytes: int, clock: Clock) -> None:
         path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
         with log.open("ab") as file:
             self.process = subprocess.Popen(
@@ -287,7 +289,7 @@ class _Child:
                 process_group=0,  # Ctrl-C is for the server, which finishes its round first.
             )
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.client, self.ready, self.expires = client, False, inf
+        self.client, self.clock, self.ready, self.expires = client, clock, False, inf
         self.inbox, self.outbox = Inbox(self.process.stdout.fileno(), max_bytes), Outbox(self.process.stdin.fileno())
         self._owed: deque[tuple[Request, float]] = deque()
         for fd in (self.inbox.fd, self.outbox.fd):
@@ -303,7 +305,7 @@ class _Child:
         self.outbox.send(frame)
         self._owed.append((request, limit))
         if len(self._owed) == 1:
-            self.expires = time.monotonic() + limit
+            self.expires = self.clock.now() + limit
 
     def flush(self) -> bool:
         """Writes what fits; whether nothing is left to write."""
@@ -313,7 +315,7 @@ class _Child:
             # It is gone, which reading from it will tell, after what it may have said before.
             return True
 
-    def hear(self) -> Reply | Failure | None:
+    def hear(self) -> Answer | None:
         """The answer to the oldest request, if it is complete and not the greeting.
 
         Raises:
@@ -331,7 +333,7 @@ class _Child:
             raise MessageError(
                 f"{answer.verb!r} of round {answer.round} was answered, but {request.verb!r} of round {request.round} was asked."
             )
-        self.expires = time.monotonic() + self._owed[0][1] if self._owed else inf
+        self.expires = self.clock.now() + self._owed[0][1] if self._owed else inf
         if self.ready:
             return answer
         self.ready = isinstance(answer, Reply)

@@ -1,0 +1,26 @@
+"""Where clients run."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+from fedfm.client.house import House
+from fedfm.core.clock import Clock
+from fedfm.core.parts import Part
+from fedfm.core.session import Session
+
+
+class Engine(Part, ABC):
+    """Where the clients run: opens a session that sends them requests and receives their answers."""
+
+    room = "engines"
+    device: str = "auto"
+
+    @abstractmethod
+    def open(self, house: House, clock: Clock | None = None) -> Session:
+        """Starts what the engine needs.
+
+        Args:
+            house: The plan that clients are told, and the data of those who are hosted on this machine.
+            clock: What deadlines are measured with; the machine's own unless given.
+        """

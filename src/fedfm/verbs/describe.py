@@ -1,0 +1,93 @@
+"""What an owner has: numbers of examples and tokens, and how many of each class. The roster is made from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fedfm.client.house import House
+from fedfm.client.verb import Contribution, Verb
+from fedfm.core import leaves
+from fedfm.core.errors import DataError, FedfmError
+from fedfm.core.keys import Key
+from fedfm.core.leaves import Leaf
+from fedfm.core.messages import Body, ClientId, Failure, Request
+from fedfm.core.parts import Channel, Errand, Partial, RoundContext, Session, Update
+from fedfm.core.roster import Holding, Roster, count, total_of
+
+_COUNTS = ("train", "test", "tokens")
+_LABELS = "labels"
+
+
+@dataclass(frozen=True)
+class Describe(Verb):
+    """Asks owners what they have. An owner's policy may withhold the counts, the labels or both, which reads NaN here."""
+
+    name = "describe"
+
+    def errand(self, labels: Sequence[str], sums: bool = False) -> Errand:
+        """What everybody is asked, before the first round.
+
+        Args:
+            labels: The classes, in the order of their indices.
+        """
+        return Errand(Body(self.name), _declared(len(labels)), sums=sums, uniform=True)
+
+    def roster(self, channel: Channel, session: Session, clients: Sequence[ClientId], labels: Sequence[str], key: Key) -> Roster:
+        """Asks everyone, through the channel that all answers pass.
+
+        Raises:
+            DataError: naming an owner that does not answer.
+        """
+        errand, ctx = self.errand(labels), RoundContext(0, key, {}, len(clients))
+        holdings: dict[ClientId, Holding] = {}
+        totals: Holding | None = None
+        for item in channel.collect(session, errand, clients, None, ctx):
+            if isinstance(item, Failure):
+                raise DataError(f"{item.client} does not say what it has ({item.stage}): {item.reason}")
+            if isinstance(item, Partial):
+                totals = _holding(item.totals(), labels)
+            elif item.client is not None:
+                holdings[item.client] = _holding({**item.payload, **item.metrics}, labels)
+        ordered = {client: holdings[client] for client in clients if client in holdings}
+        return Roster(tuple(clients), ordered, totals or total_of(ordered.values()))
+
+    def answer(self, requests: Mapping[ClientId, Request], house: House) -> Iterator[Contribution | Failure]:
+        """What each owner has, as far as its policy lets it."""
+        declared = _declared(len(house.labels))
+        for client in requests:
+            try:
+                yield Contribution(_answer(client, house), declared)
+            except FedfmError as error:
+                yield Failure(client, self.name, str(error))
+
+
+def _declared(num_labels: int) -> tuple[Leaf, ...]:
+    counts = tuple(leaves.number(name, nan=True, bound=2.0**37) for name in _COUNTS)
+    histogram = Leaf(_LABELS, (num_labels,), torch.float64, "told", leaves.MOST, "sum", signed=False, nan=True)
+    return (*counts, histogram) if num_labels else counts
+
+
+def _answer(client: ClientId, house: House) -> Update:
+    shard, withhold = house.shard(client), house.policy(client).withhold
+    counts = (len(shard.train), len(shard.test), int(np.asarray(shard.train.lengths).sum()))
+    numbers = {name: math.nan if "counts" in withhold else float(value) for name, value in zip(_COUNTS, counts, strict=True)}
+    payload: dict[str, torch.Tensor] = {}
+    if house.labels:
+        histogram = shard.histogram()
+        values = [math.nan if withhold else float(histogram.get(label, 0)) for label in house.labels]
+        payload[_LABELS] = torch.tensor(values, dtype=torch.float64)
+    return Update(payload, client=client, metrics=numbers)
+
+
+def _holding(told: Mapping[str, torch.Tensor | float], labels: Sequence[str]) -> Holding:
+    histogram: dict[str, int] | None = {}
+    if labels:
+        values = torch.as_tensor(told[_LABELS]).tolist()
+        known = not any(map(math.isnan, values))
+        histogram = {label: int(value) for label, value in zip(labels, values, strict=True) if value} if known else None
+    return Holding(*(count(float(told[name])) for name in _COUNTS), histogram)

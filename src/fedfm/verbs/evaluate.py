@@ -1,0 +1,147 @@
+"""Evaluation: each client answers with sums over its own examples, from which the task makes metrics."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from fedfm.client.house import House
+from fedfm.client.verb import Contribution, Verb
+from fedfm.core.errors import FedfmError, MessageError
+from fedfm.core.keys import Key
+from fedfm.core.leaves import Leaf
+from fedfm.core.messages import Body, ClientId, Failure, Request
+from fedfm.core.parts import Errand, Partial, RoundContext, ServerState, Session, Update
+from fedfm.core.task import Examples, Task
+from fedfm.core.tree import Tree
+from fedfm.data import Sample
+from fedfm.observers.evaluate import Evaluate, summary
+from fedfm.verbs.train import TrainPlan, counted, number, opened, parameters
+
+_SPLIT, _MOST = "split", "max_examples"
+
+
+class EvaluationPlan(TrainPlan, Protocol):
+    """A plan whose model can be evaluated."""
+
+    @property
+    def task(self) -> Task:
+        """What is learned."""
+        ...
+
+    @property
+    def evaluate(self) -> Evaluate:
+        """When and on what."""
+        ...
+
+
+@dataclass(frozen=True)
+class Evaluation(Verb):
+    """Asks clients for the sums of their metrics. Each owner is evaluated with the parameters that it keeps at home, where it keeps some."""
+
+    name = "evaluate"
+
+    def errand(
+        self, plan: EvaluationPlan, state: ServerState, clients: Sequence[ClientId], classes: int, split: str = "test"
+    ) -> Errand:
+        """What everybody is asked after a round.
+
+        Args:
+            classes: How many there are, for classification.
+        """
+        most = plan.evaluate.max_examples
+        params, tuning = plan.travelling(state.params), plan.tuning
+        return Errand(
+            body=Body(self.name, state.round, params, {_SPLIT: split} | ({} if most is None else {_MOST: most})),
+            leaves=declared(plan.task, classes),
+            params=params,
+            own={client: {**counted(state, client), **tuning.own(client)} for client in clients},
+            uniform=True,
+        )
+
+    def report(
+        self, plan: EvaluationPlan, state: ServerState, session: Session, clients: Sequence[ClientId], key: Key, classes: int = 2
+    ) -> dict[str, Any]:
+        """Asks everyone, through the channel that all answers pass; see :func:`fedfm.observers.evaluate.summary` for what comes back.
+
+        An answer that is not what was declared is its client's failure.
+        """
+        errand = self.errand(plan, state, clients, classes)
+        ctx = RoundContext(state.round, key, errand.params, len(clients), leaves=errand.leaves)
+        sums: dict[ClientId, Tree] = {}
+        failed: dict[ClientId, str] = {}
+        pooled: Partial | None = None
+        for item in plan.channel.collect(session, errand, clients, plan.deadline, ctx):
+            if isinstance(item, Failure):
+                failed[item.client] = item.reason
+            elif isinstance(item, Partial):
+                pooled = item
+            elif item.client is not None:
+                numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in item.metrics.items()}
+                sums[item.client] = {**numbers, **item.payload}
+        report = summary(plan.task, {client: sums[client] for client in clients if client in sums})
+        if pooled is not None:
+            report["pooled"] = plan.task.summarise(pooled.totals())
+        return report | ({"failed": failed} if failed else {})
+
+    def answer(self, requests: Mapping[ClientId, Request], house: House) -> Iterator[Contribution | Failure]:
+        """The sums of each client's examples."""
+        leaves = declared(house.plan.task, max(len(house.labels), 2))
+        starts: dict[ClientId, Tree] = {}
+        sets: dict[ClientId, Examples] = {}
+        is_shared = True
+        for client, request in requests.items():
+            try:
+                memory = house.memory.load(client, number(request.own, "counted"))
+                _, starts[client], is_own = parameters(request, house, memory)
+                sets[client] = opened(_examples(request, house, client))
+                is_shared = is_shared and not is_own
+            except FedfmError as error:
+                starts.pop(client, None)
+                yield Failure(client, self.name, str(error))
+        if not sets:
+            return
+        theta_kd = torch.stack([house.tuned.spec.flatten(start) for start in list(starts.values())[: 1 if is_shared else None]])
+        sums = house.bank.evaluate(theta_kd, list(sets.values()))
+        for row, client in enumerate(sets):
+            own = {name: value[row].cpu().clone() for name, value in sums.items()}
+            numbers = {name: float(value) for name, value in own.items() if value.dim() == 0}
+            yield Contribution(Update({name: own[name] for name in own if name not in numbers}, 1.0, 1, client, numbers), leaves)
+
+    def shrink(self, house: House) -> bool:
+        """Halves the tokens of a batch, which bound an evaluation's memory whoever shares it."""
+        if house.bank.max_tokens <= 256:
+            return False
+        house.bank.max_tokens //= 2
+        return True
+
+
+def declared(task: Task, classes: int) -> tuple[Leaf, ...]:
+    """A sum for each of the task's statistics. A model may give a loss that is NaN; a count is a count, and not negative."""
+    return tuple(
+        Leaf(
+            name=name,
+            shape=tuple(value.shape[1:]),
+            dtype=value.dtype,
+            group="told",
+            bound=2.0**37 if name != "loss" else math.inf,
+            reduce="sum",
+            signed=name == "loss",
+            nan=name == "loss",
+        )
+        for name, value in task.no_stats(1, classes).items()
+    )
+
+
+def _examples(request: Request, house: House, client: ClientId) -> Examples:
+    shard, split, most = house.shard(client), request.meta.get(_SPLIT, "test"), request.meta.get(_MOST)
+    if split not in ("train", "test"):
+        raise MessageError(f"a request names the split {split!r:.20}; it is train or test.")
+    if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
+        raise MessageError(f"a request's {_MOST} is {most!r:.20}, not a count of 1 or more.")
+    examples: Examples = shard.train if split == "train" else shard.test
+    return examples if most is None else Sample(examples, most)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -95,13 +95,12 @@ def require_names(tensors: Tree, leaves: tuple[str, ...], saved: tuple[str, ...]
         raise ModelError(f"It lacks tensors that this {what} would make: {', '.join(missing[:3] or leaves)}.")
 
 
-def refuse(config: Mapping[str, object], options: tuple[str, ...], what: str) -> None:
-    """Refuses a config in which one of ``options`` is set.
+def refuse(used: Sequence[str], what: str) -> None:
+    """Refuses a config that uses options which a tuning does not have.
 
     Raises:
-        ModelError: naming those that are.
+        ModelError: naming them, where there are some.
     """
-    used = [name for name in options if config.get(name)]
     if used:
         raise ModelError(f"It uses {', '.join(used)}, which this {what} has not.")
 

@@ -22,6 +22,7 @@ from fedfm.core.tree import equal
 from fedfm.local import SGD, AdamW
 from fedfm.models import Foundation, Model, load
 from fedfm.models.foundation import device_of, save
+from fedfm.models.tokenizer import load_tokenizer
 from fedfm.tasks import CausalLM
 from fedfm.testing import check_tuning, examples, tiny
 from fedfm.testing.parts import same
@@ -222,6 +223,28 @@ def test_a_new_head_is_saved_with_the_adapter_and_loads_in_peft(tmp_path: Path) 
     tuning.save(foundation, params, tmp_path)
     theirs = PeftModel.from_pretrained(plain_copy(foundation), str(tmp_path)).eval()
     torch.testing.assert_close(mine, tiny.logits_of(theirs, batch), **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["lora", "ia3"])
+@pytest.mark.parametrize("architecture", ["Roberta", "XLMRoberta", "Electra", "DistilBert"])
+def test_a_head_of_several_layers_is_saved_with_the_adapter_and_loads_in_peft(architecture: str, kind: str, tmp_path: Path) -> None:
+    config = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4} if architecture == "DistilBert" else tiny.CONFIGS["Bert"]
+    # RoBERTa counts positions from its padding token's id.
+    config = {**config, "pad_token_id": load_tokenizer(tiny.tokenizer_folder()).pad_token_id}
+    spec = Model(architecture=architecture, config=tuple(config.items()), tokenizer=tiny.tokenizer_folder())
+    foundation = load(spec, "sequence_classification", ("a", "b", "c"), "cpu", Key.root(0))
+    # Two modules side by side.
+    modules = ("pre_classifier", "classifier") if architecture == "DistilBert" else None
+    tuning = LoRA(r=2, modules_to_save=modules) if kind == "lora" else IA3(modules_to_save=modules)
+    batch = tiny.batch_of(foundation)
+    mine, params = ours(tuning, foundation, batch)
+    tuning.save(foundation, params, tmp_path)
+    theirs = PeftModel.from_pretrained(plain_copy(foundation), str(tmp_path)).eval()
+    torch.testing.assert_close(mine, tiny.logits_of(theirs, batch), **TOLERANCE)
+    again, tuned, loaded = attach_adapter(tmp_path, load(spec, "sequence_classification", ("a", "b", "c"), "cpu", Key.root(0)))
+    tuned.bind(tuned.spec.flatten(loaded).unsqueeze(0))
+    with torch.no_grad():
+        assert torch.equal(mine, tuned.logits(batch)), again
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -109,7 +109,7 @@ class IA3(Tuning):
     @classmethod
     def from_peft(cls, config: Mapping[str, object], tensors: Tree) -> Self:
         """The (IA)3 of an adapter."""
-        layout.refuse(config, ("exclude_modules",), cls.__name__)
+        layout.refuse([name for name in ("exclude_modules",) if config.get(name)], cls.__name__)
         saved = layout.saved_in(config, tensors)
         layout.require_names(tensors, (_LEAF,), saved, cls.__name__)
         inputs = layout.names_in(config, "feedforward_modules")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def save_adapter(foundation: Foundation, params: Tree, modules: Tree, config: Ma
         modules: Those of them that are weights of modules trained in full.
     """
     base = base_of(foundation, foundation.model, folder)
-    saved = sorted({name.removeprefix(PREFIX).rpartition(".")[0] for name in modules})
+    saved = _whole(foundation.model, {name.removeprefix(PREFIX) for name in modules})
     full = {
         "auto_mapping": None,
         "base_model_name_or_path": base,
@@ -46,6 +46,21 @@ def save_adapter(foundation: Foundation, params: Tree, modules: Tree, config: Ma
     )
     (folder / "adapter_config.json").write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
     foundation.tokenizer.save_pretrained(folder)
+
+
+def _whole(model: nn.Module, names: set[str]) -> list[str]:
+    """The outermost modules of which every weight is among ``names``.
+
+    PEFT keeps a copy of each module that it is told of, and of a classifier's ``classifier`` and ``score`` untold: a name inside one of
+    those would be a copy within a copy, which it does not load.
+    """
+    whole: list[str] = []
+    # A module comes before those inside it.
+    for name, module in model.named_modules():
+        weights = {f"{name}.{weight}" for weight in module.state_dict()}
+        if name and weights and weights <= names and not any(name.startswith(outer + ".") for outer in whole):
+            whole.append(name)
+    return sorted(whole)
 
 
 def base_of(foundation: Foundation, model: Any, folder: Path) -> str | None:
@@ -80,13 +95,12 @@ def require_names(tensors: Tree, leaves: tuple[str, ...], saved: tuple[str, ...]
         raise ModelError(f"It lacks tensors that this {what} would make: {', '.join(missing[:3] or leaves)}.")
 
 
-def refuse(config: Mapping[str, object], options: tuple[str, ...], what: str) -> None:
-    """Refuses a config in which one of ``options`` is set.
+def refuse(used: Sequence[str], what: str) -> None:
+    """Refuses a config that uses options which a tuning does not have.
 
     Raises:
-        ModelError: naming those that are.
+        ModelError: naming them, where there are some.
     """
-    used = [name for name in options if config.get(name)]
     if used:
         raise ModelError(f"It uses {', '.join(used)}, which this {what} has not.")
 

@@ -122,11 +122,12 @@ class LoRA(Tuning):
     @classmethod
     def from_peft(cls, config: Mapping[str, object], tensors: Tree) -> Self:
         """The LoRA of an adapter; variants of it (DoRA, ranks that differ by layer) are refused."""
-        layout.refuse(config, _OPTIONS, cls.__name__)
-        start = config.get("init_lora_weights")
-        if config.get("bias", "none") != "none" or (isinstance(start, str) and start not in _STARTS):
-            used = "bias" if config.get("bias", "none") != "none" else f"init_lora_weights={start}"
-            raise ModelError(f"It uses {used}, which this {cls.__name__} has not.")
+        start, used = config.get("init_lora_weights"), [name for name in _OPTIONS if config.get(name)]
+        if config.get("bias", "none") != "none":
+            used.append("bias")
+        if isinstance(start, str) and start not in _STARTS:
+            used.append(f"init_lora_weights={start}")
+        layout.refuse(used, cls.__name__)
         saved = layout.saved_in(config, tensors)
         layout.require_names(tensors, _LEAVES, saved, cls.__name__)
         try:

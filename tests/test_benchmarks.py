@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # benchmarks run from the checkout and are never installed
-common, page, bits = (importlib.import_module(f"benchmarks.{name}") for name in ("common", "render", "same_bits"))
-MODULES = ["cohort", "memory", "start", "truth", "render", "peers", "same_bits"]
+common, page, bits, before_after = (importlib.import_module(f"benchmarks.{name}") for name in ("common", "render", "same_bits", "pairs"))
+MODULES = ["cohort", "memory", "start", "truth", "render", "peers", "same_bits", "pairs", "rounds"]
 ROW = {
     "date": "2026-01-01T00:00:00+00:00",
     "cpu": "a CPU",
@@ -68,6 +68,20 @@ def test_what_was_not_measured_says_so() -> None:
     row = {**ROW, "benchmark": "cohort", "against": "flower", "shape": "4 x 1 x 16"}
     row |= {"ours_s": None, "theirs_s": None, "ratio": None, "note": "not installed"}
     assert "not installed" in common.table([row])
+
+
+@pytest.mark.parametrize(("count", "low", "high"), [(31, 10, 22), (11, 2, 10), (6, 1, 6), (5, 1, 5), (1, 1, 1)])
+def test_the_interval_of_a_median_is_that_of_the_sign_test(count: int, low: int, high: int) -> None:
+    ratios = [float(i) for i in range(count, 0, -1)]
+    assert before_after.interval(ratios) == (low, high)
+
+
+@pytest.mark.slow
+def test_a_tree_beside_itself_plays_the_same_rounds(tmp_path: Path) -> None:
+    words = ("--before", str(ROOT / "src"), "--after", str(ROOT / "src"), "--quick", "--pairs", "2", "--json", str(tmp_path / "rows.json"))
+    shown = run("benchmarks.pairs", *words).stdout
+    row = json.loads((tmp_path / "rows.json").read_text())
+    assert row["same_bits"] == "yes" and row["repetitions"] == 2 and common.table([row]) in shown
 
 
 LEFT = {

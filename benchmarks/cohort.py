@@ -13,7 +13,6 @@ Before anything is timed, the first federated round is compared with the one-by-
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -28,7 +27,7 @@ from benchmarks import common
 from benchmarks.bare import Trainer, synchronize
 from benchmarks.common import Row, say
 from benchmarks.peers.run import flower
-from benchmarks.work import Shape, Size, federation, workshop
+from benchmarks.work import SHAPES, Shape, Size, federation, parse, workshop
 from fedfm.client.site import Site
 from fedfm.core.round import RoundRecord, ServerState
 from fedfm.core.tree import norm, sub
@@ -38,7 +37,6 @@ from fedfm.models import Foundation, load
 from fedfm.run.folder import JOURNAL, read_lines
 from fedfm.run.loop import run
 
-SHAPES: tuple[Shape, ...] = (Shape(16, 1, 64), Shape(8, 2, 128), Shape(32, 1, 32))
 GPU_SHAPES: tuple[Shape, ...] = (Shape(16, 1, 512), Shape(32, 1, 256), Shape(64, 1, 256))
 GPU_SIZES = {
     "100M": Size(hidden=768, layers=12, intermediate=2048, heads=12, vocab=8192, dtype="bfloat16"),
@@ -183,15 +181,6 @@ def main() -> None:
                     rows.append(row)
                     common.save(rows, given.json)
     common.finish(rows, given.json)
-
-
-def parse(options: argparse.ArgumentParser, text: str) -> Shape:
-    """``16x1x64``."""
-    try:
-        clients, batch, length = map(int, text.split("x"))
-    except ValueError:
-        options.error(f"--shapes {text}: a shape is clients x batch x tokens, such as 16x1x64")
-    return Shape(clients, batch, length)
 
 
 if __name__ == "__main__":

@@ -132,6 +132,15 @@ COLUMNS: Mapping[str, Mapping[str, Callable[[Row], str]]] = {
         "bank": _plain("bank"),
         "pairs": _plain("repetitions"),
     },
+    "pairs": {
+        "clients x batch x tokens": _plain("shape"),
+        "timed": _plain("work"),
+        "before": _seconds("theirs_s"),
+        "after": _seconds("ours_s"),
+        "after / before": _ratio,
+        "pairs": _plain("repetitions"),
+        "same bits": _plain("same_bits"),
+    },
     "memory": {
         "registered": _plain("registered"),
         "in a round": _plain("cohort"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import random
@@ -41,6 +42,18 @@ class Shape:
 
     def __str__(self) -> str:
         return f"{self.clients} x {self.batch} x {self.length}"
+
+
+SHAPES: tuple[Shape, ...] = (Shape(16, 1, 64), Shape(8, 2, 128), Shape(32, 1, 32))
+
+
+def parse(options: argparse.ArgumentParser, text: str) -> Shape:
+    """``16x1x64``."""
+    try:
+        clients, batch, length = map(int, text.split("x"))
+    except ValueError:
+        options.error(f"--shapes {text}: a shape is clients x batch x tokens, such as 16x1x64")
+    return Shape(clients, batch, length)
 
 
 @dataclass(frozen=True)

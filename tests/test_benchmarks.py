@@ -13,8 +13,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # benchmarks run from the checkout and are never installed
-common, page = importlib.import_module("benchmarks.common"), importlib.import_module("benchmarks.render")
-MODULES = ["cohort", "memory", "start", "truth", "render", "peers"]
+common, page, bits, before_after = (importlib.import_module(f"benchmarks.{name}") for name in ("common", "render", "same_bits", "pairs"))
+MODULES = ["cohort", "memory", "start", "truth", "render", "peers", "same_bits", "pairs", "rounds"]
 ROW = {
     "date": "2026-01-01T00:00:00+00:00",
     "cpu": "a CPU",
@@ -68,6 +68,64 @@ def test_what_was_not_measured_says_so() -> None:
     row = {**ROW, "benchmark": "cohort", "against": "flower", "shape": "4 x 1 x 16"}
     row |= {"ours_s": None, "theirs_s": None, "ratio": None, "note": "not installed"}
     assert "not installed" in common.table([row])
+
+
+@pytest.mark.parametrize(("count", "low", "high"), [(31, 10, 22), (11, 2, 10), (6, 1, 6), (5, 1, 5), (1, 1, 1)])
+def test_the_interval_of_a_median_is_that_of_the_sign_test(count: int, low: int, high: int) -> None:
+    ratios = [float(i) for i in range(count, 0, -1)]
+    assert before_after.interval(ratios) == (low, high)
+
+
+@pytest.mark.slow
+def test_a_tree_beside_itself_plays_the_same_rounds(tmp_path: Path) -> None:
+    words = ("--before", str(ROOT / "src"), "--after", str(ROOT / "src"), "--quick", "--pairs", "2", "--json", str(tmp_path / "rows.json"))
+    shown = run("benchmarks.pairs", *words).stdout
+    row = json.loads((tmp_path / "rows.json").read_text())
+    assert row["same_bits"] == "yes" and row["repetitions"] == 2 and common.table([row]) in shown
+
+
+LEFT = {
+    "params": {"w": "0a"},
+    "state": {"server/m.w": "0b", "server/v.w": "0b"},
+    "model": {"model/adapter.safetensors: w": "0a"},
+    "numbers": {"round 1.clients.ann.loss": (2.0).hex(), "round 1.clients.bob.loss": (1.0).hex(), "round 1.cohort.0": "ann"},
+}
+
+
+def compared(**changes: dict[str, object]) -> bool:
+    notes = [{"where": {}, "runs": {"LoRA": run}} for run in (LEFT, {**LEFT, **changes})]
+    same: bool = bits.compare(*notes)
+    return same
+
+
+def test_the_same_bits_are_the_same_under_other_names_of_the_servers_state(capsys: pytest.CaptureFixture[str]) -> None:
+    assert compared()
+    assert compared(state={"state/server/m.w": "0b", "state/server/v.w": "0b", "state/sampler/seen": "0c"})
+    assert "same, other names, 1 more" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("changes", [{"params": {"w": "0b"}}, {"params": {"u": "0a"}}, {"model": {}}, {"state": {"server/m.w": "0b"}}])
+def test_another_bit_is_told_by_the_exit_code(changes: dict[str, dict[str, object]]) -> None:
+    assert not compared(**changes)
+
+
+def test_numbers_that_differ_are_named_once_with_the_largest_relative_difference(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = {"round 1.clients.ann.loss": (1.0).hex(), "round 1.clients.bob.loss": (0.99).hex(), "round 1.cohort.0": "bob", "round 1.x": 1}
+    assert compared(numbers=numbers)
+    assert capsys.readouterr().out.rstrip().endswith("clients.*.loss 5.0e-01; cohort.* changed; x only after")
+
+
+def test_what_the_clock_decides_is_no_number_of_a_run() -> None:
+    assert dict(bits.flat({"seconds": {"train": 1.0}, "a": [0.5, {"b": 3}]})) == {"a.0": "0x1.0000000000000p-1", "a.1.b": 3}
+
+
+@pytest.mark.slow
+def test_a_recipe_played_twice_leaves_the_same_bits(tmp_path: Path) -> None:
+    for name in ("a.json", "b.json"):
+        run("benchmarks.same_bits", "write", str(tmp_path / name), "--only", "Stopped")
+    assert (tmp_path / "a.json").read_text() == (tmp_path / "b.json").read_text()
+    whole = run("benchmarks.same_bits", "compare", str(tmp_path / "a.json"), str(tmp_path / "b.json")).stdout
+    assert "Stopped after round 2 and resumed  same     same          none" in whole
 
 
 @pytest.mark.slow

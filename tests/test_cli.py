@@ -71,6 +71,109 @@ def test_nothing_heavy_is_imported_before_it_is_needed(words: list[str]) -> None
     assert done.stderr.strip() == "HEAVY"
 
 
+# --- commands of other packages ------------------------------------------------------------------------------------
+
+HELLO = """
+import sys
+import typer
+print("IMPORTED", file=sys.stderr)
+
+def hello(name: str, times: int = typer.Option(1, help="How often.")) -> None:
+    "Greet an owner."
+    print(*["hello", name] * times)
+
+def refuse() -> None:
+    from fedfm.core.errors import DataError
+    raise DataError("there is no owner 'zoe'.")
+
+def run(recipe: str) -> None:
+    print("not ours")
+
+app = typer.Typer(help="Two of a kind.")
+app.command()(hello)
+app.command()(refuse)
+number = 3
+"""
+POINTS = {
+    "hello": "hello_commands:hello",
+    "refuse": "hello_commands:refuse",
+    "group": "hello_commands:app",
+    "clicked": "hello_clicked:command",
+    "run": "hello_commands:run",
+    "number": "hello_commands:number",
+    "gone": "hello_commands:gone",
+    "absent": "no_such_module:main",
+}
+
+
+def declare(folder: Path, package: str, points: dict[str, str]) -> None:
+    """A distribution as pip leaves it, with entry points."""
+    info = folder / f"{package.replace('-', '_')}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 1.0\n")
+    lines = [f"{name} = {target}" for name, target in points.items()]
+    (info / "entry_points.txt").write_text("\n".join(["[fedfm.commands]", *lines, ""]))
+
+
+@pytest.fixture
+def installed(tmp_path: Path) -> Fedfm:
+    """``fedfm`` in a process of its own where two packages declare commands: exit code, output, errors."""
+    (tmp_path / "hello_commands.py").write_text(HELLO)
+    (tmp_path / "hello_clicked.py").write_text(
+        "import click\n@click.command()\n@click.option('--n', type=int)\ndef command(n):\n    print(n)"
+    )
+    declare(tmp_path, "hello-package", POINTS | {"twice": "hello_commands:hello"})
+    declare(tmp_path, "other-package", {"twice": "other:main"})
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join((str(Path(fedfm.__file__).parent.parent), str(tmp_path)))}
+
+    def call(*words: object) -> Answer:
+        line = [sys.executable, "-m", "fedfm.cli.main", *map(str, words)]
+        done = subprocess.run(line, capture_output=True, text=True, env=environment, check=False)
+        return done.returncode, done.stdout, done.stderr
+
+    return call
+
+
+def test_help_names_commands_of_other_packages_without_importing_them(installed: Fedfm) -> None:
+    code, out, err = installed("--help")
+    assert code == 0 and "IMPORTED" not in err
+    for name in ("hello", "group", "clicked", "absent"):
+        assert re.search(rf"^  {name} +from hello-package$", out, re.M), out
+    assert re.search(r"^  run +Run a recipe\.$", out, re.M) and len(re.findall(r"^  run ", out, re.M)) == 1
+    assert installed("list", "server")[2] == ""
+
+
+def test_a_command_of_another_package_runs_as_ours_do(installed: Fedfm) -> None:
+    assert installed("hello", "ann", "--times", 2)[:2] == (0, "hello ann hello ann\n")
+    assert installed("group", "hello", "bob")[:2] == (0, "hello bob\n")
+    assert installed("clicked", "--n", 3)[:2] == (0, "3\n")
+    code, out, _ = installed("hello", "--help")
+    assert code == 0 and "Greet an owner." in out and "How often." in out and "fedfm.cli.main hello" in out
+    refused(installed("refuse"), "there is no owner 'zoe'.")
+
+
+def test_our_commands_keep_their_names(installed: Fedfm) -> None:
+    refused(installed("run", "no.yaml"), "no.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("absent", "hello-package cannot be imported from no_such_module:main: No module named 'no_such_module'"),
+        ("gone", "cannot be imported from hello_commands:gone"),
+        ("number", "is 3. The entry point hello_commands:number must name a function"),
+        ("twice", "hello-package and other-package each declare a command 'twice'"),
+    ],
+)
+def test_a_command_that_is_none_is_refused_when_it_is_called(name: str, reason: str, installed: Fedfm) -> None:
+    refused(installed(name), reason)
+
+
+def test_a_misspelt_command_is_told_the_nearest(installed: Fedfm) -> None:
+    code, _, err = installed("helo")
+    assert code == 2 and "hello" in err and "Traceback" not in err
+
+
 # --- behaviour -----------------------------------------------------------------------------------------------------
 
 

@@ -1,4 +1,4 @@
-"""``fedfm``: run, resume, compare, check, list, show, report, export, generate, quickstart.
+"""``fedfm``: run, resume, compare, check, list, show, report, export, generate, quickstart, and commands of other packages.
 
 Only what ``--help`` needs is imported here; a command imports the rest when it runs.
 """
@@ -12,12 +12,14 @@ from typing import Annotated
 
 import typer
 
+from fedfm.cli.group import Commands
 from fedfm.core.errors import FedfmError
 
 app = typer.Typer(
     name="fedfm",
+    cls=Commands,
     help="Federated Foundation Models: train and tune foundation models over data that cannot leave its owners.",
-    epilog="--debug with any command shows where an error came from.",
+    epilog="With --debug, any command shows the traceback of an error.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -26,8 +28,11 @@ app = typer.Typer(
 
 Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Any field, such as rounds=20 or tuning.LoRA.r=16.")]
-Out = Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME where it is left out.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Values for fields of the recipe, such as rounds=20 or tuning.LoRA.r=16."),
+]
+Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/NAME.")]
 
 
 @app.command()
@@ -45,7 +50,7 @@ def run(
 
 @app.command()
 def resume(run: Run, overrides: Overrides = None) -> None:
-    """Go on with a run after a crash, or with more rounds (rounds=30)."""
+    """Continue a run after a crash, or for more rounds (rounds=30)."""
     from fedfm.cli import commands
 
     commands.resume(run, overrides or [])
@@ -53,11 +58,11 @@ def resume(run: Run, overrides: Overrides = None) -> None:
 
 @app.command()
 def compare(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or the folder of a run that has played its rounds.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or a run's folder.")],
     overrides: Overrides = None,
     out: Out = None,
 ) -> None:
-    """Federated beside local-only (each owner alone) and centralised (all data pooled)."""
+    """Compare federated, local-only and centralised training."""
     from fedfm.cli import commands
 
     commands.compare(recipe, overrides or [], out)
@@ -67,16 +72,18 @@ def compare(
 def check(
     recipe: Recipe,
     overrides: Overrides = None,
-    data: Annotated[bool, typer.Option("--data", help="Open the model and the data too, and check the plan against them.")] = False,
+    data: Annotated[bool, typer.Option("--data", help="Open the model and the data too, and check the recipe against them.")] = False,
 ) -> None:
-    """Say what a plan guarantees, and refuse what cannot mean what it says."""
+    """Say whether a recipe's parts fit together, and run nothing."""
     from fedfm.cli import commands
 
     commands.check(recipe, overrides or [], data)
 
 
 @app.command(name="list")
-def list_(room: Annotated[str | None, typer.Argument(metavar="[ROOM]", help="One kind of part; all where it is left out.")] = None) -> None:
+def list_(
+    room: Annotated[str | None, typer.Argument(metavar="[ROOM]", help="Kind of part, such as tuning. Default: all kinds.")] = None,
+) -> None:
     """List the parts, by room and by concern."""
     from fedfm.cli import parts
 
@@ -102,10 +109,10 @@ def report(run: Run) -> None:
 @app.command()
 def export(
     run: Run,
-    to: Annotated[Path, typer.Option(help="The folder to write, which must not hold files.")],
-    merge: Annotated[bool, typer.Option("--merge", help="A whole model with the tuning folded in, instead of an adapter.")] = False,
+    to: Annotated[Path, typer.Option(help="The folder to write. It must be empty or not exist.")],
+    merge: Annotated[bool, typer.Option("--merge", help="Write a whole model with the tuning merged in, instead of an adapter.")] = False,
 ) -> None:
-    """Write a run's model in the layout the rest of the world loads."""
+    """Write a run's model as peft and transformers load it."""
     from fedfm.cli import commands
 
     commands.export(run, to, merge)
@@ -114,12 +121,12 @@ def export(
 @app.command()
 def generate(
     run: Run,
-    prompt: Annotated[str, typer.Argument(help="What to ask, or the beginning of a text.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens written at most.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token each time.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of the draws, with a temperature.")] = 0,
+    prompt: Annotated[str, typer.Argument(help="A question, or the beginning of a text.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 100,
+    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Sampling seed; used when temperature > 0.")] = 0,
 ) -> None:
-    """Ask a run's model."""
+    """Generate text with a run's model."""
     from fedfm.cli import commands
 
     commands.generate(run, prompt, max_new_tokens, temperature, seed)
@@ -127,14 +134,14 @@ def generate(
 
 @app.command()
 def quickstart(out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/quickstart")) -> None:
-    """The tour: federated tuning over Python's standard library, offline, in a few minutes."""
+    """Take the tour: offline, in a few minutes."""
     from fedfm.quickstart import main as tour
 
     tour(out)
 
 
 def main() -> None:
-    """The console script. An error a user can meet is one message and exit code 2."""
+    """The console script. A FedfmError becomes one message and exit code 2."""
     debug = "--debug" in sys.argv
     # Before torch loads: threads that wait by spinning make a busy machine ten times slower, and an idle one hardly faster.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -146,7 +153,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
-        # The reader of our output (head, less) has seen enough; there is nobody left to tell.
+        # The reader of our output (head, less) closed the pipe.
         sys.stderr.close()
         sys.exit(1)
 

@@ -13,13 +13,14 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from fedfm.client.bank import Bank, Job
 from fedfm.client.site import Site
 from fedfm.client.store import StateStore
-from fedfm.client.train import Bank, Job
+from fedfm.core.batch import IntArray
 from fedfm.core.errors import DataError, FedfmError
 from fedfm.core.messages import Failure, Reply, Request
-from fedfm.core.parts import ClientId, LocalTrainer, RoundContext, Update
-from fedfm.core.task import Examples, IntArray
+from fedfm.core.parts import ClientId, RoundContext, Update
+from fedfm.core.task import Examples
 from fedfm.core.tree import Tree
 
 log = logging.getLogger(__name__)
@@ -220,9 +221,3 @@ class Some:
     def label(self, i: int) -> int:
         """Its class."""
         return self.examples.label(int(self.index[i]))
-
-
-def plain(local: LocalTrainer) -> LocalTrainer:
-    """The trainer that takes the steps, without what ties it to a federation (FedProx's pull, SCAFFOLD's correction)."""
-    inner = getattr(local, "inner", None)
-    return plain(inner) if isinstance(inner, LocalTrainer) else local

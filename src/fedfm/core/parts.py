@@ -227,6 +227,36 @@ class Work:
     max_grad_norm: float | None = None
 
 
+class Objective(ABC):
+    """What K clients minimise in one step: each the mean loss over its own targets. What is drawn (dropout, masks) is the same in every call of a step.
+
+    The loss of the first call of a step, whichever it is, is the one that a round reports.
+    """
+
+    @abstractmethod
+    def losses(self, theta_kd: torch.Tensor) -> torch.Tensor:
+        """Each client's loss ``(K,)`` at its row of ``theta_kd``: a forward pass, no graph."""
+
+    @abstractmethod
+    def gradient(self, theta_kd: torch.Tensor) -> torch.Tensor:
+        """Each client's gradient ``(K, D)``, summed over its micro-batches and clipped to ``Work.max_grad_norm``. The caller may overwrite it."""
+
+    @abstractmethod
+    def per_example(self, theta_kd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of each example's own mean loss ``(N, D)``, not clipped, and each example's client ``(N,)``.
+
+        An example is a slice of a bank of N, so the tuning must bank. Where a client's examples have as many targets each, their mean is ``gradient``
+        before it is clipped.
+
+        Raises:
+            ConfigError: if the model runs one client at a time.
+        """
+
+    @abstractmethod
+    def keys(self, name: str) -> list[Key]:
+        """A key for each client in this round and step, for what a trainer draws."""
+
+
 class LocalTrainer(Part, ABC):
     """How a client works. Acts on whole banks: every array has a leading client axis."""
 
@@ -245,8 +275,8 @@ class LocalTrainer(Part, ABC):
         """Puts the trainer's slots into the cohort."""
 
     @abstractmethod
-    def step(self, cohort: Cohort, grad_kd: torch.Tensor, lr_k: torch.Tensor, step: int) -> None:
-        """One step of every client, in place. ``lr_k`` is ``(K, 1)``; ``grad_kd`` may be overwritten; ``step`` counts from 0."""
+    def descend(self, cohort: Cohort, objective: Objective, lr_k: torch.Tensor, step: int) -> None:
+        """One step of every client, in place, with gradients off. ``lr_k`` is ``(K, 1)``; ``step`` counts from 0."""
 
     def extra(self, size: int) -> dict[str, tuple[int, ...]]:
         """Shapes of the float32 leaves that ``finish`` adds to a payload, for ``size`` trainable values."""
@@ -255,6 +285,54 @@ class LocalTrainer(Part, ABC):
     def finish(self, cohort: Cohort, lr_sum_k: torch.Tensor, steps_k: torch.Tensor) -> dict[str, torch.Tensor]:
         """Leaves added to the payload, each ``(K, ...)``; may write ``cohort.memory``. ``lr_sum_k`` is the sum of the rates used."""
         return {}
+
+
+class GradientTrainer(LocalTrainer):
+    """A trainer that takes one gradient in each step."""
+
+    def descend(self, cohort: Cohort, objective: Objective, lr_k: torch.Tensor, step: int) -> None:
+        """The gradient, and a step along it."""
+        self.step(cohort, objective.gradient(cohort.theta_kd), lr_k, step)
+
+    @abstractmethod
+    def step(self, cohort: Cohort, grad_kd: torch.Tensor, lr_k: torch.Tensor, step: int) -> None:
+        """One step of every client, in place. ``lr_k`` is ``(K, 1)``; ``grad_kd`` may be overwritten; ``step`` counts from 0."""
+
+
+class WrappedTrainer(GradientTrainer):
+    """A trainer around another, declared as a field: forwards everything, so that a subclass overrides only what it changes.
+
+    Attributes:
+        inner: The trainer that takes the steps.
+    """
+
+    inner: GradientTrainer
+
+    @property
+    def work(self) -> Work:
+        return self.inner.work
+
+    def lr_at(self, step: int, num_steps: int, round: int) -> float:
+        return self.inner.lr_at(step, num_steps, round)
+
+    def init(self, cohort: Cohort) -> None:
+        self.inner.init(cohort)
+
+    def step(self, cohort: Cohort, grad_kd: torch.Tensor, lr_k: torch.Tensor, step: int) -> None:
+        self.inner.step(cohort, grad_kd, lr_k, step)
+
+    def extra(self, size: int) -> dict[str, tuple[int, ...]]:
+        return self.inner.extra(size)
+
+    def finish(self, cohort: Cohort, lr_sum_k: torch.Tensor, steps_k: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.inner.finish(cohort, lr_sum_k, steps_k)
+
+
+def innermost(local: LocalTrainer) -> LocalTrainer:
+    """The trainer that takes the steps, without what ties it to a federation (FedProx's pull, SCAFFOLD's correction)."""
+    while isinstance(local, WrappedTrainer):
+        local = local.inner
+    return local
 
 
 class Channel(Part, ABC):
@@ -312,6 +390,6 @@ class Method(Part, ABC):
 
 
 __all__ = [
-    "Aggregator", "Channel", "ClientId", "Cohort", "Engine", "LocalTrainer", "Method", "Part", "RoundContext", "Sampler",
-    "ServerOptimizer", "Session", "Spec", "Traits", "Transform", "Tree", "Update", "Work", "traits",
+    "Aggregator", "Channel", "ClientId", "Cohort", "Engine", "GradientTrainer", "LocalTrainer", "Method", "Objective", "Part", "RoundContext",
+    "Sampler", "ServerOptimizer", "Session", "Spec", "Traits", "Transform", "Tree", "Update", "Work", "WrappedTrainer", "innermost", "traits",
 ]  # fmt: skip

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
+from fedfm.core.batch import Batch
 from fedfm.core.keys import Key
 from fedfm.core.parts import Part
-from fedfm.core.task import Batch
 from fedfm.core.tree import Spec, Tree
 
 
@@ -44,7 +44,7 @@ class Tuned(ABC):
 
     @abstractmethod
     def logits(self, batch: Batch) -> torch.Tensor:
-        """Logits ``(P, C)`` at the batch's targets, row block k computed with client k's tensors."""
+        """Logits ``(P, C)`` at the batch's picks, row block k computed with client k's tensors."""
 
 
 class Tuning(Part, ABC):

@@ -13,13 +13,14 @@ from typing import Literal
 import psutil
 import torch
 
+from fedfm.client.bank import Job
 from fedfm.client.runtime import Runtime, is_out_of_memory
 from fedfm.client.site import Site
 from fedfm.client.store import StateStore
-from fedfm.client.train import Job
 from fedfm.core.errors import ConfigError, DataError
 from fedfm.core.messages import Failure, Reply, Request
 from fedfm.core.parts import ClientId, Engine, Session, Work
+from fedfm.core.task import Examples
 
 log = logging.getLogger(__name__)
 
@@ -94,21 +95,31 @@ class EmbeddedSession(Session):
         return groups
 
     def bank_size(self, clients: list[ClientId], request: Request) -> int:
-        """Clients per batch: what the recipe says, what an earlier part of this run chose, or what a timing finds."""
-        if self.engine.bank != "auto":
-            size = self.engine.bank
-            if size == 1 or self.site.tuned.banks:
-                return size
-            if not self.told:
-                name = type(self.site.federation.tuning).__name__
-                log.warning("%s cannot bank: clients run one by one instead of %d at a time", name, size)
-                self.told = True
+        """Clients per batch: what the recipe says, what an earlier part of this run chose, or what a timing finds; 1 where clients cannot share one.
+
+        Raises:
+            ModelError: if the task is causal and the base looks ahead.
+        """
+        size = self.engine.bank
+        self.runtime.bank.look(request.tensors, self._training_sets(clients))
+        if size != "auto" and size > 1 and not self.site.tuned.banks and not self.told:
+            name = type(self.site.federation.tuning).__name__
+            log.warning("%s cannot bank: clients run one by one instead of %d at a time", name, size)
+            self.told = True
+        if size == 1 or not self.runtime.bank.shares(request.tensors, self._training_sets(clients)):
             return 1
-        if not self.site.tuned.banks:
-            return 1
+        if size != "auto":
+            return size
         if "bank" not in self.site.choices:
             self.site.choices["bank"] = self._measure(clients, request)
         return self.site.choices["bank"]
+
+    def _training_sets(self, clients: list[ClientId]) -> Iterator[Examples]:
+        for client in clients:
+            try:
+                yield self.site.open_shard(client).train
+            except DataError:
+                continue  # It will say so itself when it is asked to train.
 
     def _measure(self, clients: list[ClientId], request: Request) -> int:
         """Doubles the bank while memory allows and a step per client does not get much dearer; takes the largest that is among the fastest."""

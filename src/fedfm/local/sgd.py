@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from fedfm.core.errors import ConfigError
-from fedfm.core.parts import Cohort, LocalTrainer, Work
+from fedfm.core.parts import Cohort, GradientTrainer, Work
 from fedfm.local.schedule import Schedule, rate, require
 
 
 @dataclass(frozen=True)
-class SGD(LocalTrainer):
+class SGD(GradientTrainer):
     """``m = mu m + g + wd w;  w -= lr m`` (``w -= lr (g + mu m)`` with Nesterov). With one full-batch step it is gradient descent.
 
     Momentum starts at zero in every round: clients are stateless.

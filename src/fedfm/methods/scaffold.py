@@ -23,7 +23,19 @@ import torch
 from fedfm.aggregators import Mean
 from fedfm.core.check import Finding, Plan, refuse
 from fedfm.core.errors import ConfigError, PlanError
-from fedfm.core.parts import Cohort, LocalTrainer, Method, RoundContext, ServerOptimizer, Spec, Traits, Tree, Update, Work, traits
+from fedfm.core.parts import (
+    Cohort,
+    GradientTrainer,
+    Method,
+    RoundContext,
+    ServerOptimizer,
+    Spec,
+    Traits,
+    Tree,
+    Update,
+    WrappedTrainer,
+    traits,
+)  # fmt: skip
 from fedfm.local import SGD
 from fedfm.server import FedAvg
 
@@ -70,7 +82,7 @@ class Scaffold(Method):
 
 
 @dataclass(frozen=True)
-class ScaffoldLocal(LocalTrainer):
+class ScaffoldLocal(WrappedTrainer):
     """The client's half: corrects each gradient by ``c - c_k``. While both are zero it is ``inner``.
 
     Args:
@@ -79,7 +91,7 @@ class ScaffoldLocal(LocalTrainer):
 
     concerns = ("heterogeneity",)
 
-    inner: LocalTrainer
+    inner: GradientTrainer
 
     def traits(self) -> Traits:
         """``c_k`` is the client's memory."""
@@ -95,15 +107,6 @@ class ScaffoldLocal(LocalTrainer):
             )
         if not isinstance(plan.server, ScaffoldServer):
             yield refuse("local", "ScaffoldLocal needs ScaffoldServer, which sends the mean control variate. Use method: {Scaffold: {}}.")
-
-    @property
-    def work(self) -> Work:
-        """The inner trainer's."""
-        return self.inner.work
-
-    def lr_at(self, step: int, num_steps: int, round: int) -> float:
-        """The inner trainer's."""
-        return self.inner.lr_at(step, num_steps, round)
 
     def init(self, cohort: Cohort) -> None:
         """Zero control variates for clients that remember none."""

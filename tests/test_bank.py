@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedfm.client.train import Bank, Job, Trained
+from fedfm.client.bank import Bank, Job, Trained
 from fedfm.core.keys import Key
 from fedfm.core.parts import LocalTrainer
 from fedfm.core.task import Task
@@ -192,7 +192,7 @@ def test_a_large_vocabulary_is_evaluated_in_smaller_batches(monkeypatch: pytest.
     bank, sets = bank_of("Llama", LoRA(r=2), SGD()), [tiny.examples(0, 9)]
     theta_kd = bank.tuned.spec.flatten(start_of(bank.tuned)).unsqueeze(0)
     whole, sizes = bank.evaluate(theta_kd, sets), []
-    monkeypatch.setattr("fedfm.client.train.MAX_LOGITS", 20 * sets[0].vocabulary.size)
+    monkeypatch.setattr("fedfm.client.bank.MAX_LOGITS", 20 * sets[0].vocabulary.size)
     monkeypatch.setattr(bank.task.__class__, "stats", lambda task, x, *rest: sizes.append(len(x)) or Task.stats(task, x, *rest))
     for name, value in bank.evaluate(theta_kd, sets).items():
         torch.testing.assert_close(value, whole[name], rtol=1e-5, atol=1e-5)

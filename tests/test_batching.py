@@ -1,15 +1,15 @@
 import time
 
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedfm.core.batch import IGNORE, Row, Shaping, collate
 from fedfm.core.keys import Key
 from fedfm.core.parts import Work
-from fedfm.core.task import IGNORE, Vocabulary
-from fedfm.data import collate, plan, waste
+from fedfm.core.task import Vocabulary
+from fedfm.data import plan
 
 KEY = Key.root(0)
 quick = settings(deadline=None, max_examples=50)
@@ -125,7 +125,7 @@ def clients_rows(draw):
         for n, start in part:
             targets = rng.integers(1, 50, n)
             targets[: min(start, n)] = IGNORE
-            made[-1].append((rng.integers(1, 50, n).astype(np.int32), targets))
+            made[-1].append(Row(rng.integers(1, 50, n).astype(np.int32), targets, {"kind": rng.integers(1, 3, n)}))
     return made
 
 
@@ -133,60 +133,65 @@ def clients_rows(draw):
 @given(clients_rows(), st.integers(1, 8), st.booleans())
 def test_collate_keeps_every_token_and_target(parts, multiple, causal):
     rows = max(1, max(len(part) for part in parts))
-    batch = collate(parts, rows, 0, causal, False, multiple)
-    width = batch.input_ids.shape[1]
-    assert batch.input_ids.shape == (len(parts) * rows, width) and width % multiple == 0
-    assert (batch.attention_mask is None) == causal
-    assert (
-        batch.input_ids.dtype == batch.target_p.dtype == batch.position_p.dtype == batch.row_p.dtype == batch.owner_p.dtype == torch.int64
-    )
+    batch = collate(parts, Shaping(0, causal, False, multiple))
+    ids, (total, width) = batch.inputs["input_ids"], batch.shape
+    assert ids.shape == batch.shape and total == len(parts) * rows and width % multiple == 0
+    assert ("attention_mask" in batch.inputs) != causal
+    tensors = [*batch.inputs.values(), *batch.targets.values(), batch.pick_p, batch.row_q, batch.owner_q]
+    assert all(x.dtype == torch.int64 for x in tensors)
     expected = []
     for k, part in enumerate(parts):
         for r in range(rows):
-            ids, targets = part[r] if r < len(part) else (np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64))
-            there = batch.input_ids[k * rows + r]
-            assert there[: len(ids)].tolist() == ids.tolist() and not there[len(ids) :].any()
+            own = part[r] if r < len(part) else Row(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), {"kind": np.zeros(0)})
+            there, n = ids[k * rows + r], len(own.ids)
+            assert there[:n].tolist() == own.ids.tolist() and not there[n:].any()
+            if any(parts):
+                kind = batch.inputs["kind"][k * rows + r]
+                assert kind[:n].tolist() == own.extra["kind"].tolist() and not kind[n:].any()
             if not causal:
                 # An empty row keeps one position in sight, so that attention is over something.
-                assert batch.attention_mask[k * rows + r].sum() == max(len(ids), 1)
-            for position, target in enumerate(targets.tolist()):
+                assert batch.inputs["attention_mask"][k * rows + r].sum() == max(n, 1)
+            for position, target in enumerate(own.targets.tolist()):
                 if target != IGNORE:
                     expected.append(((k * rows + r) * width + position, k * rows + r, target, k))
-    found = zip(batch.position_p.tolist(), batch.row_p.tolist(), batch.target_p.tolist(), batch.owner_p.tolist())
-    assert list(found) == expected
-    assert batch.lengths.tolist() == [max((len(ids) for ids, _ in part), default=0) for part in parts]
+    places = zip(batch.pick_p.tolist(), batch.row_q.tolist(), batch.targets["labels"].tolist(), batch.owner_q.tolist())
+    assert list(places) == expected
+    assert batch.lengths.tolist() == [max((len(row.ids) for row in part), default=0) for part in parts]
     assert batch.real_rows.tolist() == [len(part) for part in parts]
-    assert batch.num_tokens == sum(len(ids) for part in parts for ids, _ in part)
-    assert waste(batch) == pytest.approx(1 - batch.num_tokens / (len(parts) * rows * width))
+    assert batch.num_tokens == sum(len(row.ids) for part in parts for row in part)
+    assert batch.num_slots == len(parts) * rows * width
 
 
 @quick
 @given(clients_rows())
 def test_collate_of_one_client_is_its_block(parts):
-    rows = max(1, max(len(part) for part in parts))
-    batch = collate(parts, rows, 0, True, False)
+    batch = collate(parts, Shaping(causal=True))
+    rows = batch.shape[0] // len(parts)
     for k, part in enumerate(parts):
-        alone = collate([part], rows, 0, True, False)
-        mine = batch.owner_p == k
-        assert torch.equal(batch.input_ids[k * rows : (k + 1) * rows, : alone.input_ids.shape[1]], alone.input_ids)
-        assert torch.equal(batch.target_p[mine], alone.target_p)
-        assert torch.equal(batch.row_p[mine] - k * rows, alone.row_p)
+        alone = collate([part], Shaping(causal=True))
+        own, width = alone.shape
+        mine = batch.owner_q == k
+        for name, x in alone.inputs.items():
+            assert torch.equal(batch.inputs[name][k * rows : k * rows + own, :width], x)
+        assert torch.equal(batch.targets["labels"][mine], alone.targets["labels"])
+        assert torch.equal(batch.row_q[mine] - k * rows, alone.row_q)
 
 
 def test_collate_with_one_class_for_each_row():
     ids = np.array([5, 6, 7])
-    batch = collate([[(ids, np.array([2])), (ids[:1], np.array([0]))], [(ids[:2], np.array([1]))]], 2, 0, False, True)
-    assert batch.position_p is None
-    assert batch.row_p.tolist() == [0, 1, 2] and batch.target_p.tolist() == [2, 0, 1] and batch.owner_p.tolist() == [0, 0, 1]
-    assert batch.attention_mask.tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0]]
+    parts = [[Row(ids, np.array([2])), Row(ids[:1], np.array([0]))], [Row(ids[:2], np.array([1]))]]
+    batch = collate(parts, Shaping(per_row=True))
+    assert batch.per_row and batch.pick_p.tolist() == batch.row_q.tolist() == [0, 1, 2]
+    assert batch.targets["labels"].tolist() == [2, 0, 1] and batch.owner_q.tolist() == [0, 0, 1]
+    assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0], [1, 1, 0], [1, 0, 0]]
 
 
 def test_collate_is_no_part_of_a_step():
     rng = np.random.default_rng(0)
-    parts = [[(rng.integers(0, 99, 64), rng.integers(0, 99, 64))] for _ in range(16)]
+    parts = [[Row(rng.integers(0, 99, 64), rng.integers(0, 99, 64))] for _ in range(16)]
     times = []
     for _ in range(20):
         begun = time.perf_counter()
-        collate(parts, 1, 0, True, False)
+        collate(parts, Shaping(causal=True))
         times.append(time.perf_counter() - begun)
     assert min(times) < 0.5e-3

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from fedfm.core.parts import Aggregator, LocalTrainer, Sampler, ServerOptimizer, Transform, Update, Work
+from fedfm.core.parts import Aggregator, GradientTrainer, Sampler, ServerOptimizer, Transform, Update, Work
 from fedfm.core.task import Task
 from fedfm.models.tokenizer import load_tokenizer
 from fedfm.server import FedAvg
@@ -110,7 +110,7 @@ class Worker:
 
 
 @dataclass(frozen=True)
-class Sociable(LocalTrainer):
+class Sociable(GradientTrainer):
     """Steps along the mean of the cohort's gradients."""
 
     lr_at, work = Worker.lr_at, Worker.work
@@ -120,7 +120,7 @@ class Sociable(LocalTrainer):
 
 
 @dataclass(frozen=True)
-class Uphill(LocalTrainer):
+class Uphill(GradientTrainer):
     """Steps along the gradient, not against it."""
 
     lr_at, work = Worker.lr_at, Worker.work
@@ -130,7 +130,7 @@ class Uphill(LocalTrainer):
 
 
 @dataclass(frozen=True)
-class Smuggler(LocalTrainer):
+class Smuggler(GradientTrainer):
     """Adds a leaf that it does not declare."""
 
     lr_at, work = Worker.lr_at, Worker.work
@@ -283,8 +283,8 @@ class Averaging(Task):
     def rows(self, examples, index, rng):
         return CausalLM().rows(examples, index, rng)
 
-    def stats(self, logits_pc, target_p, owner_p, num_clients):
-        sums = super().stats(logits_pc, target_p, owner_p, num_clients)
+    def stats(self, logits_pc, batch, owner_q, num_clients):
+        sums = super().stats(logits_pc, batch, owner_q, num_clients)
         return {name: x / sums["targets"].clamp(min=1) for name, x in sums.items()}
 
     def summarise(self, sums):

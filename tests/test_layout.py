@@ -98,6 +98,8 @@ def parts_in(path: Path) -> set[str]:
         "WrappedTuning",
         "Task",
         "Engine",
+        "GradientTrainer",
+        "WrappedTrainer",
     }
     return {
         node.name

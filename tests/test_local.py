@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from fedfm.core.errors import ConfigError
-from fedfm.core.parts import Cohort, LocalTrainer
+from fedfm.core.parts import Cohort, GradientTrainer, LocalTrainer
 from fedfm.local import SGD, AdamW, FedProx
 from fedfm.methods.scaffold import ScaffoldLocal, ScaffoldServer
 from fedfm.testing import check_local, examples
@@ -29,7 +30,7 @@ def test_conformance_with_a_server_that_sends() -> None:
     check_local(ScaffoldLocal(SGD(lr=0.1)), ScaffoldServer())
 
 
-def steps(trainer: LocalTrainer, theta_d: torch.Tensor, grads_sd: torch.Tensor) -> torch.Tensor:
+def steps(trainer: GradientTrainer, theta_d: torch.Tensor, grads_sd: torch.Tensor) -> torch.Tensor:
     cohort = Cohort(theta_d.unsqueeze(0).clone(), theta_d)
     trainer.init(cohort)
     for step, grad_d in enumerate(grads_sd):
@@ -109,3 +110,30 @@ def test_schedules() -> None:
 def test_hyperparameters_out_of_range(build, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         build()
+
+
+@dataclass(frozen=True)
+class Telling(GradientTrainer):
+    """SGD that sends how far it went, and remembers it."""
+
+    work = SGD(lr=0.1).work
+
+    def lr_at(self, step: int, num_steps: int, round: int) -> float:
+        return 0.1
+
+    def step(self, cohort: Cohort, grad_kd: torch.Tensor, lr_k: torch.Tensor, step: int) -> None:
+        cohort.theta_kd.sub_(lr_k * grad_kd)
+
+    def extra(self, size: int) -> dict[str, tuple[int, ...]]:
+        return {"gone": (size,)}
+
+    def finish(self, cohort: Cohort, lr_sum_k: torch.Tensor, steps_k: torch.Tensor) -> dict[str, torch.Tensor]:
+        gone_kd = cohort.theta_kd - cohort.start_d
+        cohort.memory["gone"] = gone_kd.clone()
+        return {"gone": gone_kd}
+
+
+def test_a_wrapper_sends_and_remembers_what_its_inner_trainer_does() -> None:
+    check_local(Telling())
+    check_local(FedProx(Telling(), mu=0.1))
+    assert FedProx(Telling()).extra(3) == {"gone": (3,)}

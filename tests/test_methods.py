@@ -11,7 +11,7 @@ import torch
 from fedfm.aggregators import CoordinateMedian, Mean
 from fedfm.core.check import check
 from fedfm.core.errors import ConfigError, PlanError
-from fedfm.core.parts import Cohort, LocalTrainer, ServerOptimizer, Transform, Update
+from fedfm.core.parts import Cohort, GradientTrainer, LocalTrainer, ServerOptimizer, Transform, Update
 from fedfm.data import Data
 from fedfm.federation import Federation
 from fedfm.local import SGD, AdamW, FedProx
@@ -54,7 +54,7 @@ PULL = np.stack([np.eye(DIM) - np.linalg.matrix_power(np.eye(DIM) - LR * h, STEP
 BIASED = np.linalg.solve(PULL.sum(0), np.einsum("kij,kj->i", PULL, X))
 
 
-def simulate(local: LocalTrainer, server: ServerOptimizer, rounds: int, steps: int = STEPS, take=lambda round: range(CLIENTS)):
+def simulate(local: GradientTrainer, server: ServerOptimizer, rounds: int, steps: int = STEPS, take=lambda round: range(CLIENTS)):
     """Parameters, the server's state and the clients' memories after some rounds, from parts alone."""
     h, x = torch.tensor(H, dtype=torch.float32), torch.tensor(X, dtype=torch.float32)
     params = {"x": torch.zeros(DIM)}

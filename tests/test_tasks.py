@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from fedfm.core import registry
+from fedfm.core.batch import IGNORE, Row, Shaping, collate
 from fedfm.core.errors import ConfigError, DataError, ModelError
-from fedfm.core.task import IGNORE
 from fedfm.data.sources import Record
 from fedfm.tasks import CausalLM, Classification, Instruct, MaskedLM
 from fedfm.testing import check_task, examples, tiny
@@ -73,7 +73,7 @@ def test_packed_blocks_are_the_texts_one_after_the_other(tokenizer, texts, max_l
 
 
 def test_causal_targets_are_the_next_tokens(tokenizer):
-    for ids, targets in rows_of(CausalLM(max_length=8), tokenizer, [{"text": "the small cat saw the house."}] * 5):
+    for ids, targets, _ in rows_of(CausalLM(max_length=8), tokenizer, [{"text": "the small cat saw the house."}] * 5):
         assert targets[:-1].tolist() == ids[1:].tolist() and targets[-1] == IGNORE
 
 
@@ -92,7 +92,7 @@ ASKED = {"instruction": "the old king?", "context": "the red bird found the tree
 @pytest.mark.parametrize("column", [None, "context"])
 def test_the_loss_is_on_the_response_and_its_end(tokenizer, template, column):
     task = Instruct(input=column, template=template)
-    ((ids, targets),) = rows_of(task, tokenizer, [ASKED])
+    ((ids, targets, _),) = rows_of(task, tokenizer, [ASKED])
     asked = targets != IGNORE
     assert tokenizer.decode(targets[asked]) == ASKED["response"] + tokenizer.eos_token
     prompt = tokenizer.decode(ids[: np.flatnonzero(asked)[0] + 1], skip_special_tokens=True)
@@ -108,12 +108,12 @@ def test_chat_uses_the_tokenizers_template():
         "{% if add_generation_prompt %}<assistant>{% endif %}"
     )
     task = Instruct(template="chat", input="context")
-    ((ids, targets),) = rows_of(task, tokenizer, [ASKED])
+    ((ids, targets, _),) = rows_of(task, tokenizer, [ASKED])
     assert tokenizer.decode(targets[targets != IGNORE]) == ASKED["response"] + tokenizer.eos_token
     assert tokenizer.decode(ids).startswith(f"<user>{ASKED['instruction']}\n\n{ASKED['context']}\n<assistant>")
     # A template that writes more before an answer than within a conversation: the answer follows the prompt as it is.
     tokenizer.chat_template = tokenizer.chat_template.replace("<assistant>{% endif %}", "<assistant><think></think>{% endif %}")
-    ((ids, targets),) = rows_of(task, tokenizer, [ASKED])
+    ((ids, targets, _),) = rows_of(task, tokenizer, [ASKED])
     assert tokenizer.decode(targets[targets != IGNORE]) == ASKED["response"] + tokenizer.eos_token
     assert "<think></think>" + ASKED["response"] in tokenizer.decode(ids)
 
@@ -151,7 +151,9 @@ def test_eighty_ten_ten(tokenizer):
     examples, _ = encode(task, tokenizer, [{"text": "the small cat saw the house and the red bird found the tree. " * 8}] * 40)
     encoded = Encoded(examples, tokenizer)
     rows = task.rows(encoded, np.arange(len(examples)), np.random.default_rng(0))
-    ids, inputs, targets = (np.concatenate(x) for x in ([example.ids for example in examples], *zip(*rows)))
+    ids, inputs, targets = (
+        np.concatenate(x) for x in ([example.ids for example in examples], [row.ids for row in rows], [row.targets for row in rows])
+    )
     asked = targets != IGNORE
     assert (targets[asked] == ids[asked]).all() and (inputs[~asked] == ids[~asked]).all()
     words = ~np.isin(ids, tokenizer.all_special_ids)
@@ -164,16 +166,16 @@ def test_eighty_ten_ten(tokenizer):
 def test_masks_are_drawn_from_the_rng_alone(tokenizer):
     rows = [{"text": "the small cat saw the house."}] * 3
     one, same, other = (rows_of(MaskedLM(), tokenizer, rows, seed) for seed in (0, 0, 1))
-    assert all((a[0] == b[0]).all() and (a[1] == b[1]).all() for a, b in zip(one, same))
-    assert any((a[1] != b[1]).any() for a, b in zip(one, other))
+    assert all((a.ids == b.ids).all() and (a.targets == b.targets).all() for a, b in zip(one, same))
+    assert any((a.targets != b.targets).any() for a, b in zip(one, other))
 
 
 def test_every_masked_example_has_a_target(tokenizer):
     rows = rows_of(MaskedLM(mask_probability=1e-9), tokenizer, [{"text": "cat"}] * 5)
-    assert all((targets != IGNORE).sum() == 1 for _, targets in rows)
+    assert all((row.targets != IGNORE).sum() == 1 for row in rows)
     rows = rows_of(MaskedLM(mask_probability=1.0), tokenizer, [{"text": "the cat saw."}])
     words = ~np.isin(tokenizer("the cat saw.")["input_ids"], tokenizer.all_special_ids)
-    assert ((rows[0][1] != IGNORE) == words).all()
+    assert ((rows[0].targets != IGNORE) == words).all()
 
 
 # --- classification and metrics --------------------------------------------------------------------------------------
@@ -184,8 +186,13 @@ def test_a_text_has_one_class(tokenizer):
     rows = [{"text": "the cat " * 9, "label": "b"}, {"text": "a dog", "label": 3}, {"text": "", "label": "b"}]
     examples, dropped = encode(task, tokenizer, rows)
     assert [example.label for example in examples] == ["b", "3"] and dropped == 1
-    assert [targets.tolist() for _, targets in rows_of(task, tokenizer, rows)] == [[1], [0]]
+    assert [row.targets.tolist() for row in rows_of(task, tokenizer, rows)] == [[1], [0]]
     assert len(examples[0].ids) == 6 and task.label_column == "label"
+
+
+def asked(label):
+    """A batch that asks for these classes, a row each."""
+    return collate([[Row(np.array([5]), np.array([int(i)])) for i in label]], Shaping(per_row=True))
 
 
 def by_hand(logits, target):
@@ -202,7 +209,7 @@ def test_metrics_of_each_client_and_of_all():
     torch.manual_seed(0)
     logits, target, owner = torch.randn(50, 4), torch.randint(0, 4, (50,)), torch.randint(0, 3, (50,))
     task = Classification()
-    sums = task.stats(logits, target, owner, 4)
+    sums = task.stats(logits, asked(target), owner, 4)
     for k in range(3):
         mine = owner == k
         assert task.summarise({name: x[k] for name, x in sums.items()}) == pytest.approx(by_hand(logits[mine], target[mine]), rel=1e-5)
@@ -214,7 +221,7 @@ def test_metrics_of_each_client_and_of_all():
 def test_language_metrics(task):
     logits = torch.full((4, 10), -1e9)
     logits[:, :5] = 0.0
-    sums = task.stats(logits, torch.tensor([0, 1, 2, 3]), torch.tensor([0, 0, 0, 1]), 3)
+    sums = task.stats(logits, asked(torch.tensor([0, 1, 2, 3])), torch.tensor([0, 0, 0, 1]), 3)
     first = task.summarise({name: x[0] for name, x in sums.items()})
     assert first == pytest.approx({"loss": math.log(5), "perplexity": 5.0, "token_accuracy": 1 / 3})
     assert all(math.isnan(x) for x in task.summarise({name: x[2] for name, x in sums.items()}).values())

@@ -12,12 +12,12 @@ import torch
 from parts import Hadamard, Personal, Ranks
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 
-from fedfm.client.train import Bank, Job
+from fedfm.client.bank import Bank, Job
 from fedfm.core import registry
+from fedfm.core.batch import Batch
 from fedfm.core.errors import ConfigError, ModelError
 from fedfm.core.keys import Key
 from fedfm.core.parts import LocalTrainer
-from fedfm.core.task import Batch
 from fedfm.core.tree import equal
 from fedfm.local import SGD, AdamW
 from fedfm.models import Foundation, Model, load
@@ -211,8 +211,8 @@ def test_row_block_k_is_computed_with_client_k(shape: str, kind: str) -> None:
             tuned.bind(theta_kd[k : k + 1])
             rows = slice(2 * k, 2 * k + 2)
             alone = tiny.batch_of(foundation)
-            alone.input_ids = batch.input_ids[rows]
-            torch.testing.assert_close(together[batch.owner_p == k], tuned.logits(alone), **TOLERANCE)
+            alone.inputs = {"input_ids": batch.inputs["input_ids"][rows]}
+            torch.testing.assert_close(together[batch.owner_q == k], tuned.logits(alone), **TOLERANCE)
 
 
 def test_a_new_head_is_saved_with_the_adapter_and_loads_in_peft(tmp_path: Path) -> None:
@@ -309,7 +309,8 @@ def test_a_causal_classifier_reads_the_last_token_whatever_the_checkpoint_pads_w
     tuned.bind(tuned.spec.flatten(tuned.init(Key.root(0))).unsqueeze(0))
     with torch.no_grad():
         alone = tuned.logits(batch)
-        batch.input_ids = torch.nn.functional.pad(batch.input_ids, (0, 4), value=foundation.tokenizer.pad_token_id)
+        ids = torch.nn.functional.pad(batch.inputs["input_ids"], (0, 4), value=foundation.tokenizer.pad_token_id)
+        batch.inputs = {"input_ids": ids}
         torch.testing.assert_close(alone, tuned.logits(batch), **TOLERANCE)
 
 
@@ -441,7 +442,7 @@ def test_a_foreign_adapter_brings_the_base_that_exists_nowhere_else(shape: str, 
     base = auto.from_pretrained(peft.PeftConfig.from_pretrained(str(tmp_path)).base_model_name_or_path)
     theirs = PeftModel.from_pretrained(base, str(tmp_path)).eval()
     with torch.no_grad():
-        out = theirs(input_ids=batch.input_ids).logits
+        out = theirs(**batch.inputs).logits
     torch.testing.assert_close(mine, out if classify else out[:, -7:].reshape(-1, out.shape[-1]), **TOLERANCE)
 
 
@@ -454,7 +455,7 @@ def test_any_other_method_of_peft_runs_and_saves(kind: str, tmp_path: Path) -> N
     tuning.save(foundation, params, tmp_path)
     theirs = PeftModel.from_pretrained(plain, str(tmp_path)).eval()
     with torch.no_grad():
-        out = theirs(input_ids=batch.input_ids).logits[:, -7:]
+        out = theirs(**batch.inputs).logits[:, -7:]
     torch.testing.assert_close(mine, out.reshape(-1, out.shape[-1]), **TOLERANCE)
 
 

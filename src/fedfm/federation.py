@@ -5,23 +5,31 @@ Variants take a federation and replace a part: ``replace(base, server=FedAdam(lr
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, is_dataclass, replace
-from typing import Literal
+from typing import Literal, Self
 
 from fedfm.aggregators import Mean
 from fedfm.channels import Plain
+from fedfm.client.plan import ClientPlan
 from fedfm.core.errors import ConfigError
-from fedfm.core.parts import Aggregator, Channel, Engine, LocalTrainer, Method, Part, Sampler, ServerOptimizer, Transform
+from fedfm.core.messages import ClientId
+from fedfm.core.parts import (
+    Aggregator, Channel, Errand, LocalTrainer, Method, Pacing, Part, RoundContext, Sampler, ServerOptimizer, ServerState, Transform,
+)  # fmt: skip
 from fedfm.core.task import Task
+from fedfm.core.tree import Spec, Tree
 from fedfm.data import Data
-from fedfm.engines import Embedded
+from fedfm.engines import Embedded, Engine
 from fedfm.local import AdamW
 from fedfm.models import Model
 from fedfm.observers import Evaluate, Observer
+from fedfm.pacing import Barrier
 from fedfm.samplers import All
 from fedfm.server import FedAvg
 from fedfm.tasks import CausalLM
 from fedfm.tuning import LoRA
+from fedfm.verbs import Train
 from fedfm.tuning.base import Tuning
 
 
@@ -52,6 +60,7 @@ class Federation:
     sampler: Sampler = field(default_factory=All)
     transforms: tuple[Transform, ...] = ()
     channel: Channel = field(default_factory=Plain)
+    pacing: Pacing = field(default_factory=Barrier)
     aggregator: Aggregator = field(default_factory=Mean)
     server: ServerOptimizer = field(default_factory=FedAvg)
     method: Method | None = None
@@ -78,22 +87,38 @@ class Federation:
         """The federation with its method's parts in place."""
         if self.method is None:
             return self
-        applied: Federation = self.method.apply(replace(self, method=None))
-        return applied
+        return self.method.apply(replace(self, method=None))
+
+    def with_parts(self, **parts: Part) -> Self:
+        """The federation with these parts in place of its own."""
+        return replace(self, **parts)  # type: ignore[arg-type]
+
+    def client_plan(self) -> ClientPlan:
+        """What a client is told of it, its method applied."""
+        own = self.resolved()
+        return ClientPlan(own.model, own.task, own.tuning, own.local, own.transforms, own.channel)
+
+    def travelling(self, params: Tree) -> Tree:
+        """The parameters that leave their house; the others stay at home."""
+        return {name: params[name] for name in self.tuning.travels(Spec.of(params))}
+
+    def work(self, state: ServerState, cohort: Sequence[ClientId], ctx: RoundContext) -> Errand:
+        """What a cohort is asked to do in a round."""
+        return Train().errand(self, state, cohort, ctx)
 
     def parts(self) -> dict[str, Part]:
         """Every part by its place in the recipe, nested ones too."""
-        found: dict[str, Part] = {}
+        by_place: dict[str, Part] = {}
 
         def visit(place: str, value: object) -> None:
             if isinstance(value, tuple):
                 for i, item in enumerate(value):
                     visit(f"{place}.{i}", item)
             elif is_dataclass(value) and isinstance(value, Part):
-                found[place] = value
+                by_place[place] = value
                 for item in fields(value):
                     visit(f"{place}.{item.name}", getattr(value, item.name))
 
         for item in fields(self):
             visit(item.name, getattr(self, item.name))
-        return found
+        return by_place

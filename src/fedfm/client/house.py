@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -12,8 +12,10 @@ from fedfm.client.bank import Bank
 from fedfm.client.memory import Memory
 from fedfm.client.plan import ClientPlan
 from fedfm.client.spent import SpentStore
+from fedfm.core.errors import DataError
 from fedfm.core.keys import Key
 from fedfm.core.messages import ClientId
+from fedfm.core.task import Examples
 from fedfm.core.tree import Tree
 from fedfm.data import Shard
 from fedfm.models import Foundation, load
@@ -100,6 +102,22 @@ class House:
     def start(self) -> Tree:
         """The trainable parameters before the first round: where leaves that stay at home begin."""
         return self.tuned.init(self.key.fold("init"))
+
+    def can_share(self) -> bool:
+        """Whether clients can share a batch of this model; looks once, with their own rows.
+
+        Raises:
+            ModelError: if the task is causal and the base looks ahead.
+        """
+        self.bank.look(self.start, self._training_sets())
+        return self.bank.shares(self.start, self._training_sets())
+
+    def _training_sets(self) -> Iterator[Examples]:
+        for client in self.clients:
+            try:
+                yield self.shard(client).train
+            except DataError:
+                continue  # It will say so itself when it is asked to train.
 
     @cached_property
     def bank(self) -> Bank:

@@ -51,7 +51,7 @@ def write_atomic(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
         step(f"written {path.name}")
         temporary.replace(path)
-        sync_folder(path.parent)
+        sync(path.parent)
         step(f"renamed {path.name}")
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -74,7 +74,7 @@ def append(path: Path, line: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         if is_new:
-            sync_folder(path.parent)
+            sync(path.parent)
         step(f"appended {path.name}")
     except OSError as error:
         raise cannot_write(path, error) from error
@@ -88,12 +88,12 @@ def make_folder(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if len(missing) > 1 or not any(folder.iterdir()):
         for made in missing:
-            sync_folder(made.parent)
+            sync(made.parent)
 
 
-def sync_folder(folder: Path) -> None:
-    """Makes renames in ``folder`` durable."""
-    fd = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Makes what is in a file, or the names that are in a folder, durable."""
+    fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)
     finally:

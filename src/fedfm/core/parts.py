@@ -289,14 +289,14 @@ class Cohort:
 
     Args:
         theta_kd: Trainable parameters, a row per client.
-        start_d: The parameters all started from.
+        start_kd: The parameters that each started from.
         received: Leaves that came with the parameters (``ServerOptimizer.broadcast``).
         memory: What each client remembers from its last round, leaf name to ``(K, ...)``.
         slots: Optimizer state, each ``(K, D)`` or ``(K,)``.
     """
 
     theta_kd: torch.Tensor
-    start_d: torch.Tensor
+    start_kd: torch.Tensor
     received: Tree = field(default_factory=dict)
     memory: dict[str, torch.Tensor] = field(default_factory=dict)
     slots: dict[str, torch.Tensor] = field(default_factory=dict)
@@ -305,7 +305,7 @@ class Cohort:
         """The first ``k`` clients, sharing storage."""
         return Cohort(
             self.theta_kd[:k],
-            self.start_d,
+            self.start_kd[:k],
             self.received,
             {name: x[:k] for name, x in self.memory.items()},
             {name: x[:k] for name, x in self.slots.items()},
@@ -331,6 +331,36 @@ class Work:
     max_grad_norm: float | None = None
 
 
+class Objective(ABC):
+    """What K clients minimise in one step: each the mean loss over its own targets. What is drawn (dropout, masks) is the same in every call of a step.
+
+    The loss of the first call of a step, whichever it is, is the one that a round reports.
+    """
+
+    @abstractmethod
+    def losses(self, theta_kd: torch.Tensor) -> torch.Tensor:
+        """Each client's loss ``(K,)`` at its row of ``theta_kd``: a forward pass, no graph."""
+
+    @abstractmethod
+    def gradient(self, theta_kd: torch.Tensor) -> torch.Tensor:
+        """Each client's gradient ``(K, D)``, summed over its micro-batches and clipped to ``Work.max_grad_norm``. The caller may overwrite it."""
+
+    @abstractmethod
+    def per_example(self, theta_kd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Gradients of each example's own mean loss ``(N, D)``, not clipped, and each example's client ``(N,)``.
+
+        An example is a slice of a bank of N, so the tuning must bank. Where a client's examples have as many targets each, their mean is ``gradient``
+        before it is clipped.
+
+        Raises:
+            ConfigError: if the model runs one client at a time.
+        """
+
+    @abstractmethod
+    def keys(self, name: str) -> list[Key]:
+        """A key for each client in this round and step, for what a trainer draws."""
+
+
 class LocalTrainer(Part, ABC):
     """How a client works. Acts on whole banks: every array has a leading client axis."""
 
@@ -349,16 +379,69 @@ class LocalTrainer(Part, ABC):
         """Puts the trainer's slots into the cohort."""
 
     @abstractmethod
-    def step(self, cohort: Cohort, grad_kd: torch.Tensor, lr_k: torch.Tensor, step: int) -> None:
-        """One step of every client, in place. ``lr_k`` is ``(K, 1)``; ``grad_kd`` may be overwritten; ``step`` counts from 0."""
+    def descend(self, cohort: Cohort, objective: Objective, lr_k: torch.Tensor, step: int) -> None:
+        """One step of every client, in place, with gradients off. ``lr_k`` is ``(K, 1)``; ``step`` counts from 0."""
 
-    def extra(self, size: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of the float32 leaves that ``finish`` adds to a payload, for ``size`` trainable values."""
-        return {}
+    def leaves(self, trained: Spec, travelling: Spec) -> tuple[Leaf, ...]:
+        """What leaves a client that works like this: a delta of each parameter that travels, unless said otherwise.
+
+        Args:
+            trained: All parameters that train.
+            travelling: Those of them that leave the house.
+        """
+        return leaves.deltas(travelling)
 
     def finish(self, cohort: Cohort, lr_sum_k: torch.Tensor, steps_k: torch.Tensor) -> dict[str, torch.Tensor]:
         """Leaves added to the payload, each ``(K, ...)``; may write ``cohort.memory``. ``lr_sum_k`` is the sum of the rates used."""
         return {}
+
+
+class GradientTrainer(LocalTrainer):
+    """A trainer that takes one gradient in each step."""
+
+    def descend(self, cohort: Cohort, objective: Objective, lr_k: torch.Tensor, step: int) -> None:
+        """The gradient, and a step along it."""
+        self.step(cohort, objective.gradient(cohort.theta_kd), lr_k, step)
+
+    @abstractmethod
+    def step(self, cohort: Cohort, grad_kd: torch.Tensor, lr_k: torch.Tensor, step: int) -> None:
+        """One step of every client, in place. ``lr_k`` is ``(K, 1)``; ``grad_kd`` may be overwritten; ``step`` counts from 0."""
+
+
+class WrappedTrainer(GradientTrainer):
+    """A trainer around another, declared as a field: forwards everything, so that a subclass overrides only what it changes.
+
+    Attributes:
+        inner: The trainer that takes the steps.
+    """
+
+    inner: GradientTrainer
+
+    @property
+    def work(self) -> Work:
+        return self.inner.work
+
+    def lr_at(self, step: int, num_steps: int, round: int) -> float:
+        return self.inner.lr_at(step, num_steps, round)
+
+    def init(self, cohort: Cohort) -> None:
+        self.inner.init(cohort)
+
+    def step(self, cohort: Cohort, grad_kd: torch.Tensor, lr_k: torch.Tensor, step: int) -> None:
+        self.inner.step(cohort, grad_kd, lr_k, step)
+
+    def leaves(self, trained: Spec, travelling: Spec) -> tuple[Leaf, ...]:
+        return self.inner.leaves(trained, travelling)
+
+    def finish(self, cohort: Cohort, lr_sum_k: torch.Tensor, steps_k: torch.Tensor) -> dict[str, torch.Tensor]:
+        return self.inner.finish(cohort, lr_sum_k, steps_k)
+
+
+def innermost(local: LocalTrainer) -> LocalTrainer:
+    """The trainer that takes the steps, without what ties it to a federation (FedProx's pull, SCAFFOLD's correction)."""
+    while isinstance(local, WrappedTrainer):
+        local = local.inner
+    return local
 
 
 @dataclass(frozen=True)
@@ -403,17 +486,18 @@ class Errand:
         params = self.params if self.params_of is None else self.params_of(own)
         for i, transform in reversed(list(enumerate(self.transforms))):
             update = transform.decode(update, replace(ctx, params=params, client=update.client, received=self.received.get(i, {})))
-        expected = self.leaves if params is self.params else resized(self.leaves, params)
+        expected = self.leaves if params is self.params else resized(self.leaves, params, self.params)
         leaves.require(expected, update.payload, f"update of {update.client!r}")
         return update if self.pad is None else update.with_payload(self.pad(update.payload, own))
 
 
-def resized(declared: Sequence[Leaf], params: Tree) -> tuple[Leaf, ...]:
-    """The leaves of a client whose parameters have other shapes; those it does not hold are left out."""
+def resized(declared: Sequence[Leaf], params: Tree, full: Iterable[str]) -> tuple[Leaf, ...]:
+    """The leaves of a client whose parameters have other shapes; those of ``full`` that it does not hold are left out."""
+    names = set(full)
     return tuple(
         replace(leaf, shape=tuple(params[leaf.name].shape)) if leaf.name in params else leaf
         for leaf in declared
-        if leaf.name in params or leaf.group != "delta"
+        if leaf.name in params or leaf.name not in names
     )
 
 
@@ -572,7 +656,7 @@ class Plan(Protocol):
 
 
 __all__ = [
-    "Aggregator", "Channel", "ClientId", "Cohort", "Errand", "Finding", "Leaf", "LocalTrainer", "Method", "Pacing", "Part", "Partial", "Plan",
-    "RoundContext", "Sampler", "Scratch", "Sealed", "ServerOptimizer", "ServerState", "Session", "Spec", "Spent", "Traits", "Transform", "Tree",
-    "Update", "Work", "refuse", "traits", "warn",
+    "Aggregator", "Channel", "ClientId", "Cohort", "Errand", "Finding", "GradientTrainer", "Leaf", "LocalTrainer", "Method", "Objective", "P",
+    "Pacing", "Part", "Partial", "Plan", "RoundContext", "Sampler", "Scratch", "Sealed", "ServerOptimizer", "ServerState", "Session", "Spec",
+    "Spent", "Traits", "Transform", "Tree", "Update", "Work", "WrappedTrainer", "innermost", "refuse", "traits", "warn",
 ]  # fmt: skip

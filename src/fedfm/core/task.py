@@ -1,28 +1,26 @@
 """What is learned, and the batches it is learned from.
 
-A task turns rows into token sequences once (:meth:`Task.encoder`), and sequences into inputs and
-targets each time they are used (:meth:`Task.rows`). Every task is the same to the trainer:
-logits at some positions, a class for each of them.
+A task turns an owner's rows into token sequences once (:meth:`Task.encoder`), sequences into rows of a batch each
+time they are used (:meth:`Task.rows`), and rows into named tensors (:meth:`Task.batch`). It owns its loss
+(:meth:`Task.losses`): to a trainer every task is logits at some places, and a loss for each target.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
 
+from fedfm.core.batch import Batch, IntArray, Row, Shaping, collate
 from fedfm.core.parts import Part
 from fedfm.core.tree import Tree
 
-IGNORE = -100
-Row = Mapping[str, Any]
+RawRow = Mapping[str, Any]
 Head = Literal["causal_lm", "masked_lm", "sequence_classification"]
-IntArray = np.ndarray[Any, np.dtype[Any]]
 
 
 @dataclass(frozen=True)
@@ -92,7 +90,7 @@ class Encoder(ABC):
     dropped: int = 0
 
     @abstractmethod
-    def add(self, rows: Sequence[Row]) -> list[Example]:
+    def add(self, rows: Sequence[RawRow]) -> list[Example]:
         """Examples completed by these rows.
 
         Raises:
@@ -133,73 +131,41 @@ class Task(Part, ABC):
         """A fresh encoder for one owner. ``tokenizer`` is a ``PreTrainedTokenizerFast``."""
 
     @abstractmethod
-    def rows(self, examples: Examples, index: IntArray, rng: np.random.Generator) -> list[tuple[IntArray, IntArray]]:
-        """Inputs and targets of the examples at ``index``.
+    def rows(self, examples: Examples, index: IntArray, rng: np.random.Generator) -> list[Row]:
+        """Rows of the examples at ``index``, in that order; one example may give several.
 
-        Each input is ``(n,)``; its targets are ``(n,)`` aligned to positions (:data:`IGNORE` where nothing is asked,
-        shifted already for causal tasks), or ``(1,)`` for a sequence's class.
+        What is drawn from ``rng`` is drawn for one example after the other, so that a batch may be cut between any two. Targets of a causal
+        task are shifted already.
         """
 
-    def stats(self, logits_pc: torch.Tensor, target_p: torch.Tensor, owner_p: torch.Tensor, num_clients: int) -> dict[str, torch.Tensor]:
-        """Sums per client, float64 ``(K, ...)``, from which :meth:`summarise` makes metrics. Sums of sums mean pooled."""
-        loss_p = torch.nn.functional.cross_entropy(logits_pc.float(), target_p, reduction="none").double()
-        hit_p = (logits_pc.argmax(-1) == target_p).double()
-        zero = torch.zeros(num_clients, dtype=torch.float64, device=owner_p.device)
+    def batch(self, parts: Sequence[Sequence[Row]], shaping: Shaping) -> Batch:
+        """One batch from the rows of K clients, all rows of an example included; ``parts`` may be empty."""
+        return collate(parts, shaping)
+
+    def losses(self, logits_pc: torch.Tensor, batch: Batch) -> torch.Tensor:
+        """The loss of each target ``(Q,)``, from the logits at the batch's picks; cross-entropy unless the task says otherwise."""
+        return torch.nn.functional.cross_entropy(logits_pc.float(), batch.targets["labels"], reduction="none")
+
+    def stats(self, logits_pc: torch.Tensor, batch: Batch, owner_q: torch.Tensor, num_clients: int) -> dict[str, torch.Tensor]:
+        """Sums per client, float64 ``(K, ...)``, from which :meth:`summarise` makes metrics. Sums of sums mean pooled.
+
+        Args:
+            owner_q: Whose each loss is, which need not be the batch's own: many owners may share a client's place in it.
+        """
+        loss_q = self.losses(logits_pc, batch).double()
+        hit_q = (logits_pc.argmax(-1) == batch.targets["labels"]).double()
+        zero = torch.zeros(num_clients, dtype=torch.float64, device=owner_q.device)
         return {
-            "loss": zero.index_add(0, owner_p, loss_p),
-            "hits": zero.index_add(0, owner_p, hit_p),
-            "targets": zero.index_add(0, owner_p, torch.ones_like(hit_p)),
+            "loss": zero.index_add(0, owner_q, loss_q),
+            "hits": zero.index_add(0, owner_q, hit_q),
+            "targets": zero.index_add(0, owner_q, torch.ones_like(hit_q)),
         }
 
     def no_stats(self, num_clients: int, classes: int = 2, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
         """The sums of nothing."""
-        nothing = torch.zeros(0, dtype=torch.int64, device=device)
-        return self.stats(torch.zeros(0, max(classes, 1), device=device), nothing, nothing, num_clients)
+        empty = self.batch([[]], Shaping(per_row=self.head == "sequence_classification")).to(torch.device(device))
+        return self.stats(torch.zeros(0, max(classes, 1), device=device), empty, empty.owner_q, num_clients)
 
     @abstractmethod
     def summarise(self, sums: Tree) -> dict[str, float]:
         """Metrics from sums of one client or pooled (no client axis); always has ``loss``. NaN where nothing was evaluated."""
-
-
-@dataclass
-class Batch:
-    """Rows of K clients, ``R`` each, client after client; unused rows have no targets.
-
-    Args:
-        input_ids: ``(K*R, L)``.
-        attention_mask: ``(K*R, L)``, 1 for tokens; ``None`` where padding on the right cannot be seen (causal models).
-        position_p: Where logits are asked: indices into ``K*R*L``; ``None`` asks once per row with a target (``row_p``).
-        row_p: Row of each target.
-        target_p: Class of each.
-        owner_p: Client (0..K-1) of each.
-        num_clients: K.
-        lengths: Longest row of each client ``(K,)``; what lies beyond in its rows is padding.
-        real_rows: Rows in use of each client ``(K,)``.
-        num_tokens: Tokens that are not padding.
-    """
-
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor | None
-    position_p: torch.Tensor | None
-    row_p: torch.Tensor
-    target_p: torch.Tensor
-    owner_p: torch.Tensor
-    num_clients: int
-    lengths: IntArray
-    real_rows: IntArray
-    num_tokens: int
-
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on ``device``."""
-        if device.type == "cpu":
-            return self
-        move = partial(torch.Tensor.to, device=device, non_blocking=device.type == "cuda")
-        return replace(
-            self,
-            input_ids=move(self.input_ids),
-            attention_mask=None if self.attention_mask is None else move(self.attention_mask),
-            position_p=None if self.position_p is None else move(self.position_p),
-            row_p=move(self.row_p),
-            target_p=move(self.target_p),
-            owner_p=move(self.owner_p),
-        )

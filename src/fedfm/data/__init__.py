@@ -1,8 +1,6 @@
 """Who owns what: sources, owners, partitioners, tokenization, batching."""
 
-from fedfm.data.batching import collate as collate
 from fedfm.data.batching import plan as plan
-from fedfm.data.batching import waste as waste
 from fedfm.data.owners import Owners as Owners
 from fedfm.data.owners import Shard as Shard
 from fedfm.data.partition import IID as IID

@@ -24,8 +24,9 @@ from typing import Any
 import numpy as np
 
 from fedfm.core import disk
+from fedfm.core.batch import IntArray
 from fedfm.core.errors import DataError
-from fedfm.core.task import IntArray, Vocabulary
+from fedfm.core.task import Vocabulary
 
 VERSION = 1
 POOLED = "all"

@@ -18,9 +18,9 @@ from typing import ClassVar
 
 import numpy as np
 
+from fedfm.core.batch import IntArray
 from fedfm.core.errors import ConfigError
 from fedfm.core.parts import Part
-from fedfm.core.task import IntArray
 
 _ATTEMPTS = 1000
 

@@ -23,9 +23,10 @@ from typing import Any
 import numpy as np
 
 from fedfm.core import disk
+from fedfm.core.batch import IntArray
 from fedfm.core.errors import ConfigError, DataError
 from fedfm.core.keys import Key
-from fedfm.core.task import Encoder, Example, IntArray, Task
+from fedfm.core.task import Encoder, Example, Task
 from fedfm.data import owners as layout
 from fedfm.data.owners import Owners
 from fedfm.data.sources import Record, Source, name_in, open_source, value_in

@@ -14,7 +14,7 @@ from typing import Any, TextIO
 
 from fedfm.core.errors import ConfigError, DataError, MissingExtra
 from fedfm.core.registry import suggest
-from fedfm.core.task import Row
+from fedfm.core.task import RawRow
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
 PIECE = 4000
@@ -30,12 +30,12 @@ class Record(dict[str, Any]):
         self.where = where
 
 
-def where(row: Row) -> str:
+def where(row: RawRow) -> str:
     """Where a row was read, for messages."""
     return row.where if isinstance(row, Record) else "a row"
 
 
-def value_in(row: Row, column: str) -> Any:
+def value_in(row: RawRow, column: str) -> Any:
     """The row's entry in ``column``.
 
     Raises:
@@ -47,7 +47,7 @@ def value_in(row: Row, column: str) -> Any:
         raise DataError(f"{where(row)} has no column {column!r}.{suggest(column, row)} Its columns: {', '.join(row)}.") from None
 
 
-def text_in(row: Row, column: str) -> str:
+def text_in(row: RawRow, column: str) -> str:
     """The row's text in ``column``.
 
     Raises:
@@ -59,7 +59,7 @@ def text_in(row: Row, column: str) -> str:
     return _whole(row, column, found)
 
 
-def name_in(row: Row, column: str) -> str:
+def name_in(row: RawRow, column: str) -> str:
     """The row's owner or label in ``column``: text, or a number as text.
 
     Raises:
@@ -71,7 +71,7 @@ def name_in(row: Row, column: str) -> str:
     return _whole(row, column, str(found))
 
 
-def _whole(row: Row, column: str, text: str) -> str:
+def _whole(row: RawRow, column: str, text: str) -> str:
     """The text, if it can be written down: JSON may hold one half of a character that takes two."""
     try:
         text.encode()

@@ -1,4 +1,5 @@
 """Where the clients run."""
 
+from fedfm.engines.base import Engine as Engine
 from fedfm.engines.embedded import Embedded as Embedded
 from fedfm.engines.process import Process as Process

@@ -101,8 +101,10 @@ class EmbeddedSession(Session):
     def bank_size(self) -> int:
         """Clients per batch: what the recipe says or an earlier part of this run chose, else what the cohort, its tokens and the memory come to."""
         choices = self.house.choices
-        if not self.house.bank.banks:
-            if self.engine.bank not in ("auto", 1) and not self._warned:
+        if self.engine.bank == 1:
+            return 1
+        if not self.house.can_share():
+            if self.engine.bank != "auto" and not self._warned:
                 name = type(self.house.plan.tuning).__name__
                 log.warning("%s cannot bank: clients run one by one instead of %d at a time", name, self.engine.bank)
                 self._warned = True

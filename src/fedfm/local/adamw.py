@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 
 from fedfm.core.errors import ConfigError
-from fedfm.core.parts import Cohort, LocalTrainer, Work
+from fedfm.core.parts import Cohort, GradientTrainer, Work
 from fedfm.local.schedule import Schedule, rate, require
 
 
 @dataclass(frozen=True)
-class AdamW(LocalTrainer):
+class AdamW(GradientTrainer):
     """``w -= lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps) + lr wd w``, moments starting at zero in every round.
 
     Args:

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 
 import torch
 
-from fedfm.core.check import Finding, Plan, warn
 from fedfm.core.errors import ConfigError
-from fedfm.core.parts import Cohort, LocalTrainer, Work
+from fedfm.core.parts import Cohort, Finding, GradientTrainer, Plan, WrappedTrainer, warn
 
 
 @dataclass(frozen=True)
-class FedProx(LocalTrainer):
+class FedProx(WrappedTrainer):
     """Minimises ``f_k(w) + mu/2 ||w - w_t||^2``: adds ``mu (w - w_t)`` to the gradient of ``inner``. With ``mu=0`` it is ``inner``.
 
     The term is added after the gradient's clipping, as it is no part of the data's gradient.
@@ -31,7 +30,7 @@ class FedProx(LocalTrainer):
 
     concerns = ("heterogeneity",)
 
-    inner: LocalTrainer
+    inner: GradientTrainer
     mu: float = 0.01
 
     def __post_init__(self) -> None:
@@ -43,21 +42,8 @@ class FedProx(LocalTrainer):
         if self.work.steps == 1:
             yield warn("local", "FedProx has no effect with one local step: the pull is zero at the global model.")
 
-    @property
-    def work(self) -> Work:
-        """The inner trainer's."""
-        return self.inner.work
-
-    def lr_at(self, step: int, num_steps: int, round: int) -> float:
-        """The inner trainer's."""
-        return self.inner.lr_at(step, num_steps, round)
-
-    def init(self, cohort: Cohort) -> None:
-        """The inner trainer's slots."""
-        self.inner.init(cohort)
-
     def step(self, cohort: Cohort, grad_kd: torch.Tensor, lr_k: torch.Tensor, step: int) -> None:
         """One step of every client, in place."""
         if self.mu:
-            grad_kd.add_(cohort.theta_kd - cohort.start_d, alpha=self.mu)
+            grad_kd.add_(cohort.theta_kd - cohort.start_kd, alpha=self.mu)
         self.inner.step(cohort, grad_kd, lr_k, step)

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 
 from fedfm.core.errors import ConfigError
-from fedfm.core.parts import Cohort, LocalTrainer, Work
+from fedfm.core.parts import Cohort, GradientTrainer, Traits, Work, traits
 from fedfm.local.schedule import Schedule, rate, require
 
 
 @dataclass(frozen=True)
-class SGD(LocalTrainer):
+class SGD(GradientTrainer):
     """``m = mu m + g + wd w;  w -= lr m`` (``w -= lr (g + mu m)`` with Nesterov). With one full-batch step it is gradient descent.
 
     Momentum starts at zero in every round: clients are stateless.
@@ -53,6 +53,10 @@ class SGD(LocalTrainer):
             raise ConfigError(f"SGD.momentum is {self.momentum}; it is at least 0 and less than 1.")
         if self.nesterov and self.momentum == 0:
             raise ConfigError("SGD.nesterov needs momentum; it is 0.")
+
+    def traits(self) -> Traits:
+        """Without momentum a client moves by its gradients and nothing else."""
+        return traits(is_=[] if self.momentum else ["gradient-steps"])
 
     @property
     def work(self) -> Work:

@@ -15,19 +15,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from fedfm.aggregators import Mean
-from fedfm.core.check import Finding, Plan, refuse
 from fedfm.core.errors import ConfigError, PlanError
-from fedfm.core.parts import Cohort, LocalTrainer, Method, RoundContext, ServerOptimizer, Spec, Traits, Tree, Update, Work, traits
-from fedfm.local import SGD
+from fedfm.core.parts import (
+    Cohort, Finding, GradientTrainer, Leaf, Method, P, Plan, RoundContext, ServerOptimizer, Spec, Traits, Tree, Update, WrappedTrainer, refuse,
+    traits,
+)  # fmt: skip
 from fedfm.server import FedAvg
 
 CONTROL = "scaffold.control"
+_HALF = "scaffold"
 
 
 @dataclass(frozen=True)
@@ -50,27 +51,25 @@ class Scaffold(Method):
     def __post_init__(self) -> None:
         ScaffoldServer(self.lr)
 
-    def apply(self, federation: Any) -> Any:
-        """The federation with SCAFFOLD's two halves.
+    def apply(self, plan: P) -> P:
+        """The plan with SCAFFOLD's two halves.
 
         Raises:
             PlanError: if the recipe asks for another server step or a robust aggregator, which SCAFFOLD would replace.
         """
-        if federation.server != FedAvg():
+        if "plain-step" not in plan.server.traits().is_:
+            raise PlanError(f"Scaffold brings its own server step, but the recipe asks for {plan.server}. Leave out server; set Scaffold.lr.")
+        if not plan.aggregator.takes_sums():
             raise PlanError(
-                f"Scaffold brings its own server step, but the recipe asks for {federation.server}. Leave out server; set Scaffold.lr."
+                f"Scaffold averages its updates uniformly, but the recipe asks for {plan.aggregator}. Leave out aggregator, or method."
             )
-        if not isinstance(federation.aggregator, Mean):
-            raise PlanError(
-                f"Scaffold averages its updates uniformly, but the recipe asks for {federation.aggregator}. Leave out aggregator, or method."
-            )
-        return replace(
-            federation, local=ScaffoldLocal(federation.local), server=ScaffoldServer(self.lr), aggregator=Mean(weights="uniform")
-        )
+        if not isinstance(plan.local, GradientTrainer):
+            raise PlanError(f"Scaffold corrects the gradients of a trainer, and {plan.local} takes none. Use local: {{SGD: {{momentum: 0}}}}.")
+        return plan.with_parts(local=ScaffoldLocal(plan.local), server=ScaffoldServer(self.lr), aggregator=Mean(weights="uniform"))
 
 
 @dataclass(frozen=True)
-class ScaffoldLocal(LocalTrainer):
+class ScaffoldLocal(WrappedTrainer):
     """The client's half: corrects each gradient by ``c - c_k``. While both are zero it is ``inner``.
 
     Args:
@@ -79,31 +78,22 @@ class ScaffoldLocal(LocalTrainer):
 
     concerns = ("heterogeneity",)
 
-    inner: LocalTrainer
+    inner: GradientTrainer
 
     def traits(self) -> Traits:
         """``c_k`` is the client's memory."""
-        return traits(needs=["stateful-clients"])
+        return traits(needs=["stateful-clients", "all-parameters"], is_=[_HALF])
 
     def check(self, plan: Plan) -> Iterator[Finding]:
         """Both halves, and an inner trainer whose steps are gradients."""
-        if not isinstance(self.inner, SGD) or self.inner.momentum:
+        if "gradient-steps" not in self.inner.traits().is_:
             yield refuse(
                 "local",
                 f"SCAFFOLD reads a client's mean gradient from how far it moved, which holds for SGD without momentum, not for {self.inner}. "
                 "Use local: {SGD: {momentum: 0}}.",
             )
-        if not isinstance(plan.server, ScaffoldServer):
+        if _HALF not in plan.server.traits().is_:
             yield refuse("local", "ScaffoldLocal needs ScaffoldServer, which sends the mean control variate. Use method: {Scaffold: {}}.")
-
-    @property
-    def work(self) -> Work:
-        """The inner trainer's."""
-        return self.inner.work
-
-    def lr_at(self, step: int, num_steps: int, round: int) -> float:
-        """The inner trainer's."""
-        return self.inner.lr_at(step, num_steps, round)
 
     def init(self, cohort: Cohort) -> None:
         """Zero control variates for clients that remember none."""
@@ -115,14 +105,14 @@ class ScaffoldLocal(LocalTrainer):
         grad_kd.add_(cohort.received[CONTROL]).sub_(cohort.memory[CONTROL])
         self.inner.step(cohort, grad_kd, lr_k, step)
 
-    def extra(self, size: int) -> dict[str, tuple[int, ...]]:
-        """The control variate's change."""
-        return {**self.inner.extra(size), CONTROL: (size,)}
+    def leaves(self, trained: Spec, travelling: Spec) -> tuple[Leaf, ...]:
+        """The control variate's change, beside what the inner trainer sends."""
+        return (*self.inner.leaves(trained, travelling), Leaf(CONTROL, (trained.size,), group="control"))
 
     def finish(self, cohort: Cohort, lr_sum_k: torch.Tensor, steps_k: torch.Tensor) -> dict[str, torch.Tensor]:
         """``c_k+ - c_k``, which is remembered as ``c_k+``. A client that took no step keeps its ``c_k``."""
         lr_sum_k1 = lr_sum_k.reshape(-1, 1).to(torch.float32)
-        moved_kd = (cohort.start_d - cohort.theta_kd) / lr_sum_k1.where(lr_sum_k1 > 0, 1.0)
+        moved_kd = (cohort.start_kd - cohort.theta_kd) / lr_sum_k1.where(lr_sum_k1 > 0, 1.0)
         change_kd = (moved_kd - cohort.received[CONTROL]).where(lr_sum_k1 > 0, 0.0)
         cohort.memory[CONTROL].add_(change_kd)
         return {**self.inner.finish(cohort, lr_sum_k, steps_k), CONTROL: change_kd}
@@ -149,11 +139,11 @@ class ScaffoldServer(ServerOptimizer):
 
     def traits(self) -> Traits:
         """``c`` stays the mean of all ``c_k`` only under a uniform mean."""
-        return traits(needs=["uniform-weights", "weighted-sum"])
+        return traits(needs=["uniform-weights", "weighted-sum"], is_=[_HALF])
 
     def check(self, plan: Plan) -> Iterator[Finding]:
         """Both halves."""
-        if not isinstance(plan.local, ScaffoldLocal):
+        if _HALF not in plan.local.traits().is_:
             yield refuse(
                 "server", "ScaffoldServer needs ScaffoldLocal, which sends the control variates' changes. Use method: {Scaffold: {}}."
             )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -264,8 +263,3 @@ def flops_per_token(num_params: int, num_trainable: int) -> int:
     """Estimate of the arithmetic of one training token: ``4 N`` through the frozen base (forward, and backward to activations)
     and ``2 n`` for the gradients of the ``n`` trainable parameters."""
     return 4 * num_params + 2 * num_trainable
-
-
-def perplexity(loss: float) -> float:
-    """``exp(loss)``, infinite instead of an overflow."""
-    return math.exp(loss) if loss < 700 else math.inf

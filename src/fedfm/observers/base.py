@@ -22,7 +22,6 @@ from fedfm.core.parts import Part
 if TYPE_CHECKING:
     from fedfm.core.messages import Failure, Reply
     from fedfm.core.round import RoundRecord
-    from fedfm.federation import Federation
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class Observer(Part, ABC):
     room = "observers"
 
     @abstractmethod
-    def open(self, folder: Path | None, federation: Federation) -> Watcher:
+    def open(self, folder: Path | None) -> Watcher:
         """Starts looking on at a run in ``folder`` (``None`` where the run leaves nothing on disk).
 
         Raises:

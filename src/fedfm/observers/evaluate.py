@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from fedfm.core.errors import ConfigError
-from fedfm.core.messages import Failure, Reply, Request
-from fedfm.core.parts import ClientId, Part, Session
+from fedfm.core.messages import ClientId
+from fedfm.core.parts import Part
 from fedfm.core.task import Task
-from fedfm.core.tree import Spec, Tree
+from fedfm.core.tree import Tree
 
 
 @dataclass(frozen=True)
@@ -43,53 +43,6 @@ class Evaluate(Part):
     def due(self, round: int, last: int) -> bool:
         """Whether round ``round`` of ``last`` is evaluated."""
         return self.every > 0 and (round % self.every == 0 or round == last)
-
-
-def evaluate(
-    task: Task,
-    session: Session,
-    params: Tree,
-    clients: Sequence[ClientId],
-    round: int,
-    max_examples: int | None = None,
-    watch: Callable[[Reply | Failure], None] | None = None,
-    deadline: float | None = None,
-    classes: int = 2,
-) -> dict[str, Any]:
-    """Asks every client to evaluate ``params``; see :func:`summary` for what comes back.
-
-    An answer that is not sums of the task's metrics is its client's failure.
-
-    Args:
-        deadline: Seconds after which clients that have not answered have failed.
-        classes: How many there are, for classification.
-    """
-    meta = {"split": "test"} | ({} if max_examples is None else {"max_examples": max_examples})
-    request = Request("evaluate", round, params, meta)
-    expected = Spec.of({name: value[0] for name, value in task.no_stats(1, classes).items()})
-    sums: dict[ClientId, Tree] = {}
-    failed: dict[ClientId, str] = {}
-    for answer in session.exchange(dict.fromkeys(clients, request), deadline):
-        if watch is not None:
-            watch(answer)
-        if isinstance(answer, Failure):
-            failed[answer.client] = answer.reason
-        elif wrong := _wrong(answer.tensors, expected):
-            failed[answer.client] = wrong
-        else:
-            sums[answer.client] = answer.tensors
-    found = summary(task, {client: sums[client] for client in clients if client in sums})
-    return found | ({"failed": failed} if failed else {})
-
-
-def _wrong(sums: Tree, expected: Spec) -> str | None:
-    """What is wrong with a client's sums: a model may give a loss that is no number, but a count is one, and not negative."""
-    told = {name: (tuple(value.shape), value.dtype) for name, value in sums.items()}
-    wanted = {name: (shape, dtype) for name, shape, dtype in zip(expected.names, expected.shapes, expected.dtypes, strict=True)}
-    if told != wanted:
-        return f"it answered {told}, expected {wanted}."
-    bad = sorted(name for name, value in sums.items() if name != "loss" and not bool(((value >= 0) & value.isfinite()).all()))
-    return f"its counts {', '.join(bad)} are negative or no numbers." if bad else None
 
 
 def summary(task: Task, sums: Mapping[ClientId, Tree]) -> dict[str, Any]:

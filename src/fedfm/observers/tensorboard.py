@@ -34,7 +34,7 @@ class TensorBoard(Observer):
 
     dir: str | None = None
 
-    def open(self, folder: Path | None, federation: Federation) -> Watcher:
+    def open(self, folder: Path | None) -> Watcher:
         """The writer's watcher."""
         try:
             import tensorboard as tensorboard

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 
-from fedfm.client.runtime import Runtime, Some, plain
+from fedfm.client.bank import Bank, Job
+from fedfm.client.runtime import Runtime, Some
 from fedfm.client.site import Site
 from fedfm.client.store import StateStore
-from fedfm.client.train import Bank, Job
 from fedfm.core.errors import DataError
 from fedfm.core.messages import Request
-from fedfm.core.parts import ClientId, RoundContext, Update, Work
+from fedfm.core.parts import ClientId, RoundContext, Update, Work, innermost
 from fedfm.core.tree import Tree
 from fedfm.engines.embedded import Embedded
 from fedfm.federation import Federation
@@ -180,7 +180,7 @@ class _Ends:
     @property
     def work(self) -> Work:
         """What a client does in a round."""
-        return plain(self.plan.local).work
+        return innermost(self.plan.local).work
 
     @cached_property
     def bank_size(self) -> int:
@@ -190,7 +190,7 @@ class _Ends:
 
     def trained(self, name: str, jobs: list[Job], work: Work) -> list[Tree]:
         """What comes of each job in all the rounds, ``work.steps`` steps in each, without a federation."""
-        local, server, rounds = plain(self.plan.local), self.plan.server, self.plan.rounds
+        local, server, rounds = innermost(self.plan.local), self.plan.server, self.plan.rounds
         bank, spec = self.runtime.bank, self.site.tuned.spec
         bank = Bank(self.site.tuned, self.plan.task, local, bank.pad_id, bank.device, self.site.key.fold(name))
         steps = work.steps or 0

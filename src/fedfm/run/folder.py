@@ -32,10 +32,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from fedfm.core import disk, tree
+from fedfm.core import disk
 from fedfm.core.errors import RunError
-from fedfm.core.round import RoundRecord, ServerState
-from fedfm.core.tree import Tree
+from fedfm.core.parts import ServerState
+from fedfm.core.round import RoundRecord
 from fedfm.run.ledger import Ledger
 
 RECIPE, JOURNAL, METRICS, LEDGER, SPLIT, COMPARE, MODEL = (
@@ -160,6 +160,18 @@ class RunFolder:
         """Writes a JSON file into the folder, durably."""
         disk.write_atomic(self.path / name, _pretty(value))
 
+    def read_json(self, name: str) -> Any:
+        """What :meth:`write_json` wrote; ``None`` where there is nothing.
+
+        Raises:
+            RunError: if it is not JSON.
+        """
+        path = self.path / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} is not JSON ({error}); the file was changed by something else than fedfm.") from error
+
     def rewrite_folder(self, name: str, write: Callable[[Path], None]) -> None:
         """Has ``write`` fill the folder ``name`` afresh; if it raises, what was there before stays. Done again where a crash came between.
 
@@ -180,8 +192,8 @@ class RunFolder:
                     old.replace(target)
                 raise
             for file in filter(Path.is_file, target.rglob("*")):
-                _sync(file)
-            disk.sync_folder(self.path)
+                disk.sync(file)
+            disk.sync(self.path)
             disk.step(f"written {name}")
         except (OSError, SafetensorError) as error:
             raise disk.cannot_write(target, error) from error
@@ -243,10 +255,14 @@ def load_state(path: Path) -> ServerState:
     try:
         with safe_open(path, "pt") as file:
             meta = json.loads(file.metadata()["fedfm"])
-            trees = {kind: {name: file.get_tensor(f"{kind}/{name}") for name in meta[kind]} for kind in ("params", "server")}
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+            params = {name: file.get_tensor(f"params/{name}") for name in meta["params"]}
+            parts = {
+                place: {name: file.get_tensor(f"parts/{place}/{name}") for name in names} for place, names in meta["parts"].items()
+            }
+            counted = {str(client): int(ticket) for client, ticket in meta["counted"].items()}
+    except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{path} is not the state of a run: {error}") from error
-    return ServerState(meta["round"], trees["params"], trees["server"])
+    return ServerState(meta["round"], params, parts, counted)
 
 
 def latest_state(path: Path) -> ServerState:
@@ -310,17 +326,14 @@ def _digest(data: bytes) -> str:
 
 def _state_bytes(state: ServerState) -> bytes:
     # safetensors sorts its tensors; the order of a tree is part of it and goes into the header.
-    meta = {"round": state.round, "params": list(state.params), "server": list(state.server)}
+    meta = {
+        "round": state.round,
+        "params": list(state.params),
+        "parts": {place: list(tree) for place, tree in state.parts.items()},
+        "counted": dict(state.counted),
+    }
     # A file holds no tensor twice, but an optimizer's state may start as the parameters themselves.
-    trees: dict[str, Tree] = {"params": state.params, "server": tree.map(torch.clone, state.server)}
-    tensors = {f"{kind}/{name}": t.detach().cpu().contiguous() for kind, leaves in trees.items() for name, t in leaves.items()}
-    data: bytes = save(tensors, {"fedfm": json.dumps(meta)})
+    tensors = {f"params/{name}": leaf for name, leaf in state.params.items()}
+    tensors |= {f"parts/{place}/{name}": leaf.clone() for place, tree in state.parts.items() for name, leaf in tree.items()}
+    data: bytes = save({name: leaf.detach().cpu().contiguous() for name, leaf in tensors.items()}, {"fedfm": json.dumps(meta)})
     return data
-
-
-def _sync(path: Path) -> None:
-    fd = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

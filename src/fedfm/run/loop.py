@@ -8,7 +8,6 @@ import logging
 import platform
 import signal
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -21,19 +20,21 @@ from typing import Any
 import torch
 
 import fedfm
-from fedfm.client.site import Site
+from fedfm.client.house import House
 from fedfm.core import check
 from fedfm.core.errors import RunError
 from fedfm.core.messages import Failure, Reply
-from fedfm.core.parts import Session
-from fedfm.core.round import Meter, RoundRecord, ServerState, play, start
+from fedfm.core.parts import ServerState, Session
+from fedfm.core.roster import Roster
+from fedfm.core.round import Meter, RoundRecord, play, start
 from fedfm.federation import Federation
 from fedfm.models.foundation import device_of, flops_per_token
 from fedfm.observers.base import RunInfo, Watcher
-from fedfm.observers.evaluate import evaluate
 from fedfm.recipe import dump, load, located, read
 from fedfm.run.folder import COMPARE, MODEL, RECIPE, SPLIT, RunFolder
 from fedfm.run.ledger import Ledger
+from fedfm.simulation import Simulation
+from fedfm.verbs import Describe, Evaluation
 
 log = logging.getLogger(__name__)
 
@@ -121,7 +122,7 @@ def resume(
 
 def envelope(federation: Federation) -> dict[str, Any]:
     """Where numbers come from, to the last bit: versions, device, threads, instruction set."""
-    device = device_of(getattr(federation.engine, "device", "cpu"))
+    device = device_of(federation.engine.device)
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "fedfm": fedfm.__version__,
@@ -186,120 +187,125 @@ def _go(
 ) -> Iterator[tuple[ServerState, RoundRecord]]:
     path = None if folder is None else folder.path
     with ExitStack() as stack:
-        watch = _Watchers([*watchers, *(observer.open(path, federation) for observer in federation.observers)])
+        watch = _Watchers([*watchers, *(observer.open(path) for observer in federation.observers)])
         stack.callback(watch.close, None)
-        site = Site.build(federation, path, progress=watch.stage)
-        plan = site.federation
-        for finding in check.require(plan, len(site.clients)):
+        simulation = Simulation.build(federation, path, progress=watch.stage)
+        plan, house = simulation.federation, simulation.house
+        if folder is not None:
+            house.choices.update(folder.choices())
+            _note_data(folder, simulation)
+        check.require(plan, len(simulation.clients))
+        watch.stage("Starting the engine")
+        session = stack.enter_context(simulation.open())
+        roster = _roster(folder, simulation, session)
+        for finding in check.require(plan, len(simulation.clients), roster):
             if finding.level == "warning":
                 log.warning("%s: %s", finding.where, finding.text)
-        if folder is not None:
-            site.choices.update(folder.choices())
-            _note_data(folder, site)
-        watch.stage("Starting the engine")
-        session = stack.enter_context(plan.engine.open(site))
-        state, ledger = restored or (start(plan, site.tuned.init(site.key.fold("init"))), Ledger())
-        info = _info(site, None if restored is None else state.round)
-        watch.start(info)
-        flops = flops_per_token(info.num_params, info.num_trainable)
+        state, ledger = restored or (start(plan, house.start), Ledger())
+        game = _Game(simulation, session, folder, watch)
+        watch.start(game.info(None if restored is None else state.round))
 
         if restored is None:
-            record = _evaluated(site, session, state, RoundRecord(0, (), (), {}, {}, 0, 0), watch)
-            ledger = _commit(folder, site, session, state, record, ledger, flops, watch)
+            record = game.evaluated(state, RoundRecord(0, (), (), {}, {}, 0, 0))
+            ledger = game.commit(state, record, ledger)
             yield state, record
         while state.round < plan.rounds:
-            state, record = play(plan, state, session, site.clients, site.key, partial(watch.answer, state.round + 1))
-            record = _evaluated(site, session, state, record, watch)
-            ledger = _commit(folder, site, session, state, record, ledger, flops, watch)
+            state, record = play(plan, state, session, simulation.clients, simulation.key, partial(watch.answer, state.round + 1))
+            record = game.evaluated(state, record)
+            ledger = game.commit(state, record, ledger)
             yield state, record
         if folder is not None:
             watch.stage("Writing the model and the report")
-            _finish(site, folder, state, ledger)
+            _finish(house, folder, state, ledger)
         watch.close(ledger)
 
 
-def _note_data(folder: RunFolder, site: Site) -> None:
-    """What the owners have, into the folder; the same data must be there when a run goes on."""
-    assert site.owners is not None
-    now = site.owners.fingerprint
+def _note_data(folder: RunFolder, simulation: Simulation) -> None:
+    """Which data the run began with; the same must be there when it goes on."""
+    owners = simulation.owners
     before = folder.first("data")
     if before is None:
-        folder.note("data", fingerprint=now, left_out=site.owners.left_out, dropped=site.owners.dropped, labels=site.labels)
-    elif before["fingerprint"] != now:
+        folder.note("data", fingerprint=owners.fingerprint, left_out=owners.left_out, dropped=owners.dropped, labels=owners.labels)
+    elif before["fingerprint"] != owners.fingerprint:
         log.warning("The data is not what it was when %s began: it goes on, but not as an unbroken run would have.", folder.path)
-    folder.write_json(SPLIT, site.owners.picture())
 
 
-def _evaluated(site: Site, session: Session, state: ServerState, record: RoundRecord, watch: _Watchers) -> RoundRecord:
-    """The record with ``eval`` among its metrics, where an evaluation is due."""
-    plan = site.federation
-    if not plan.evaluate.due(record.round, plan.rounds):
-        return record
-    began, meter = time.perf_counter(), Meter(session)
-    report = evaluate(
-        plan.task,
-        meter,
-        state.params,
-        site.clients,
-        record.round,
-        plan.evaluate.max_examples,
-        deadline=plan.deadline,
-        classes=len(site.labels),
-    )
-    for client, reason in report.get("failed", {}).items():
-        log.warning("round %d: %s could not be evaluated: %s", record.round, client, reason)
-    metrics = {**record.metrics, "eval": report, "bytes_evaluate": meter.bytes_up + meter.bytes_down}
-    return replace(record, metrics=metrics, seconds={**record.seconds, "evaluate": time.perf_counter() - began})
-
-
-def _commit(
-    folder: RunFolder | None,
-    site: Site,
-    session: Session,
-    state: ServerState,
-    record: RoundRecord,
-    ledger: Ledger,
-    flops: int,
-    watch: _Watchers,
-) -> Ledger:
-    ledger = ledger.add(record, flops)
+def _roster(folder: RunFolder | None, simulation: Simulation, session: Session) -> Roster:
+    """What the owners tell of themselves: asked when a run begins, kept when it goes on."""
+    known = folder.read_json(SPLIT) if folder is not None and folder.first("round") is not None else None
+    if known is not None:
+        return Roster.from_picture(known)
+    plan, labels = simulation.federation, simulation.house.labels
+    roster = Describe().roster(plan.channel, session, simulation.clients, labels, simulation.key)
     if folder is not None:
-        with _uninterrupted():
-            choices = {**getattr(session, "choices", {}), **site.choices}
-            if choices != folder.choices():
-                folder.note("plan", **choices)
-            folder.commit(state, record, ledger)
-    watch.round(record)
-    return ledger
+        folder.write_json(SPLIT, roster.picture())
+    return roster
 
 
-def _finish(site: Site, folder: RunFolder, state: ServerState, ledger: Ledger) -> None:
+@dataclass
+class _Game:
+    """A run that is being played."""
+
+    simulation: Simulation
+    session: Session
+    folder: RunFolder | None
+    watch: _Watchers
+
+    def info(self, resumed_from: int | None) -> RunInfo:
+        """What is known before the first round."""
+        plan, house = self.simulation.federation, self.simulation.house
+        spec = house.foundation.spec
+        return RunInfo(
+            name=plan.name,
+            rounds=plan.rounds,
+            num_clients=len(house.clients),
+            cohort_size=plan.sampler.cohort_size(len(house.clients)),
+            model=(spec.source or spec.architecture or "").rstrip("/").rpartition("/")[2],
+            num_params=house.foundation.num_params,
+            num_trainable=house.tuned.spec.size,
+            device=str(house.foundation.device),
+            threads=torch.get_num_threads(),
+            choices=dict(house.choices),
+            resumed_from=resumed_from,
+        )
+
+    def evaluated(self, state: ServerState, record: RoundRecord) -> RoundRecord:
+        """The record with ``eval`` among its metrics, where an evaluation is due."""
+        plan, house = self.simulation.federation, self.simulation.house
+        if not plan.evaluate.due(record.round, plan.rounds):
+            return record
+        meter = Meter(self.session)
+        began = meter.clock.now()
+        classes = max(len(house.labels), 2)
+        report = Evaluation().report(plan, state, meter, house.clients, house.key, classes)
+        for client, reason in report.get("failed", {}).items():
+            log.warning("round %d: %s could not be evaluated: %s", record.round, client, reason)
+        metrics = {**record.metrics, "eval": report, "bytes_evaluate": meter.bytes_up + meter.bytes_down}
+        return replace(record, metrics=metrics, seconds={**record.seconds, "evaluate": meter.clock.now() - began})
+
+    def commit(self, state: ServerState, record: RoundRecord, ledger: Ledger) -> Ledger:
+        """Makes a round last; the ledger after it."""
+        house, folder = self.simulation.house, self.folder
+        ledger = ledger.add(record, flops_per_token(house.foundation.num_params, house.tuned.spec.size))
+        if folder is not None:
+            with _uninterrupted():
+                if house.choices != folder.choices():
+                    folder.note("plan", **house.choices)
+                folder.commit(state, record, ledger)
+        self.watch.round(record)
+        return ledger
+
+
+def _finish(house: House, folder: RunFolder, state: ServerState, ledger: Ledger) -> None:
     from fedfm.reports import render
 
     def write(to: Path) -> None:
-        site.federation.tuning.save(site.foundation, state.params, to)
-        site.foundation.tokenizer.save_pretrained(to)
+        house.plan.tuning.save(house.foundation, state.params, to)
+        house.foundation.tokenizer.save_pretrained(to)
 
     folder.rewrite_folder(MODEL, write)
     folder.note("end", round=state.round, ledger=ledger.to_json())
     render(folder.path)
-
-
-def _info(site: Site, resumed_from: int | None) -> RunInfo:
-    plan, spec = site.federation, site.foundation.spec
-    return RunInfo(
-        name=plan.name,
-        rounds=plan.rounds,
-        num_clients=len(site.clients),
-        cohort_size=plan.sampler.cohort_size(len(site.clients)),
-        model=(spec.source or spec.architecture or "").rstrip("/").rpartition("/")[2],
-        num_params=site.foundation.num_params,
-        num_trainable=site.tuned.spec.size,
-        device=str(site.foundation.device),
-        threads=torch.get_num_threads(),
-        choices=dict(site.choices),
-        resumed_from=resumed_from,
-    )
 
 
 @contextmanager

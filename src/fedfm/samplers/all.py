@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fedfm.core.parts import ClientId, RoundContext, Sampler
+from fedfm.core.parts import ClientId, RoundContext, Sampler, Tree
 
 
 @dataclass(frozen=True)
@@ -17,9 +17,9 @@ class All(Sampler):
         7
     """
 
-    def sample(self, clients: Sequence[ClientId], ctx: RoundContext) -> list[ClientId]:
+    def sample(self, clients: Sequence[ClientId], state: Tree, ctx: RoundContext) -> tuple[list[ClientId], Tree]:
         """Everyone."""
-        return list(clients)
+        return list(clients), state
 
     def cohort_size(self, num_clients: int) -> int:
         """Everyone."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedfm.core.errors import ConfigError
-from fedfm.core.parts import ClientId, RoundContext, Sampler
+from fedfm.core.parts import ClientId, RoundContext, Sampler, Tree
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,10 @@ class Poisson(Sampler):
         if not 0 < self.rate <= 1:
             raise ConfigError(f"Poisson.rate is {self.rate}; it must be more than 0 and at most 1.")
 
-    def sample(self, clients: Sequence[ClientId], ctx: RoundContext) -> list[ClientId]:
+    def sample(self, clients: Sequence[ClientId], state: Tree, ctx: RoundContext) -> tuple[list[ClientId], Tree]:
         """The clients whose draw is below ``rate``."""
         key = ctx.draw("sampler")
-        return [client for client in clients if key.fold(client).uniform() < self.rate]
+        return [client for client in clients if key.fold(client).uniform() < self.rate], state
 
     def cohort_size(self, num_clients: int) -> int:
         """The expected size, rounded, at least one."""

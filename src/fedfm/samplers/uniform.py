@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedfm.core.errors import ConfigError
-from fedfm.core.parts import ClientId, RoundContext, Sampler
+from fedfm.core.parts import ClientId, RoundContext, Sampler, Tree
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Uniform(Sampler):
         if self.fraction is not None and not 0 < self.fraction <= 1:
             raise ConfigError(f"Uniform.fraction is {self.fraction}; it must be more than 0 and at most 1.")
 
-    def sample(self, clients: Sequence[ClientId], ctx: RoundContext) -> list[ClientId]:
+    def sample(self, clients: Sequence[ClientId], state: Tree, ctx: RoundContext) -> tuple[list[ClientId], Tree]:
         """The clients with the smallest draws.
 
         Raises:
@@ -48,7 +48,7 @@ class Uniform(Sampler):
         key = ctx.draw("sampler")
         # Each client's draw is its own: who is chosen does not depend on the order of the list.
         chosen = set(sorted(clients, key=lambda client: (key.fold(client).uniform(), client))[:size])
-        return [client for client in clients if client in chosen]
+        return [client for client in clients if client in chosen], state
 
     def cohort_size(self, num_clients: int) -> int:
         """``clients``, or the rounded ``fraction`` of all."""

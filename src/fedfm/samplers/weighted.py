@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from fedfm.core.errors import ConfigError
-from fedfm.core.parts import ClientId, RoundContext, Sampler
+from fedfm.core.parts import ClientId, RoundContext, Sampler, Tree
 from fedfm.core.registry import suggest
 
 
@@ -37,7 +37,7 @@ class Weighted(Sampler):
             if not (weight > 0 and math.isfinite(weight)):
                 raise ConfigError(f"Weighted.weights gives {client!r} the weight {weight}; it must be a finite number above 0.")
 
-    def sample(self, clients: Sequence[ClientId], ctx: RoundContext) -> list[ClientId]:
+    def sample(self, clients: Sequence[ClientId], state: Tree, ctx: RoundContext) -> tuple[list[ClientId], Tree]:
         """The clients that come first.
 
         Raises:
@@ -57,7 +57,7 @@ class Weighted(Sampler):
             return -math.log1p(-key.fold(client).uniform()) / self.weights.get(client, 1.0), client
 
         chosen = set(sorted(clients, key=wait)[: self.clients])
-        return [client for client in clients if client in chosen]
+        return [client for client in clients if client in chosen], state
 
     def cohort_size(self, num_clients: int) -> int:
         """``clients``."""

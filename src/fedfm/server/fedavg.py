@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from fedfm.core.errors import ConfigError
-from fedfm.core.parts import RoundContext, ServerOptimizer, Tree, Update
+from fedfm.core.parts import RoundContext, ServerOptimizer, Traits, Tree, Update, traits
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class FedAvg(ServerOptimizer):
     def __post_init__(self) -> None:
         if not (self.lr > 0 and math.isfinite(self.lr)):
             raise ConfigError(f"FedAvg.lr is {self.lr}; it must be a finite number above 0.")
+
+    def traits(self) -> Traits:
+        """With ``lr=1`` nothing is left of a server's step."""
+        return traits(is_=["plain-step"] if self.lr == 1 else [])
 
     def step(self, params: Tree, update: Update, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
         """One step along the delta."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from fedfm.core.task import Encoder, Example, Examples, IntArray, Row, Task
+from fedfm.core.batch import IntArray, Row
+from fedfm.core.task import Encoder, Example, Examples, RawRow, Task
 from fedfm.core.tree import Tree
 from fedfm.tasks.sequences import ends, language_metrics, require_length, shifted, texts_of, tokenize
 
@@ -46,10 +47,9 @@ class CausalLM(Task):
         """A fresh encoder for one owner."""
         return _Encoder(self, tokenizer)
 
-    def rows(self, examples: Examples, index: IntArray, rng: np.random.Generator) -> list[tuple[IntArray, IntArray]]:
+    def rows(self, examples: Examples, index: IntArray, rng: np.random.Generator) -> list[Row]:
         """Ids, and at each position the next one."""
-        found = [examples.ids(i) for i in index.tolist()]
-        return [(ids, shifted(ids)) for ids in found]
+        return [Row(ids, shifted(ids)) for ids in map(examples.ids, index.tolist())]
 
     def summarise(self, sums: Tree) -> dict[str, float]:
         """``loss``, ``perplexity``, ``token_accuracy``."""
@@ -62,7 +62,7 @@ class _Encoder(Encoder):
         self.bos, self.eos = ends(tokenizer, "CausalLM")
         self.rest = np.zeros(0, dtype=np.int32)
 
-    def add(self, rows: Sequence[Row]) -> list[Example]:
+    def add(self, rows: Sequence[RawRow]) -> list[Example]:
         texts = texts_of(rows, self.task.text)
         self.dropped += len(rows) - len(texts)
         closed = [np.array([*self.bos, *ids, self.eos], dtype=np.int32) for ids in tokenize(self.tokenizer, texts)]

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedfm.core.batch import Batch, IntArray, Row
 from fedfm.core.errors import ConfigError
-from fedfm.core.task import Encoder, Example, Examples, IntArray, Row, Task
+from fedfm.core.task import Encoder, Example, Examples, RawRow, Task
 from fedfm.core.tree import Tree
 from fedfm.data.sources import name_in, text_in
 from fedfm.tasks.sequences import ratio, require_length, tokenize
@@ -56,21 +57,21 @@ class Classification(Task):
         """A fresh encoder for one owner."""
         return _Encoder(self, tokenizer)
 
-    def rows(self, examples: Examples, index: IntArray, rng: np.random.Generator) -> list[tuple[IntArray, IntArray]]:
+    def rows(self, examples: Examples, index: IntArray, rng: np.random.Generator) -> list[Row]:
         """Ids, and the class."""
-        return [(examples.ids(i), np.array([examples.label(i)])) for i in index.tolist()]
+        return [Row(examples.ids(i), np.array([examples.label(i)])) for i in index.tolist()]
 
-    def stats(self, logits_pc: torch.Tensor, target_p: torch.Tensor, owner_p: torch.Tensor, num_clients: int) -> dict[str, torch.Tensor]:
+    def stats(self, logits_pc: torch.Tensor, batch: Batch, owner_q: torch.Tensor, num_clients: int) -> dict[str, torch.Tensor]:
         """Adds, for each class, true positives, false positives and false negatives ``(K, C)``."""
-        sums = super().stats(logits_pc, target_p, owner_p, num_clients)
-        guess_p, num_classes = logits_pc.argmax(-1), logits_pc.shape[-1]
+        sums = super().stats(logits_pc, batch, owner_q, num_clients)
+        guess_q, label_q, num_classes = logits_pc.argmax(-1), batch.targets["labels"], logits_pc.shape[-1]
 
-        def count(class_p: torch.Tensor, one_p: torch.Tensor) -> torch.Tensor:
-            zero = torch.zeros(num_clients * num_classes, dtype=torch.float64, device=owner_p.device)
-            return zero.index_add(0, owner_p * num_classes + class_p, one_p.double()).view(num_clients, num_classes)
+        def count(class_q: torch.Tensor, one_q: torch.Tensor) -> torch.Tensor:
+            zero = torch.zeros(num_clients * num_classes, dtype=torch.float64, device=owner_q.device)
+            return zero.index_add(0, owner_q * num_classes + class_q, one_q.double()).view(num_clients, num_classes)
 
-        wrong_p = guess_p != target_p
-        return {**sums, "tp": count(target_p, ~wrong_p), "fp": count(guess_p, wrong_p), "fn": count(target_p, wrong_p)}
+        wrong_q = guess_q != label_q
+        return {**sums, "tp": count(label_q, ~wrong_q), "fp": count(guess_q, wrong_q), "fn": count(label_q, wrong_q)}
 
     def summarise(self, sums: Tree) -> dict[str, float]:
         """``loss``, ``accuracy`` and ``macro_f1``, the mean of ``2 tp / (2 tp + fp + fn)`` over the classes that occur or were guessed."""
@@ -84,7 +85,7 @@ class _Encoder(Encoder):
     def __init__(self, task: Classification, tokenizer: Any) -> None:
         self.task, self.tokenizer = task, tokenizer
 
-    def add(self, rows: Sequence[Row]) -> list[Example]:
+    def add(self, rows: Sequence[RawRow]) -> list[Example]:
         pairs = [(text_in(row, self.task.text), name_in(row, self.task.label)) for row in rows]
         used = [(words, label) for words, label in pairs if words.strip()]
         self.dropped += len(pairs) - len(used)

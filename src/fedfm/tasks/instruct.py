@@ -12,8 +12,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fedfm.core.batch import IntArray, Row
 from fedfm.core.errors import ConfigError, DataError, ModelError
-from fedfm.core.task import Encoder, Example, Examples, IntArray, Row, Task
+from fedfm.core.task import Encoder, Example, Examples, RawRow, Task
 from fedfm.core.tree import Tree
 from fedfm.data.sources import text_in, value_in, where
 from fedfm.tasks.sequences import ends, language_metrics, require_length, shifted, tokenize
@@ -80,10 +81,10 @@ class Instruct(Task):
             return asked + (f"### Input:\n{context}\n\n" if context else "") + "### Response:\n"
         return f"{instruction}\n\n{context}\n\n" if context else f"{instruction}\n\n"
 
-    def rows(self, examples: Examples, index: IntArray, rng: np.random.Generator) -> list[tuple[IntArray, IntArray]]:
+    def rows(self, examples: Examples, index: IntArray, rng: np.random.Generator) -> list[Row]:
         """Ids, and the next one at each position from the one before the response on."""
-        found = [(examples.ids(i), examples.start(i)) for i in index.tolist()]
-        return [(ids, shifted(ids, start)) for ids, start in found]
+        pairs = [(examples.ids(i), examples.start(i)) for i in index.tolist()]
+        return [Row(ids, shifted(ids, start)) for ids, start in pairs]
 
     def summarise(self, sums: Tree) -> dict[str, float]:
         """``loss``, ``perplexity``, ``token_accuracy``, of the responses."""
@@ -108,7 +109,7 @@ class _Encoder(Encoder):
         if task.template == "chat":
             self.bos = []  # the template writes it
 
-    def add(self, rows: Sequence[Row]) -> list[Example]:
+    def add(self, rows: Sequence[RawRow]) -> list[Example]:
         prompts, responses = [], []
         for row in rows:
             instruction, response = text_in(row, self.task.instruction), text_in(row, self.task.response)
@@ -124,7 +125,7 @@ class _Encoder(Encoder):
         self.dropped += found.count(None)
         return [example for example in found if example is not None]
 
-    def _context(self, row: Row) -> str:
+    def _context(self, row: RawRow) -> str:
         if self.task.input is None:
             return ""
         found = value_in(row, self.task.input)

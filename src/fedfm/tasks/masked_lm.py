@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from fedfm.core.batch import IGNORE, IntArray, Row
 from fedfm.core.errors import ConfigError, ModelError
-from fedfm.core.task import IGNORE, Encoder, Example, Examples, IntArray, Row, Task, Vocabulary
+from fedfm.core.task import Encoder, Example, Examples, RawRow, Task, Vocabulary
 from fedfm.core.tree import Tree
 from fedfm.tasks.sequences import language_metrics, require_length, texts_of, tokenize
 
@@ -58,11 +59,11 @@ class MaskedLM(Task):
         """
         return _Encoder(self, tokenizer)
 
-    def rows(self, examples: Examples, index: IntArray, rng: np.random.Generator) -> list[tuple[IntArray, IntArray]]:
+    def rows(self, examples: Examples, index: IntArray, rng: np.random.Generator) -> list[Row]:
         """Ids with some hidden, and what they were."""
         return [self._hide(examples.ids(i), examples.vocabulary, rng) for i in index.tolist()]
 
-    def _hide(self, ids: IntArray, vocabulary: Vocabulary, rng: np.random.Generator) -> tuple[IntArray, IntArray]:
+    def _hide(self, ids: IntArray, vocabulary: Vocabulary, rng: np.random.Generator) -> Row:
         assert vocabulary.mask is not None  # the encoder refused such a tokenizer
         words = np.flatnonzero(~np.isin(ids, vocabulary.special))
         chosen = words[rng.random(len(words)) < self.mask_probability]
@@ -74,7 +75,7 @@ class MaskedLM(Task):
         inputs[chosen[roll < 0.8]] = vocabulary.mask
         random = chosen[roll >= 0.9]
         inputs[random] = rng.integers(vocabulary.size, size=len(random))
-        return inputs, targets
+        return Row(inputs, targets)
 
     def summarise(self, sums: Tree) -> dict[str, float]:
         """``loss``, ``perplexity``, ``token_accuracy``, of the hidden tokens."""
@@ -89,7 +90,7 @@ class _Encoder(Encoder):
             )
         self.task, self.tokenizer, self.special = task, tokenizer, set(tokenizer.all_special_ids)
 
-    def add(self, rows: Sequence[Row]) -> list[Example]:
+    def add(self, rows: Sequence[RawRow]) -> list[Example]:
         encoded = tokenize(self.tokenizer, texts_of(rows, self.task.text), special=True, max_length=self.task.max_length)
         found = [Example(np.array(ids, dtype=np.int32)) for ids in encoded if not self.special.issuperset(ids)]
         self.dropped += len(rows) - len(found)

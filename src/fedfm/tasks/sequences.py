@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from fedfm.core.batch import IGNORE, IntArray
 from fedfm.core.errors import ConfigError, ModelError
-from fedfm.core.task import IGNORE, IntArray, Row
+from fedfm.core.task import RawRow
 from fedfm.core.tree import Tree
 from fedfm.data.sources import text_in
 
@@ -24,7 +25,7 @@ def require_length(task: object, max_length: int, least: int) -> None:
         raise ConfigError(f"{task!r}: max_length must be {least} or more.")
 
 
-def texts_of(rows: Sequence[Row], column: str) -> list[str]:
+def texts_of(rows: Sequence[RawRow], column: str) -> list[str]:
     """The texts in ``column`` that are more than white space.
 
     Raises:

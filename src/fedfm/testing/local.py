@@ -7,12 +7,14 @@ import math
 import torch
 
 from fedfm.core.keys import Key
-from fedfm.core.parts import Cohort, LocalTrainer, ServerOptimizer
-from fedfm.core.tree import Tree
+from fedfm.core.parts import Cohort, LocalTrainer, Objective, ServerOptimizer
+from fedfm.core.tree import Spec, Tree
 from fedfm.testing.parts import check_part, copied, same
 
 SIZE = 6
 STEPS_K = (5, 5, 3, 1)
+# Examples of each client, around its target.
+NUM_EXAMPLES = 4
 
 
 def check_local(trainer: LocalTrainer, server: ServerOptimizer | None = None) -> None:
@@ -69,7 +71,7 @@ def _work(
     leaves = memories[clients[0]]
     cohort = Cohort(
         theta_kd=start_d.expand(len(clients), -1).clone(),
-        start_d=start_d.clone(),
+        start_kd=start_d.expand(len(clients), -1).clone(),
         received=copied(received),
         memory={leaf: torch.stack([memories[k][leaf] for k in clients]) for leaf in leaves},
     )
@@ -83,14 +85,18 @@ def _work(
         active = cohort.head(k)
         resting = cohort.theta_kd[k:].clone()
         lr_k = torch.tensor([trainer.lr_at(step, num, round) for num in steps_k[:k]], dtype=torch.float32).unsqueeze(1)
-        trainer.step(active, active.theta_kd - target_kd[:k], lr_k, step)
+        with torch.no_grad():
+            trainer.descend(
+                active, _Quadratic(target_kd[:k], [Key.root(0).fold(round, client, step) for client in clients[:k]]), lr_k, step
+            )
         assert torch.equal(cohort.theta_kd[k:], resting), f"{name} moves a client that has done its steps"
         lr_sum_k[:k] += lr_k.squeeze(1)
     extra = trainer.finish(cohort, lr_sum_k, torch.tensor(steps_k))
-    assert torch.equal(cohort.start_d, start_d) and same(cohort.received, received), f"{name} changed what all clients share"
-    declared = {leaf: (len(clients), *shape) for leaf, shape in trainer.extra(SIZE).items()}
+    assert torch.equal(cohort.start_kd, start_d.expand(len(clients), -1)) and same(cohort.received, received), f"{name} changed what all clients share"
+    spec = Spec(("w",), ((SIZE,),), (torch.float32,))
+    declared = {leaf.name: (len(clients), *leaf.shape) for leaf in trainer.leaves(spec, spec) if leaf.name != "w"}
     assert {leaf: tuple(x.shape) for leaf, x in extra.items()} == declared, (
-        f"{name}.finish gives other leaves than extra declares: {declared}"
+        f"{name}.finish gives other leaves than are declared: {declared}"
     )
     assert all(x.dtype == torch.float32 for x in extra.values()), f"{name}.finish gives leaves that are not float32"
     rows = range(len(clients))
@@ -99,6 +105,28 @@ def _work(
         [{leaf: x[row].clone() for leaf, x in extra.items()} for row in rows],
         [{leaf: x[row].clone() for leaf, x in cohort.memory.items()} for row in rows],
     )
+
+
+class _Quadratic(Objective):
+    """``|w - target_k|^2 / 2``. Each client's examples have targets of their own, of which ``target_k`` is the mean."""
+
+    def __init__(self, target_kd: torch.Tensor, keys: list[Key]) -> None:
+        self.target_kd, self._keys = target_kd, keys
+
+    def losses(self, theta_kd: torch.Tensor) -> torch.Tensor:
+        return (theta_kd - self.target_kd).square().sum(dim=1) / 2
+
+    def gradient(self, theta_kd: torch.Tensor) -> torch.Tensor:
+        return theta_kd - self.target_kd
+
+    def per_example(self, theta_kd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        owner_n = torch.arange(len(theta_kd)).repeat_interleave(NUM_EXAMPLES)
+        offset_nd = torch.stack([_draw(f"offset-{i}", SIZE) for i in range(NUM_EXAMPLES)])
+        offset_nd = (offset_nd - offset_nd.mean(dim=0)).repeat(len(theta_kd), 1)
+        return (theta_kd - self.target_kd)[owner_n] + offset_nd, owner_n
+
+    def keys(self, name: str) -> list[Key]:
+        return [key.fold(name) for key in self._keys]
 
 
 def _target(k: int) -> torch.Tensor:

@@ -9,15 +9,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedfm.core.batch import Batch, Row, Shaping
 from fedfm.core.errors import DataError
 from fedfm.core.keys import Key
-from fedfm.core.task import IGNORE, Example, IntArray, Row, Task, Vocabulary
+from fedfm.core.task import Example, RawRow, Task, Vocabulary
 from fedfm.testing.parts import check_part
 from fedfm.testing.tiny import Memory
 
 
-def check_task(task: Task, rows: Sequence[Row], tokenizer: Any) -> None:
-    """Rows become the same examples however they stream in, examples the inputs and targets that the key decides, and sums of metrics add up.
+def check_task(task: Task, rows: Sequence[RawRow], tokenizer: Any) -> None:
+    """Rows become the same examples however they stream in, examples the rows that the key decides; there is one finite loss for each target, its
+    client's and nobody else's, and sums of metrics add up.
 
     Args:
         rows: At least three rows that the task can use, with the columns it names.
@@ -47,11 +49,12 @@ def check_task(task: Task, rows: Sequence[Row], tokenizer: Any) -> None:
 
     labels = sorted({example.label for example in examples if example.label is not None})
     memory = Encoded(examples, tokenizer, labels)
-    _check_rows(name, task, memory, len(labels) if task.head == "sequence_classification" else len(tokenizer))
-    _check_metrics(name, task)
+    classes = max(len(labels), 2) if task.head == "sequence_classification" else len(tokenizer)
+    _check_rows(name, task, memory)
+    _check_losses(name, task, memory, classes)
 
 
-def _encode(task: Task, rows: Sequence[Row], tokenizer: Any, chunk: int) -> list[Example]:
+def _encode(task: Task, rows: Sequence[RawRow], tokenizer: Any, chunk: int) -> list[Example]:
     encoder = task.encoder(tokenizer)
     found = [example for first in range(0, len(rows), chunk) for example in encoder.add(rows[first : first + chunk])]
     return found + encoder.flush()
@@ -77,38 +80,75 @@ class Encoded(Memory):
         self.vocabulary = Vocabulary(len(tokenizer), tuple(tokenizer.all_special_ids), tokenizer.mask_token_id)
 
 
-def _check_rows(name: str, task: Task, examples: Memory, classes: int) -> None:
+def _check_rows(name: str, task: Task, examples: Memory) -> None:
     index = np.arange(len(examples))
     before = [examples.ids(i).copy() for i in range(len(examples))]
-    found = task.rows(examples, index, Key.root(1).numpy())
+    rows = task.rows(examples, index, Key.root(1).numpy())
     assert all(np.array_equal(examples.ids(i), own) for i, own in enumerate(before)), f"{name}.rows changed the examples"
-    assert len(found) == len(index), f"{name}.rows gives {len(found)} rows for {len(index)} examples"
-    for (ids, targets), own in zip(found, before, strict=True):
-        assert len(ids) == len(own), f"{name}: an input of {len(ids)} tokens from an example of {len(own)}"
-        expected = 1 if task.head == "sequence_classification" else len(ids)
-        assert len(targets) == expected, f"{name}: {len(targets)} targets for {expected} places"
-        asked = targets[targets != IGNORE]
-        assert len(asked) and asked.min() >= 0 and asked.max() < classes, f"{name}: targets {asked}, of {classes} classes"
+    assert len(rows) >= len(index), f"{name}.rows gives {len(rows)} rows for {len(index)} examples"
+    for row in rows:
+        assert 0 < len(row.ids) <= task.max_length, f"{name}: a row of {len(row.ids)} tokens; max_length is {task.max_length}"
+        assert row.extra.keys() == rows[0].extra.keys(), f"{name}: rows with different inputs, {set(row.extra)} and {set(rows[0].extra)}"
+        unaligned = [what for what, x in row.extra.items() if len(x) != len(row.ids)]
+        assert not unaligned, f"{name}: {unaligned} do not have a value for each of {len(row.ids)} tokens"
     again = task.rows(examples, index, Key.root(1).numpy())
-    assert all(_equal(a, b) for a, b in zip(found, again, strict=True)), f"{name}.rows is not decided by the key"
+    assert len(again) == len(rows) and all(map(_equal, rows, again)), f"{name}.rows is not decided by the key"
+    rng = Key.root(1).numpy()
+    single = [row for i in index for row in task.rows(examples, np.array([i]), rng)]
+    assert len(single) == len(rows) and all(map(_equal, rows, single)), f"{name}.rows does not draw for one example after the other"
 
 
-def _equal(a: tuple[IntArray, IntArray], b: tuple[IntArray, IntArray]) -> bool:
-    return np.array_equal(a[0], b[0]) and np.array_equal(a[1], b[1])
+def _equal(a: Row, b: Row) -> bool:
+    extra = a.extra.keys() == b.extra.keys() and all(np.array_equal(x, b.extra[what]) for what, x in a.extra.items())
+    return extra and np.array_equal(a.ids, b.ids) and np.array_equal(a.targets, b.targets)
 
 
-def _check_metrics(name: str, task: Task) -> None:
-    generator = Key.root(0).fold("check_task").generator()
-    logits_pc = torch.randn(40, 5, generator=generator)
-    target_p, owner_p = torch.randint(5, (40,), generator=generator), torch.randint(2, (40,), generator=generator)
-    whole = task.stats(logits_pc, target_p, owner_p, 3)
+def _check_batch(name: str, batch: Batch, classes: int) -> None:
+    rows, length = batch.shape
+    num = rows // batch.num_clients
+    assert batch.inputs and all(len(x) == rows for x in batch.inputs.values()), f"{name}.batch: not every input has {rows} rows"
+    assert len(batch.pick_p) and batch.pick_p.min() >= 0 and batch.pick_p.max() < (rows if batch.per_row else rows * length), (
+        f"{name}.batch asks for logits at {batch.pick_p}, of {batch.shape} places"
+    )
+    assert torch.equal(batch.owner_q, batch.row_q // num), f"{name}.batch: a loss is not its row's client's"
+    assert len(batch.lengths) == len(batch.real_rows) == batch.num_clients, f"{name}.batch does not count rows and lengths for each client"
+    assert batch.real_rows.max() <= num and 0 < batch.num_tokens <= batch.num_slots, f"{name}.batch counts more than it holds"
+    labels = batch.targets.get("labels", torch.zeros(1, dtype=torch.int64))
+    assert labels.min() >= 0 and labels.max() < classes, f"{name}: targets {labels}, of {classes} classes"
+
+
+def _check_losses(name: str, task: Task, examples: Memory, classes: int) -> None:
+    shaping = Shaping(causal=task.head == "causal_lm", per_row=task.head == "sequence_classification")
+    halves = np.array_split(np.arange(len(examples)), 2)
+    rows = [task.rows(examples, index, Key.root(1).numpy()) for index in halves]
+    batch = task.batch([*rows, []], shaping)
+    _check_batch(name, batch, classes)
+    logits_pc = torch.randn(len(batch.pick_p), classes, generator=Key.root(0).fold("check_task").generator())
+    loss_q = task.losses(logits_pc, batch)
+    assert loss_q.shape == batch.owner_q.shape and loss_q.isfinite().all(), (
+        f"{name}.losses gives {tuple(loss_q.shape)} for {len(batch.owner_q)} targets, finite: {loss_q.isfinite().all()}"
+    )
+    counts = torch.bincount(batch.owner_q, minlength=3).tolist()
+    assert min(counts[:2]) > 0 and counts[2] == 0, f"{name}: {counts} losses of two clients with examples and one without"
+
+    whole = task.stats(logits_pc, batch, batch.owner_q, 3)
     assert all(x.dtype == torch.float64 and x.shape[0] == 3 for x in whole.values()), f"{name}.stats are not float64 sums per client"
-    parts = [task.stats(logits_pc[s], target_p[s], owner_p[s], 3) for s in (slice(0, 13), slice(13, 40))]
-    assert all(torch.allclose(whole[x], parts[0][x] + parts[1][x], rtol=1e-12) for x in whole), f"{name}.stats do not add up over batches"
+    # The same examples one by one: batches of their own, whose logits are where theirs were.
+    first, sums = 0, task.no_stats(3, classes)
+    assert all(not x.any() and x.shape == whole[what].shape for what, x in sums.items()), f"{name}.no_stats are not the sums of nothing"
+    for owner, index in enumerate(halves):
+        rng = Key.root(1).numpy()
+        for i in index:
+            part = task.batch([task.rows(examples, np.array([i]), rng)], shaping)
+            last = first + len(part.pick_p)
+            stats = task.stats(logits_pc[first:last], part, torch.full_like(part.owner_q, owner), 3)
+            first, sums = last, {what: sums[what] + x for what, x in stats.items()}
+    assert first == len(logits_pc), f"{name}: examples ask for {first} logits one by one and for {len(logits_pc)} together"
+    assert all(torch.allclose(whole[x], sums[x], rtol=1e-5) for x in whole), f"{name}.stats do not add up over batches"
     assert not any(x[2].any() for x in whole.values()), f"{name}.stats: a client without targets has some"
     pooled = task.summarise({x: value.sum(0) for x, value in whole.items()})
     assert "loss" in pooled and all(math.isfinite(value) for value in pooled.values()), f"{name}.summarise gives {pooled}"
-    only = torch.nn.functional.cross_entropy(logits_pc, target_p).item()
-    assert math.isclose(pooled["loss"], only, rel_tol=1e-5), f"{name}: the pooled loss is {pooled['loss']}, the mean over targets {only}"
+    mean = loss_q.double().mean().item()
+    assert math.isclose(pooled["loss"], mean, rel_tol=1e-5), f"{name}: the pooled loss is {pooled['loss']}, the mean over targets {mean}"
     nobody = task.summarise({x: value[2] for x, value in whole.items()})
     assert all(math.isnan(value) for value in nobody.values()), f"{name}.summarise makes {nobody} of nothing"

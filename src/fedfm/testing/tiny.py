@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedfm.core.batch import Batch, IntArray
 from fedfm.core.keys import Key
-from fedfm.core.task import Batch, Head, IntArray, Vocabulary
+from fedfm.core.task import Head, Vocabulary
 from fedfm.models import Foundation, Model, load, train_bpe
 
 CONFIGS: dict[str, dict[str, int]] = {
@@ -98,12 +99,13 @@ def batch_of(foundation: Foundation, clients: int = 1, rows: int = 2, length: in
     count = total if per_row else total * length
     row_p = torch.arange(total) if per_row else torch.arange(total).repeat_interleave(length)
     return Batch(
-        input_ids=torch.randint(FIRST, LAST, (total, length), generator=generator),
-        attention_mask=None,
-        position_p=None if per_row else torch.arange(count),
-        row_p=row_p,
-        target_p=torch.zeros(count, dtype=torch.int64),
-        owner_p=row_p // rows,
+        inputs={"input_ids": torch.randint(FIRST, LAST, (total, length), generator=generator)},
+        shape=(total, length),
+        pick_p=torch.arange(count),
+        per_row=per_row,
+        row_q=row_p,
+        owner_q=row_p // rows,
+        targets={"labels": torch.zeros(count, dtype=torch.int64)},
         num_clients=clients,
         lengths=np.full(clients, length),
         real_rows=np.full(clients, rows),
@@ -114,9 +116,9 @@ def batch_of(foundation: Foundation, clients: int = 1, rows: int = 2, length: in
 @torch.no_grad()
 def logits_of(model: Any, batch: Batch) -> torch.Tensor:
     """What a plain model of ``transformers`` or ``peft`` says where the batch asks, ``(P, C)``."""
-    found: torch.Tensor = model(input_ids=batch.input_ids).logits
+    logits: torch.Tensor = model(**batch.inputs).logits
     # Virtual tokens in front answer too.
-    return found if batch.position_p is None else found[:, -batch.input_ids.shape[1] :].reshape(-1, found.shape[-1])
+    return logits if batch.per_row else logits[:, -batch.shape[1] :].reshape(-1, logits.shape[-1])
 
 
 def disturbed(params: dict[str, torch.Tensor], seed: int = 1, scale: float = 0.2) -> dict[str, torch.Tensor]:

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
+from fedfm.core.batch import Batch
 from fedfm.core.errors import ConfigError
 from fedfm.core.keys import Key
 from fedfm.core.messages import Scalar
 from fedfm.core.parts import ClientId
-from fedfm.core.task import Batch
 from fedfm.core.tree import Spec, Tree
 from fedfm.models import Foundation, Model, load
 from fedfm.testing import tiny
@@ -51,7 +51,7 @@ def check_tuning(
     theta_d = tuned.spec.flatten(params)
     batch = tiny.batch_of(foundation)
     said = _say(tuned, theta_d.unsqueeze(0), batch)
-    assert said.shape[0] == len(batch.target_p) and said.isfinite().all(), (
+    assert said.shape[0] == len(batch.pick_p) and said.isfinite().all(), (
         f"{name}: logits {tuple(said.shape)}, finite: {said.isfinite().all()}"
     )
     assert torch.equal(said, _say(tuned, theta_d.unsqueeze(0), batch)), f"{name}: the same tensors and rows give other logits a second time"
@@ -91,7 +91,7 @@ def _say(tuned: Tuned, theta_kd: torch.Tensor, batch: Batch) -> torch.Tensor:
 def _gradient(tuned: Tuned, theta_kd: torch.Tensor, batch: Batch) -> torch.Tensor:
     theta_kd = theta_kd.clone().requires_grad_(True)
     tuned.bind(theta_kd)
-    loss = torch.nn.functional.cross_entropy(tuned.logits(batch).float(), batch.target_p, reduction="sum")
+    loss = torch.nn.functional.cross_entropy(tuned.logits(batch).float(), batch.targets["labels"], reduction="sum")
     (grad_kd,) = torch.autograd.grad(loss, theta_kd)
     return grad_kd
 
@@ -131,12 +131,12 @@ def _check_bank(name: str, tuned: Tuned, foundation: Foundation, params: Tree, t
     num = 3
     theta_kd = torch.stack([tuned.spec.flatten(tiny.disturbed(dict(params), seed)) for seed in range(num)])
     together = tiny.batch_of(foundation, clients=num)
-    rows = len(together.input_ids) // num
+    ids = together.inputs["input_ids"].chunk(num)
     said, grad_kd = _say(tuned, theta_kd, together), _gradient(tuned, theta_kd, together)
     for k in range(num):
-        alone = replace(tiny.batch_of(foundation), input_ids=together.input_ids[k * rows : (k + 1) * rows])
+        alone = replace(tiny.batch_of(foundation), inputs={"input_ids": ids[k]})
         own, grad_1d = _say(tuned, theta_kd[k : k + 1], alone), _gradient(tuned, theta_kd[k : k + 1], alone)
-        assert (said[together.owner_p == k] - own).abs().max() <= tolerance * own.abs().max(), (
+        assert (said[together.owner_q == k] - own).abs().max() <= tolerance * own.abs().max(), (
             f"{name}: row block {k} is not computed with client {k}"
         )
         assert (grad_kd[k] - grad_1d[0]).norm() <= 10 * tolerance * grad_1d.norm(), (

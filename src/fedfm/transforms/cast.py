@@ -23,8 +23,8 @@ class CastBF16(Transform):
     concerns = ("compression",)
 
     def traits(self) -> Traits:
-        """Computes with the values."""
-        return traits(needs=["float-leaves"])
+        """Computes with the values; decoding only widens them."""
+        return traits(needs=["float-leaves"], is_=["linear"])
 
     def encode(self, update: Update, memory: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """To bfloat16."""

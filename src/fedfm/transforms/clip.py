@@ -42,8 +42,8 @@ class ClipByNorm(Transform):
             raise ConfigError(f"ClipByNorm.max_norm is {self.max_norm}; it must be a finite number above 0.")
 
     def traits(self) -> Traits:
-        """Computes with the values."""
-        return traits(needs=["float-leaves"])
+        """Computes with the values; there is nothing to decode."""
+        return traits(needs=["float-leaves"], is_=["linear"])
 
     def encode(self, update: Update, memory: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """Shortens the payload where it is too long."""

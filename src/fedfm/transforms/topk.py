@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fedfm.core.check import Finding, Plan, warn
 from fedfm.core.errors import ConfigError, MessageError, RunError
-from fedfm.core.parts import RoundContext, Spec, Traits, Transform, Tree, Update, traits
+from fedfm.core.parts import Finding, Plan, RoundContext, Spec, Traits, Transform, Tree, Update, traits, warn
 
 _VALUES, _INDICES, _RESIDUAL = "topk::values", "topk::indices", "topk.residual"
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedfm.core.check import Finding, Plan, warn
+from fedfm.core.batch import Batch
+from fedfm.core.parts import Finding, Plan, warn
 from fedfm.core.keys import Key
-from fedfm.core.task import Batch
 from fedfm.core.tree import Spec, Tree
 from fedfm.models import Foundation
 from fedfm.models.foundation import save as save_model
@@ -80,7 +80,7 @@ class UnbankedModel(Tuned):
         self.dropout = dropout[0] if dropout else None
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """Logits ``(P, C)`` at the batch's targets."""
+        """Logits ``(P, C)`` at the batch's picks."""
         self.model.train(self.dropout is not None)
         if self.dropout is None:
             return self.asker(self._call, batch)

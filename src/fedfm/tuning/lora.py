@@ -15,7 +15,7 @@ from typing import Self
 import torch
 from torch import nn
 
-from fedfm.core.check import Finding, Plan, warn
+from fedfm.core.parts import Finding, Plan, warn
 from fedfm.core.errors import ConfigError, ModelError
 from fedfm.core.keys import Key
 from fedfm.core.tree import Tree

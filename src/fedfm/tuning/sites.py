@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from fedfm.core.batch import Batch
 from fedfm.core.errors import ConfigError
 from fedfm.core.keys import Key
 from fedfm.core.registry import suggest
-from fedfm.core.task import Batch
 from fedfm.core.tree import Spec, Tree
 from fedfm.models import Foundation
 from fedfm.tuning.base import Tuned
@@ -84,7 +84,7 @@ class BankedModel(Tuned):
             site.dropout = dropout
 
     def logits(self, batch: Batch) -> torch.Tensor:
-        """Logits ``(P, C)`` at the batch's targets."""
+        """Logits ``(P, C)`` at the batch's picks."""
         for site in self.sites:
             site.batch = batch
         return self.asker(self.model, batch)
@@ -113,18 +113,17 @@ class Asker:
 
     def __call__(self, model: Any, batch: Batch) -> torch.Tensor:
         """Logits ``(P, C)``."""
-        kwargs = {} if batch.attention_mask is None else {"attention_mask": batch.attention_mask}
-        if batch.position_p is None:
-            logits: torch.Tensor = model(input_ids=batch.input_ids, **kwargs).logits
-            return logits.index_select(0, batch.row_p)
+        if batch.per_row:
+            rows: torch.Tensor = model(**batch.inputs).logits
+            return rows.index_select(0, batch.pick_p)
         if not self.early:
             # Methods that put virtual tokens in front answer for them too.
-            full = model(input_ids=batch.input_ids, **kwargs).logits[:, -batch.input_ids.shape[1] :]
-            picked: torch.Tensor = full.reshape(-1, full.shape[-1]).index_select(0, batch.position_p)
+            full = model(**batch.inputs).logits[:, -batch.shape[1] :]
+            picked: torch.Tensor = full.reshape(-1, full.shape[-1]).index_select(0, batch.pick_p)
             return picked
-        self.positions = batch.position_p
+        self.positions = batch.pick_p
         try:
-            early: torch.Tensor = model(input_ids=batch.input_ids, **kwargs).logits
+            early: torch.Tensor = model(**batch.inputs).logits
         finally:
             self.positions = None
         return early.reshape(-1, early.shape[-1])

@@ -76,7 +76,7 @@ class Train(Verb):
             return
         jobs = [Job(client, desk.examples, under(_LOCAL, desk.memory)) for client, desk in desks.items()]
         some = next(iter(desks.values()))
-        start = {**some.start, **some.received}
+        start = {**some.start, **{name: leaf for name, leaf in some.received.items() if not name.startswith("transforms.")}}
         starts_kd = None
         if any(desk.is_own for desk in desks.values()):
             starts_kd = torch.stack([house.tuned.spec.flatten(desk.start) for desk in desks.values()])
@@ -133,8 +133,8 @@ class Desk:
             )
         plan, spec = house.plan, house.tuned.spec
         travelling = {name: leaf for name, leaf in trained.delta.items() if name in self.params}
-        added = {name: leaf for name, leaf in trained.delta.items() if name not in spec.names}
-        payload = {**plan.tuning.cut(travelling, request.own), **added}
+        made = {**trained.delta, **plan.tuning.cut(travelling, request.own)}
+        payload = {leaf.name: made[leaf.name] for leaf in plan.local.leaves(spec, Spec.of(self.params))}
         own_params = spec.unflatten(trained.params_d)
         memory: dict[str, torch.Tensor] = {_LOCAL + name: leaf for name, leaf in trained.memory.items()}
         memory |= {_HOME + name: own_params[name] for name in spec.names if name not in self.params}
@@ -149,7 +149,7 @@ class Desk:
         ticket = house.memory.save(client, number(request.own, _TICKET) or 0, number(request.own, _COUNTED), memory)
         metrics = {"weight": update.weight, **update.metrics}
         full = declared(plan.local, plan.transforms, spec, Spec.of(self.params))
-        return Contribution(replace(update, metrics=metrics, ticket=ticket), resized(full, self.params))
+        return Contribution(replace(update, metrics=metrics, ticket=ticket), resized(full, self.params, spec.names))
 
     def weight(self) -> float:
         """The number of examples; 1 where the owner does not tell it.

@@ -1,0 +1,86 @@
+"""A federation whose owners' data was divided on this machine: the plan, the prepared data, and the house in which all clients live."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedfm.client.house import House, Policy
+from fedfm.core.clock import Clock
+from fedfm.core.keys import Key
+from fedfm.core.messages import ClientId
+from fedfm.core.session import Session
+from fedfm.data import Owners, prepare
+from fedfm.federation import Federation
+from fedfm.models import load_tokenizer
+from fedfm.models.foundation import max_context, read_config
+
+Progress = Callable[[str, int], None]
+
+
+@dataclass
+class Simulation:
+    """All that is needed to play a federation here.
+
+    Attributes:
+        federation: The plan, its method applied.
+        owners: Everybody's prepared data.
+        house: Where the clients live.
+    """
+
+    federation: Federation
+    owners: Owners
+    house: House
+
+    @staticmethod
+    def build(
+        federation: Federation,
+        folder: Path | None = None,
+        progress: Progress | None = None,
+        owners: Owners | None = None,
+        policies: Mapping[ClientId, Policy] | None = None,
+    ) -> Simulation:
+        """Prepares the data of a whole federation on this machine.
+
+        Args:
+            folder: The run's folder.
+            progress: Told what is being done and how far it is.
+            owners: Data that is prepared already.
+            policies: What owners do not tell; one that is not named tells all.
+
+        Raises:
+            DataError: if no owner has usable data.
+            ModelError: if the tokenizer or config does not load.
+        """
+        plan, key = federation.resolved(), Key.root(federation.seed)
+        if owners is None:
+            tokenizer = load_tokenizer(plan.model.tokenizer or plan.model.source or "")
+            limit = max_context(read_config(plan.model))
+            owners = prepare(plan.data, plan.task, tokenizer, key=key.fold("data"), max_context=limit, progress=progress)
+        house = House(
+            plan=plan.client_plan(),
+            shards={client: owners.path(client) for client in owners.ids},
+            labels=owners.labels,
+            key=key,
+            num_clients=len(owners.ids),
+            cohort_size=plan.sampler.cohort_size(len(owners.ids)),
+            device=plan.engine.device,
+            folder=folder,
+            policies=policies or {},
+        )
+        return Simulation(plan, owners, house)
+
+    @property
+    def clients(self) -> tuple[ClientId, ...]:
+        """Everyone with usable data, in a fixed order."""
+        return self.house.clients
+
+    @property
+    def key(self) -> Key:
+        """The run's root key."""
+        return self.house.key
+
+    def open(self, clock: Clock | None = None) -> Session:
+        """A session with every client, on the federation's engine."""
+        return self.federation.engine.open(self.house, clock)

@@ -165,7 +165,7 @@ class Bank:
         sets = [job.examples for job in jobs]
         self.look(start, sets)
         if len(jobs) > 1 and not self.shares(start, sets):
-            own_1d = [None] * len(jobs) if starts_kd is None else list(starts_kd.split(1))
+            own_1d = [None] * len(jobs) if starts_kd is None else list(torch.split(starts_kd, 1))
             return [self.train(start, [job], round, work, own)[0] for job, own in zip(jobs, own_1d, strict=True)]
         course = Course.of(jobs, work or self.local.work, round, self.key)
         cohort, start_kd = self._begin(course, start, starts_kd)
@@ -252,7 +252,9 @@ class Bank:
             return self._evaluate_shared(theta_kd, sets, max_tokens, fold)
         if self.shares(start, sets):
             return self._evaluate_bank(theta_kd, sets, max_tokens, fold)
-        alone = [self._evaluate_shared(theta_1d, [own], max_tokens, fold) for theta_1d, own in zip(theta_kd.split(1), sets, strict=True)]
+        alone = [
+            self._evaluate_shared(theta_1d, [own], max_tokens, fold) for theta_1d, own in zip(torch.split(theta_kd, 1), sets, strict=True)
+        ]
         return {name: torch.cat([sums[name] for sums in alone]) for name in alone[0]}
 
     def _evaluate_shared(self, theta_kd: torch.Tensor, sets: Sequence[Examples], max_tokens: int, fold: str) -> dict[str, torch.Tensor]:

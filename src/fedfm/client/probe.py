@@ -76,12 +76,13 @@ def probe_causal(learner: Learner, start_d: torch.Tensor, examples: Examples, ke
     later = key.fold("probe", "later").numpy().integers(examples.vocabulary.size, size=len(ids) - half)
     targets = np.where(np.arange(len(ids)) < half, ids, IGNORE)
     extra = {name: x[:TOKENS] for name, x in row.extra.items()}
-    said = []
     with torch.no_grad():
         learner.tuned.bind(start_d.unsqueeze(0))
-        for tokens in (ids, np.concatenate([ids[:half], later])):
-            said.append(learner.tuned.logits(collate([[Row(tokens, targets, extra)]], learner.shaping).to(learner.device)).detach().clone())
-    if half and _moved(*said):
+        usual, changed = (
+            learner.tuned.logits(collate([[Row(tokens, targets, extra)]], learner.shaping).to(learner.device))
+            for tokens in (ids, np.concatenate([ids[:half], later]))
+        )
+    if half and _moved(usual, changed):
         raise ModelError(
             f"{type(learner.tuned.model).__name__} looks ahead: its logits at a position change when a later token changes, so "
             f"{type(learner.task).__name__} would train it on its own answers. Use the task MaskedLM, or a causal base "

@@ -416,24 +416,25 @@ class WrappedTrainer(GradientTrainer):
     """
 
     inner: GradientTrainer
+    # What only forwards has nothing to say of its own.
 
     @property
-    def work(self) -> Work:
+    def work(self) -> Work:  # noqa: D102
         return self.inner.work
 
-    def lr_at(self, step: int, num_steps: int, round: int) -> float:
+    def lr_at(self, step: int, num_steps: int, round: int) -> float:  # noqa: D102
         return self.inner.lr_at(step, num_steps, round)
 
-    def init(self, cohort: Cohort) -> None:
+    def init(self, cohort: Cohort) -> None:  # noqa: D102
         self.inner.init(cohort)
 
-    def step(self, cohort: Cohort, grad_kd: torch.Tensor, lr_k: torch.Tensor, step: int) -> None:
+    def step(self, cohort: Cohort, grad_kd: torch.Tensor, lr_k: torch.Tensor, step: int) -> None:  # noqa: D102
         self.inner.step(cohort, grad_kd, lr_k, step)
 
-    def leaves(self, trained: Spec, travelling: Spec) -> tuple[Leaf, ...]:
+    def leaves(self, trained: Spec, travelling: Spec) -> tuple[Leaf, ...]:  # noqa: D102
         return self.inner.leaves(trained, travelling)
 
-    def finish(self, cohort: Cohort, lr_sum_k: torch.Tensor, steps_k: torch.Tensor) -> dict[str, torch.Tensor]:
+    def finish(self, cohort: Cohort, lr_sum_k: torch.Tensor, steps_k: torch.Tensor) -> dict[str, torch.Tensor]:  # noqa: D102
         return self.inner.finish(cohort, lr_sum_k, steps_k)
 
 

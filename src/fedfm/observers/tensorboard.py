@@ -15,7 +15,6 @@ from fedfm.observers.progress import failures, tokens_per_second
 
 if TYPE_CHECKING:
     from fedfm.core.round import RoundRecord
-    from fedfm.federation import Federation
 
 
 @dataclass(frozen=True)

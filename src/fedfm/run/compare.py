@@ -14,14 +14,13 @@ from typing import Any
 import torch
 
 from fedfm.client.bank import Bank, Job
-from fedfm.client.runtime import Runtime, Some
-from fedfm.client.site import Site
-from fedfm.client.store import StateStore
 from fedfm.core.errors import DataError
-from fedfm.core.messages import Request
-from fedfm.core.parts import ClientId, RoundContext, Update, Work, innermost
+from fedfm.core.messages import ClientId
+from fedfm.core.parts import RoundContext, Update, Work, innermost
 from fedfm.core.tree import Tree
-from fedfm.engines.embedded import Embedded
+from fedfm.data import Sample
+from fedfm.engines import Embedded
+from fedfm.engines.embedded import EmbeddedSession
 from fedfm.federation import Federation
 from fedfm.observers.base import Watcher
 from fedfm.observers.evaluate import summary
@@ -29,6 +28,7 @@ from fedfm.run.folder import COMPARE, RECIPE, RunFolder, latest_state
 from fedfm.run.ledger import Ledger
 from fedfm.run.loop import resume, run
 from fedfm.server import FedAvg
+from fedfm.simulation import Simulation
 
 Stage = Callable[[str, int | None, int | None], None]
 Scores = dict[str, Any]
@@ -93,16 +93,16 @@ class _Ends:
     """The two ends of a run, trained by the same bank from the same start."""
 
     def __init__(self, federation: Federation, folder: RunFolder) -> None:
-        self.site = Site.build(federation)
-        self.site.choices.update(folder.choices())
-        self.plan = self.site.federation
-        self.runtime = Runtime(self.site, StateStore(None))
-        self.start = self.site.tuned.init(self.site.key.fold("init"))
+        self.simulation = Simulation.build(federation)
+        self.house, self.plan = self.simulation.house, self.simulation.federation
+        self.house.choices.update(folder.choices())
+        self.start = self.house.start
         last = next(line for line in reversed(folder.journal) if line["event"] == "round")
         self.ledger = Ledger.from_json(last["ledger"])
         self.after = latest_state(folder.path).params
         # What the server sends beside the parameters, such as SCAFFOLD's control variate.
-        self.sent = self.plan.server.broadcast(self.start, self.plan.server.init(self.start))
+        travelling = self.plan.travelling(self.start)
+        self.sent = self.plan.server.broadcast(travelling, self.plan.server.init(travelling))
 
     def compare(self, stage: Stage) -> Comparison:
         began = time.perf_counter()
@@ -113,12 +113,12 @@ class _Ends:
         seconds = {"federated": self.ledger.seconds, "evaluate": time.perf_counter() - began}
 
         began, own, alone = time.perf_counter(), {}, []
-        stage("Training each owner alone", 0, len(self.site.clients))
+        stage("Training each owner alone", 0, len(self.house.clients))
         for done, (client, params) in enumerate(self.alone()):
             scores = self.score(params)
             own[client] = scores["owners"].get(client, {}).get("loss")
             alone.append(scores["pooled"])
-            stage("Training each owner alone", done + 1, len(self.site.clients))
+            stage("Training each owner alone", done + 1, len(self.house.clients))
         seconds["local"] = time.perf_counter() - began
 
         began = time.perf_counter()
@@ -129,10 +129,10 @@ class _Ends:
         ways = {"before": before, "federated": federated, "centralised": centralised}
         owners = [
             {"owner": client, "local": own[client], **{way: scores["owners"].get(client, {}).get("loss") for way, scores in ways.items()}}
-            for client in self.site.clients
+            for client in self.house.clients
             if client in before["owners"]
         ]
-        full = self.site.foundation.num_params * getattr(torch, self.plan.model.dtype).itemsize
+        full = self.house.foundation.num_params * getattr(torch, self.plan.model.dtype).itemsize
         travelled = {
             "bytes_up": self.ledger.bytes_up,
             "bytes_down": self.ledger.bytes_down,
@@ -143,33 +143,32 @@ class _Ends:
 
     def score(self, params: Tree) -> Scores:
         """Metrics of one model on every owner's test data, and pooled."""
-        tests, most = [self.site.open_shard(client).test for client in self.site.clients], self.plan.evaluate.max_examples
-        sets = tests if most is None else [Some(test, most) for test in tests]
-        sums = self.runtime.bank.evaluate(self.site.tuned.spec.flatten(params).unsqueeze(0), sets)
+        tests, most = [self.house.shard(client).test for client in self.house.clients], self.plan.evaluate.max_examples
+        sets = tests if most is None else [Sample(test, most) for test in tests]
+        sums = self.house.bank.evaluate(self.house.tuned.spec.flatten(params).unsqueeze(0), sets)
         return summary(
-            self.plan.task, {client: {name: value[i].cpu() for name, value in sums.items()} for i, client in enumerate(self.site.clients)}
+            self.plan.task, {client: {name: value[i].cpu() for name, value in sums.items()} for i, client in enumerate(self.house.clients)}
         )
 
     def alone(self) -> Iterator[tuple[ClientId, Tree]]:
         """Each owner's own model. Owners with as many steps share a bank."""
         groups: dict[int, list[ClientId]] = {}
-        for client in self.site.clients:
-            groups.setdefault(self.steps(len(self.site.open_shard(client).train)), []).append(client)
+        for client in self.house.clients:
+            groups.setdefault(self.steps(len(self.house.shard(client).train)), []).append(client)
         for steps, clients in groups.items():
             for first in range(0, len(clients), self.bank_size):
-                jobs = [Job(client, self.site.open_shard(client).train) for client in clients[first : first + self.bank_size]]
+                jobs = [Job(client, self.house.shard(client).train) for client in clients[first : first + self.bank_size]]
                 yield from zip(
                     (job.client for job in jobs), self.trained("alone", jobs, replace(self.work, steps=steps, epochs=None)), strict=True
                 )
 
     def centralised(self) -> Tree:
         """The model of somebody who holds all data."""
-        assert self.site.owners is not None
-        everyone = self.site.owners.pooled()
+        everyone = self.simulation.owners.pooled()
         examples = everyone.shard(everyone.ids[0]).train
-        cohort = max(self.plan.sampler.cohort_size(len(self.site.clients)), 1)
+        cohort = max(self.plan.sampler.cohort_size(len(self.house.clients)), 1)
         # Where clients make passes over their own data, an owner of mean size stands for each of the cohort.
-        work = replace(self.work, steps=self.steps(math.ceil(len(examples) / len(self.site.clients))), epochs=None)
+        work = replace(self.work, steps=self.steps(math.ceil(len(examples) / len(self.house.clients))), epochs=None)
         if work.batch_size is not None:
             # The batch of a whole cohort, in parts that fit into memory as a bank does.
             together = max(size for size in range(1, cohort + 1) if size <= self.bank_size and cohort % size == 0)
@@ -186,13 +185,13 @@ class _Ends:
     def bank_size(self) -> int:
         """Clients in a batch."""
         engine = self.plan.engine if isinstance(self.plan.engine, Embedded) else Embedded()
-        return engine.open(self.site).bank_size(list(self.site.clients), Request("train", 1, {**self.start, **self.sent}))
+        return engine.open(self.site).bank_size(list(self.house.clients), Request("train", 1, {**self.start, **self.sent}))
 
     def trained(self, name: str, jobs: list[Job], work: Work) -> list[Tree]:
         """What comes of each job in all the rounds, ``work.steps`` steps in each, without a federation."""
         local, server, rounds = innermost(self.plan.local), self.plan.server, self.plan.rounds
-        bank, spec = self.runtime.bank, self.site.tuned.spec
-        bank = Bank(self.site.tuned, self.plan.task, local, bank.pad_id, bank.device, self.site.key.fold(name))
+        bank, spec = self.house.bank, self.house.tuned.spec
+        bank = Bank(self.house.tuned, self.plan.task, local, bank.pad_id, bank.device, self.house.key.fold(name))
         steps = work.steps or 0
         if steps != 1 or self.sent:
             # Of several steps the optimizer is the trainer's; and what is sent to clients ties a step to them.

@@ -160,18 +160,6 @@ class RunFolder:
         """Writes a JSON file into the folder, durably."""
         disk.write_atomic(self.path / name, _pretty(value))
 
-    def read_json(self, name: str) -> Any:
-        """What :meth:`write_json` wrote; ``None`` where there is nothing.
-
-        Raises:
-            RunError: if it is not JSON.
-        """
-        path = self.path / name
-        try:
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-        except (OSError, ValueError) as error:
-            raise RunError(f"{path} is not JSON ({error}); the file was changed by something else than fedfm.") from error
-
     def rewrite_folder(self, name: str, write: Callable[[Path], None]) -> None:
         """Has ``write`` fill the folder ``name`` afresh; if it raises, what was there before stays. Done again where a crash came between.
 
@@ -225,7 +213,7 @@ class RunFolder:
         last = -1 if found is None else found[0]
         ledger = Ledger() if found is None else Ledger.from_json(self.journal[last]["ledger"])
         # Half a line from a crash, or rounds whose state did not survive, must not stand before what follows; what was measured stays.
-        self.journal = [line for i, line in enumerate(self.journal) if i <= last or line["event"] in ("start", "recipe", "data", "plan")]
+        self.journal = [line for i, line in enumerate(self.journal) if i <= last or line["event"] in ("start", "recipe", "data", "roster", "plan")]
         records = [line["record"] for line in self.journal if line["event"] == "round"]
         disk.write_atomic(self.path / JOURNAL, "".join(_json(line) + "\n" for line in self.journal).encode())
         disk.write_atomic(self.path / METRICS, "".join(_json(record) + "\n" for record in records).encode())

@@ -232,12 +232,15 @@ def _note_data(folder: RunFolder, simulation: Simulation) -> None:
 
 def _roster(folder: RunFolder | None, simulation: Simulation, session: Session) -> Roster:
     """What the owners tell of themselves: asked when a run begins, kept when it goes on."""
-    known = folder.read_json(SPLIT) if folder is not None and folder.first("round") is not None else None
+    known = None if folder is None else folder.first("roster")
     if known is not None:
-        return Roster.from_picture(known)
-    plan, labels = simulation.federation, simulation.house.labels
-    roster = Describe().roster(plan.channel, session, simulation.clients, labels, simulation.key)
+        roster = Roster.from_picture(known["owners"])
+    else:
+        plan, labels = simulation.federation, simulation.house.labels
+        roster = Describe().roster(plan.channel, session, simulation.clients, labels, simulation.key)
     if folder is not None:
+        if known is None:
+            folder.note("roster", owners=roster.picture())
         folder.write_json(SPLIT, roster.picture())
     return roster
 

@@ -28,14 +28,15 @@ from benchmarks.bare import Trainer, synchronize
 from benchmarks.common import Row, say
 from benchmarks.peers.run import flower
 from benchmarks.work import SHAPES, Shape, Size, federation, parse, workshop
-from fedfm.client.site import Site
-from fedfm.core.round import RoundRecord, ServerState
+from fedfm.core.parts import ServerState
+from fedfm.core.round import RoundRecord
 from fedfm.core.tree import norm, sub
 from fedfm.data import plan
 from fedfm.federation import Federation
 from fedfm.models import Foundation, load
 from fedfm.run.folder import JOURNAL, read_lines
 from fedfm.run.loop import run
+from fedfm.simulation import Simulation
 
 GPU_SHAPES: tuple[Shape, ...] = (Shape(16, 1, 512), Shape(32, 1, 256), Shape(64, 1, 256))
 GPU_SIZES = {
@@ -59,7 +60,7 @@ class Bench:
         self.rounds: Iterator[tuple[ServerState, RoundRecord]] = run(self.federation, out=self.out)
         self.start, _ = next(self.rounds)  # round 0: data and model are ready, nothing has trained
         self.after, self.record = next(self.rounds)
-        self.site = Site.build(self.federation)
+        self.house = Simulation.build(self.federation).house
         self.device = self.foundation().device
 
     @property
@@ -69,16 +70,15 @@ class Bench:
 
     def foundation(self) -> Foundation:
         """The base, once more: each rival has its own."""
-        site = self.site
-        return load(self.federation.model, "causal_lm", site.labels, self.federation.engine.device, site.key)  # type: ignore[attr-defined]
+        return load(self.federation.model, "causal_lm", self.house.labels, self.house.device, self.house.key)
 
     @cached_property
     def batches_c(self) -> list[list[torch.Tensor]]:
         """The token ids of every step of every client in the first round."""
-        site, work, found = self.site, self.federation.local.work, []
+        house, work, found = self.house, self.federation.local.work, []
         for client in self.record.cohort:
-            examples = site.open_shard(client).train
-            index = plan(examples, work, site.key.fold("batches", 1, client), site.key.fold("buckets", 1))
+            examples = house.shard(client).train
+            index = plan(examples, work, house.key.fold("batches", 1, client), house.key.fold("buckets", 1))
             found.append(
                 [torch.from_numpy(np.stack([examples.ids(int(i)) for i in own]).astype(np.int64)).to(self.device) for own in index]
             )
@@ -140,7 +140,7 @@ def rows_of(found: Bench, rivals: tuple[str, ...], repetitions: int, size: Size)
             "dtype": size.dtype,
             "shape": str(found.shape),
             "steps": len(together),
-            "base_params": found.site.foundation.num_params,
+            "base_params": found.house.foundation.num_params,
             "bank": found.bank,
             "adamw": hand.adamw,
             "difference": difference,

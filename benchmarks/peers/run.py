@@ -44,7 +44,7 @@ def flower(bench: Bench, rounds: int) -> Row:
     with TemporaryDirectory() as name:
         folder = Path(name)
         bench.foundation().model.save_pretrained(folder / "base")
-        shards = [bench.site.open_shard(client).train for client in bench.site.clients]
+        shards = [bench.house.shard(client).train for client in bench.house.clients]
         np.save(folder / "tokens.npy", np.stack([[shard.ids(i) for i in range(len(shard))] for shard in shards]))
         save_file({name: leaf.contiguous() for name, leaf in bench.start.params.items()}, folder / "start.safetensors")
         work = bench.federation.local.work

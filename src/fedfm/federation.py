@@ -15,7 +15,18 @@ from fedfm.client.plan import ClientPlan
 from fedfm.core.errors import ConfigError
 from fedfm.core.messages import ClientId
 from fedfm.core.parts import (
-    Aggregator, Channel, Errand, LocalTrainer, Method, Pacing, Part, RoundContext, Sampler, ServerOptimizer, ServerState, Transform,
+    Aggregator,
+    Channel,
+    Errand,
+    LocalTrainer,
+    Method,
+    Pacing,
+    Part,
+    RoundContext,
+    Sampler,
+    ServerOptimizer,
+    ServerState,
+    Transform,
 )  # fmt: skip
 from fedfm.core.task import Task
 from fedfm.core.tree import Spec, Tree
@@ -29,8 +40,8 @@ from fedfm.samplers import All
 from fedfm.server import FedAvg
 from fedfm.tasks import CausalLM
 from fedfm.tuning import LoRA
-from fedfm.verbs import Train
 from fedfm.tuning.base import Tuning
+from fedfm.verbs import Train
 
 
 @dataclass(frozen=True)

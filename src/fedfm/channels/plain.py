@@ -34,9 +34,8 @@ class Plain(Channel):
                 log.warning("round %d: dropped an answer of %r, who was not asked or has answered already", ctx.round, answer.client)
                 continue
             del waiting[answer.client]
-            outcome = answer if isinstance(answer, Failure) else _opened(answer, errand, ctx)
-            if isinstance(outcome, Update) and errand.sums:
-                outcome = _added(total, outcome)
+            opened = answer if isinstance(answer, Failure) else _opened(answer, errand, ctx)
+            outcome = _added(total, opened) if isinstance(opened, Update) and errand.sums else opened
             if outcome is not None:
                 yield outcome
         for client in sorted(waiting):

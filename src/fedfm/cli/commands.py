@@ -69,22 +69,25 @@ def compare(recipe: Path, overrides: Sequence[str], out: Path | None) -> None:
 def check(recipe: Path, overrides: Sequence[str], data: bool) -> None:
     """``fedfm check``."""
     plan = located(read(recipe, overrides)).resolved()
-    num_clients = None
+    num_clients, roster = None, None
     if data:
-        from fedfm.client.site import Site
+        from fedfm.simulation import Simulation
+        from fedfm.verbs import Describe
 
-        site = Site.build(plan)
-        assert site.owners is not None
-        trainable, whole = site.tuned.spec.size, site.foundation.num_params
-        print(f"{words.count(whole)} parameters, {words.count(trainable)} trainable")
-        num_clients = len(site.clients)
-        for row in site.owners.picture():
+        simulation = Simulation.build(plan)
+        house = simulation.house
+        print(f"{words.count(house.foundation.num_params)} parameters, {words.count(house.tuned.spec.size)} trainable")
+        num_clients = len(house.clients)
+        with simulation.open() as session:
+            roster = Describe().roster(plan.channel, session, house.clients, house.labels, house.key)
+        for row in roster.picture():
             print(
-                f"{words.clean(row['owner'], 32):<34}{row['train']:>8} train {row['test']:>7} test {words.count(row['tokens']):>9} tokens"
+                f"{words.clean(row['owner'], 32):<34}{words.count(row['train']):>8} train {words.count(row['test']):>7} test "
+                f"{words.count(row['tokens']):>9} tokens"
             )
-        for owner, why in site.owners.left_out.items():
+        for owner, why in simulation.owners.left_out.items():
             print(f"left out  {words.clean(owner)}: {words.clean(why)}")
-    findings = plans.check(plan, num_clients)
+    findings = plans.check(plan, num_clients, roster)
     for finding in findings:
         print(f"{finding.level:<9} {finding.where}: {finding.text}")
     if any(finding.level == "refusal" for finding in findings):

@@ -16,8 +16,8 @@ from fedfm.core.keys import Key
 from fedfm.core.parts import ClientId, Cohort, LocalTrainer, Work
 from fedfm.core.task import Examples, Task
 from fedfm.core.tree import Tree
-from fedfm.tuning.base import Tuned
 from fedfm.data import plan
+from fedfm.tuning.base import Tuned
 
 log = logging.getLogger(__name__)
 # Logits per evaluation batch: 1 GiB of float32.

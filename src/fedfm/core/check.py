@@ -10,24 +10,31 @@ from collections.abc import Iterator
 
 from fedfm.core.errors import PlanError
 from fedfm.core.parts import Finding, Plan, Transform, refuse
+from fedfm.core.roster import Roster
+from fedfm.core.tree import Spec
 
 
-def check(plan: Plan, num_clients: int | None = None) -> list[Finding]:
-    """All findings, refusals first. ``num_clients`` sharpens them where the owners are known."""
-    findings = [*_traits(plan), *_order(plan), *_cohort(plan, num_clients)]
+def check(plan: Plan, num_clients: int | None = None, roster: Roster | None = None) -> list[Finding]:
+    """All findings, refusals first.
+
+    Args:
+        num_clients: How many owners there are, where that is known.
+        roster: What they tell of themselves, where they were asked.
+    """
+    findings = [*_traits(plan), *_order(plan), *_sums(plan), *_privacy(plan), *_cohort(plan, num_clients), *_withheld(plan, roster)]
     for part in plan.parts().values():
         findings.extend(part.check(plan))
     order = {"refusal": 0, "warning": 1, "promise": 2}
     return sorted(dict.fromkeys(findings), key=lambda finding: order[finding.level])
 
 
-def require(plan: Plan, num_clients: int | None = None) -> list[Finding]:
+def require(plan: Plan, num_clients: int | None = None, roster: Roster | None = None) -> list[Finding]:
     """Like :func:`check`, but refusals are raised together.
 
     Raises:
         PlanError: with every refusal, its reason and its remedy.
     """
-    findings = check(plan, num_clients)
+    findings = check(plan, num_clients, roster)
     refusals = [f"{finding.where}: {finding.text}" for finding in findings if finding.level == "refusal"]
     if refusals:
         raise PlanError("This plan cannot mean what it says.\n" + "\n".join(f"- {text}" for text in refusals))
@@ -58,6 +65,55 @@ def _order(plan: Plan) -> Iterator[Finding]:
                     f"transforms.{i}",
                     f"{type(part).__name__} needs {', '.join(sorted(clash))}, which {type(other).__name__} to its left hides. "
                     f"Put {type(part).__name__} before {type(other).__name__}.",
+                )
+
+
+def _sums(plan: Plan) -> Iterator[Finding]:
+    """A channel that shows sums alone decodes the sum, so decoding must commute with addition."""
+    if "single-updates" not in plan.channel.traits().hides:
+        return
+    channel = type(plan.channel).__name__
+    if not plan.aggregator.takes_sums():
+        yield refuse(
+            "aggregator", f"{type(plan.aggregator).__name__} needs each client's update, and {channel} shows sums alone. Use Mean."
+        )
+    for i, transform in enumerate(plan.transforms):
+        if "linear" not in transform.traits().is_:
+            yield refuse(
+                f"transforms.{i}",
+                f"{type(transform).__name__} cannot be decoded from a sum, and {channel} shows sums alone. Leave one of the two out.",
+            )
+    nothing = Spec((), (), ())
+    alone = [leaf.name for leaf in plan.local.leaves(nothing, nothing) if leaf.reduce == "each"]
+    if alone:
+        yield refuse("local", f"{type(plan.local).__name__} sends {', '.join(alone)} that must stay apart, and {channel} shows sums alone.")
+
+
+def _privacy(plan: Plan) -> Iterator[Finding]:
+    """A privacy promise holds for what it covers; one leaf beside it breaks it."""
+    nothing = Spec((), (), ())
+    groups = {"delta", "told", *(leaf.group for leaf in plan.local.leaves(nothing, nothing))}
+    for i, transform in enumerate(plan.transforms):
+        bare = sorted(groups - transform.covers)
+        if "private" in transform.traits().is_ and bare:
+            yield refuse(
+                f"transforms.{i}",
+                f"{type(transform).__name__} promises privacy and covers {', '.join(sorted(transform.covers))}, but leaves of the group "
+                f"{' and '.join(bare)} leave uncovered.",
+            )
+
+
+def _withheld(plan: Plan, roster: Roster | None) -> Iterator[Finding]:
+    if roster is None:
+        return
+    for place, part in plan.parts().items():
+        for what in sorted(part.traits().needs & {"counts", "labels"}):
+            owners = roster.withholds(what)
+            if owners:
+                yield refuse(
+                    place,
+                    f"{part} needs the owners' {what}, which {', '.join(owners[:3])}{' and others' if len(owners) > 3 else ''} withhold. "
+                    "Let every client count alike (Mean: {weights: uniform}), or ask the owners.",
                 )
 
 

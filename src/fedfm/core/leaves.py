@@ -67,7 +67,9 @@ class Leaf:
             raise MessageError(f"{whose}: {self.name!r} holds NaN or infinity.")
         if max(-low, high) > self.bound or (low < 0 and not self.signed):
             least = -self.bound if self.signed else 0
-            raise MessageError(f"{whose}: {self.name!r} reaches {high if high > self.bound else low:.4g}; it lies in {least:g}..{self.bound:g}.")
+            raise MessageError(
+                f"{whose}: {self.name!r} reaches {high if high > self.bound else low:.4g}; it lies in {least:g}..{self.bound:g}."
+            )
 
 
 def number(name: str, reduce: Reduce = "sum", bound: float = MOST, signed: bool = False, nan: bool = False) -> Leaf:

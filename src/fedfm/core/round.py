@@ -154,9 +154,7 @@ class Arrivals:
             yield item
 
 
-def finish(
-    plan: Plan, aggregate: Update, state: ServerState, errand: Errand, ctx: RoundContext
-) -> tuple[Update, dict[str, Tree]]:
+def finish(plan: Plan, aggregate: Update, state: ServerState, errand: Errand, ctx: RoundContext) -> tuple[Update, dict[str, Tree]]:
     """What the transforms do once, to the aggregate, right to left; and their new states by place."""
     states: dict[str, Tree] = {}
     for i, transform in reversed(list(enumerate(plan.transforms))):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedfm.core.task import Examples, IntArray
+from fedfm.core.batch import IntArray
+from fedfm.core.task import Examples
 
 
 class Sample:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import Literal
 
 from fedfm.client.house import House
 from fedfm.core.clock import Clock
@@ -11,10 +12,16 @@ from fedfm.core.session import Session
 
 
 class Engine(Part, ABC):
-    """Where the clients run: opens a session that sends them requests and receives their answers."""
+    """Where the clients run: opens a session that sends them requests and receives their answers.
+
+    Attributes:
+        device: Where the model runs.
+        bank: Clients that share a batch, where the engine lets them.
+    """
 
     room = "engines"
     device: str = "auto"
+    bank: int | Literal["auto"] = "auto"
 
     @abstractmethod
     def open(self, house: House, clock: Clock | None = None) -> Session:

@@ -12,6 +12,7 @@ from typing import Literal
 import psutil
 import torch
 
+from fedfm.client.footprint import base_bytes, client_bytes
 from fedfm.client.house import House
 from fedfm.client.runtime import Runtime, by_body
 from fedfm.client.verb import verbs
@@ -119,7 +120,7 @@ class EmbeddedSession(Session):
         """The largest bank that fits, evened out so that the last one is as full as the others. Neither the clock nor free memory decides."""
         house, cohort = self.house, max(self.house.cohort_size, 1)
         budget = self.engine.memory * 1e9 if self.engine.memory is not None else 0.5 * total_memory(house.foundation.device)
-        fits = max(1, int((budget - house.bank.base_bytes()) // house.bank.client_bytes()))
+        fits = max(1, int((budget - base_bytes(house)) // client_bytes(house)))
         size = math.ceil(cohort / math.ceil(cohort / min(fits, cohort)))
         log.info("bank size %d of %d clients", size, cohort)
         return size

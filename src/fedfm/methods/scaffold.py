@@ -22,7 +22,21 @@ import torch
 from fedfm.aggregators import Mean
 from fedfm.core.errors import ConfigError, PlanError
 from fedfm.core.parts import (
-    Cohort, Finding, GradientTrainer, Leaf, Method, P, Plan, RoundContext, ServerOptimizer, Spec, Traits, Tree, Update, WrappedTrainer, refuse,
+    Cohort,
+    Finding,
+    GradientTrainer,
+    Leaf,
+    Method,
+    P,
+    Plan,
+    RoundContext,
+    ServerOptimizer,
+    Spec,
+    Traits,
+    Tree,
+    Update,
+    WrappedTrainer,
+    refuse,
     traits,
 )  # fmt: skip
 from fedfm.server import FedAvg
@@ -58,13 +72,17 @@ class Scaffold(Method):
             PlanError: if the recipe asks for another server step or a robust aggregator, which SCAFFOLD would replace.
         """
         if "plain-step" not in plan.server.traits().is_:
-            raise PlanError(f"Scaffold brings its own server step, but the recipe asks for {plan.server}. Leave out server; set Scaffold.lr.")
+            raise PlanError(
+                f"Scaffold brings its own server step, but the recipe asks for {plan.server}. Leave out server; set Scaffold.lr."
+            )
         if not plan.aggregator.takes_sums():
             raise PlanError(
                 f"Scaffold averages its updates uniformly, but the recipe asks for {plan.aggregator}. Leave out aggregator, or method."
             )
         if not isinstance(plan.local, GradientTrainer):
-            raise PlanError(f"Scaffold corrects the gradients of a trainer, and {plan.local} takes none. Use local: {{SGD: {{momentum: 0}}}}.")
+            raise PlanError(
+                f"Scaffold corrects the gradients of a trainer, and {plan.local} takes none. Use local: {{SGD: {{momentum: 0}}}}."
+            )
         return plan.with_parts(local=ScaffoldLocal(plan.local), server=ScaffoldServer(self.lr), aggregator=Mean(weights="uniform"))
 
 

@@ -20,7 +20,6 @@ from fedfm.core.parts import RoundContext, Update, Work, innermost
 from fedfm.core.tree import Tree
 from fedfm.data import Sample
 from fedfm.engines import Embedded
-from fedfm.engines.embedded import EmbeddedSession
 from fedfm.federation import Federation
 from fedfm.observers.base import Watcher
 from fedfm.observers.evaluate import summary
@@ -29,6 +28,7 @@ from fedfm.run.ledger import Ledger
 from fedfm.run.loop import resume, run
 from fedfm.server import FedAvg
 from fedfm.simulation import Simulation
+from fedfm.verbs.train import HOME, under
 
 Stage = Callable[[str, int | None, int | None], None]
 Scores = dict[str, Any]
@@ -93,13 +93,13 @@ class _Ends:
     """The two ends of a run, trained by the same bank from the same start."""
 
     def __init__(self, federation: Federation, folder: RunFolder) -> None:
-        self.simulation = Simulation.build(federation)
+        self.simulation = Simulation.build(federation, folder.path)
         self.house, self.plan = self.simulation.house, self.simulation.federation
         self.house.choices.update(folder.choices())
         self.start = self.house.start
         last = next(line for line in reversed(folder.journal) if line["event"] == "round")
         self.ledger = Ledger.from_json(last["ledger"])
-        self.after = latest_state(folder.path).params
+        self.after = latest_state(folder.path)
         # What the server sends beside the parameters, such as SCAFFOLD's control variate.
         travelling = self.plan.travelling(self.start)
         self.sent = self.plan.server.broadcast(travelling, self.plan.server.init(travelling))
@@ -107,7 +107,7 @@ class _Ends:
     def compare(self, stage: Stage) -> Comparison:
         began = time.perf_counter()
         stage("Evaluating before and after", None, None)
-        before, federated = self.score(self.start), self.score(self.after)
+        before, federated = self.score([self.start]), self.score(self.federated())
         if not before["owners"]:
             raise DataError("No owner has test data, so there is nothing to compare on. Give data.test, or a data.test_fraction above 0.")
         seconds = {"federated": self.ledger.seconds, "evaluate": time.perf_counter() - began}
@@ -115,7 +115,7 @@ class _Ends:
         began, own, alone = time.perf_counter(), {}, []
         stage("Training each owner alone", 0, len(self.house.clients))
         for done, (client, params) in enumerate(self.alone()):
-            scores = self.score(params)
+            scores = self.score([params])
             own[client] = scores["owners"].get(client, {}).get("loss")
             alone.append(scores["pooled"])
             stage("Training each owner alone", done + 1, len(self.house.clients))
@@ -123,7 +123,7 @@ class _Ends:
 
         began = time.perf_counter()
         stage("Training on all data in one place", None, None)
-        centralised = self.score(self.centralised())
+        centralised = self.score([self.centralised()])
         seconds["centralised"] = time.perf_counter() - began
 
         ways = {"before": before, "federated": federated, "centralised": centralised}
@@ -141,11 +141,19 @@ class _Ends:
         pooled = {way: scores["pooled"] for way, scores in ways.items()} | {"local": _mean(alone)}
         return Comparison(owners, pooled, travelled, seconds)
 
-    def score(self, params: Tree) -> Scores:
-        """Metrics of one model on every owner's test data, and pooled."""
+    def federated(self) -> list[Tree]:
+        """The model that came of the run; one for each owner where some parameters stay at home."""
+        params, plan, house = self.after.params, self.plan, self.house
+        if set(plan.tuning.travels(house.tuned.spec)) == set(house.tuned.spec.names):
+            return [params]
+        memories = [house.memory.load(client, self.after.counted.get(client)) for client in house.clients]
+        return [{**params, **under(HOME, memory)} for memory in memories]
+
+    def score(self, models: Sequence[Tree]) -> Scores:
+        """Metrics on every owner's test data, and pooled, of one model for all or of one for each."""
         tests, most = [self.house.shard(client).test for client in self.house.clients], self.plan.evaluate.max_examples
         sets = tests if most is None else [Sample(test, most) for test in tests]
-        sums = self.house.bank.evaluate(self.house.tuned.spec.flatten(params).unsqueeze(0), sets)
+        sums = self.house.bank.evaluate(torch.stack([self.house.tuned.spec.flatten(params) for params in models]), sets)
         return summary(
             self.plan.task, {client: {name: value[i].cpu() for name, value in sums.items()} for i, client in enumerate(self.house.clients)}
         )
@@ -184,8 +192,8 @@ class _Ends:
     @cached_property
     def bank_size(self) -> int:
         """Clients in a batch."""
-        engine = self.plan.engine if isinstance(self.plan.engine, Embedded) else Embedded()
-        return engine.open(self.site).bank_size(list(self.house.clients), Request("train", 1, {**self.start, **self.sent}))
+        # Whatever engine ran the federation, its ends are trained here.
+        return Embedded(bank=self.plan.engine.bank, device=self.plan.engine.device).open(self.house).bank_size()
 
     def trained(self, name: str, jobs: list[Job], work: Work) -> list[Tree]:
         """What comes of each job in all the rounds, ``work.steps`` steps in each, without a federation."""
@@ -198,7 +206,7 @@ class _Ends:
             server = FedAvg()
         if not rounds * steps:
             return [self.start for _ in jobs]
-        if server == FedAvg() and local.lr_at(0, steps, 1) == local.lr_at(0, steps, rounds):
+        if "plain-step" in server.traits().is_ and local.lr_at(0, steps, 1) == local.lr_at(0, steps, rounds):
             # Rounds mean nothing to somebody alone: one training that never stops.
             done = bank.train(self.start, jobs, 1, replace(work, steps=rounds * steps))
             return [spec.unflatten(own.params_d) for own in done]

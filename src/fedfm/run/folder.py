@@ -28,7 +28,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
@@ -213,7 +212,9 @@ class RunFolder:
         last = -1 if found is None else found[0]
         ledger = Ledger() if found is None else Ledger.from_json(self.journal[last]["ledger"])
         # Half a line from a crash, or rounds whose state did not survive, must not stand before what follows; what was measured stays.
-        self.journal = [line for i, line in enumerate(self.journal) if i <= last or line["event"] in ("start", "recipe", "data", "roster", "plan")]
+        self.journal = [
+            line for i, line in enumerate(self.journal) if i <= last or line["event"] in ("start", "recipe", "data", "roster", "plan")
+        ]
         records = [line["record"] for line in self.journal if line["event"] == "round"]
         disk.write_atomic(self.path / JOURNAL, "".join(_json(line) + "\n" for line in self.journal).encode())
         disk.write_atomic(self.path / METRICS, "".join(_json(record) + "\n" for record in records).encode())
@@ -244,9 +245,7 @@ def load_state(path: Path) -> ServerState:
         with safe_open(path, "pt") as file:
             meta = json.loads(file.metadata()["fedfm"])
             params = {name: file.get_tensor(f"params/{name}") for name in meta["params"]}
-            parts = {
-                place: {name: file.get_tensor(f"parts/{place}/{name}") for name in names} for place, names in meta["parts"].items()
-            }
+            parts = {place: {name: file.get_tensor(f"parts/{place}/{name}") for name in names} for place, names in meta["parts"].items()}
             counted = {str(client): int(ticket) for client, ticket in meta["counted"].items()}
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise RunError(f"{path} is not the state of a run: {error}") from error

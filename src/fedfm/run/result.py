@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from fedfm.core.disk import cannot_write
 from fedfm.core.errors import ConfigError, RunError
 from fedfm.core.keys import Key
-from fedfm.core.round import ServerState
+from fedfm.core.parts import ServerState
 from fedfm.federation import Federation
 from fedfm.models import Foundation, load
 from fedfm.models.foundation import save

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from fedfm.client.site import Site
+import torch
+
 from fedfm.core.messages import Failure, Reply, Request
-from fedfm.core.parts import ClientId, Engine, Session, Tree
-from fedfm.core.round import RoundRecord, ServerState, play, start
-from fedfm.engines import Embedded
+from fedfm.core.parts import ClientId, RoundContext, ServerState, Session, Tree
+from fedfm.core.round import RoundRecord, play, start
+from fedfm.engines import Embedded, Engine
 from fedfm.federation import Federation
+from fedfm.simulation import Simulation
 from fedfm.testing.parts import check_part, same
 
 
@@ -29,28 +31,27 @@ def check_engine(engine: Engine, federation: Federation, folder: Path, exact: bo
     """
     check_part(engine)
     name = type(engine).__name__
-    reference = Site.build(replace(federation, engine=Embedded(bank=1)))
+    reference = Simulation.build(replace(federation, engine=Embedded(bank=1)))
+    plan = reference.federation
     first, *others = clients = reference.clients
     assert others, "the suite needs at least two clients"
-    state = expected = start(reference.federation, reference.tuned.init(reference.key.fold("init")))
+    state = expected = start(plan, reference.house.start)
 
-    with reference.federation.engine.open(reference) as alone:
+    with reference.open() as alone:
         for round in (1, 2):
             # Each round in a session of its own: what a client remembers is the client's, not the session's.
-            site = Site.build(replace(federation, engine=engine), folder, owners=reference.owners)
-            with engine.open(site) as session:
+            simulation = Simulation.build(replace(federation, engine=engine), folder, owners=reference.owners)
+            with simulation.open() as session:
                 if round == 1:
                     _check_verbs(name, session, alone, expected.params, clients)
-                state, record = play(site.federation, state, session, clients, site.key)
-                expected, record_alone = play(reference.federation, expected, alone, clients, reference.key)
+                state, record = play(simulation.federation, state, session, clients, simulation.key)
+                expected, record_alone = play(plan, expected, alone, clients, reference.key)
                 _check_round(name, state, record, expected, record_alone, exact)
                 if round == 2:
-                    _check_again(
-                        name,
-                        session,
-                        Request("train", 3, {**state.params, **site.federation.server.broadcast(state.params, state.server)}),
-                        clients,
-                    )
+                    ctx = RoundContext(3, simulation.key, state.params, len(clients))
+                    errand = simulation.federation.work(state, clients, ctx)
+                    _check_again(name, session, {client: errand.request(client) for client in clients})
+                    _check_send(name, session, clients)
                     _check_deadline(name, session, first)
             session.close()
 
@@ -74,16 +75,16 @@ def ask(session: Session, requests: Mapping[ClientId, Request], deadline: float 
 
 def _check_verbs(name: str, session: Session, alone: Session, params: Tree, clients: tuple[ClientId, ...]) -> None:
     assert ask(session, {}) == {}, f"{name} answers when nobody is asked"
-    describe = dict.fromkeys(clients, Request("describe"))
+    describe = dict.fromkeys(clients, Request.of("describe"))
     assert ask(session, describe) == ask(alone, describe), f"{name}: clients describe themselves differently"
-    evaluate = dict.fromkeys(clients, Request("evaluate", 0, params, {"split": "test"}))
+    evaluate = dict.fromkeys(clients, Request.of("evaluate", 0, params, {"split": "test"}))
     answers, expected = ask(session, evaluate), ask(alone, evaluate)
     for client in clients:
         mine, theirs = answers[client], expected[client]
         assert isinstance(mine, Reply) and isinstance(theirs, Reply), f"{name}: {client} could not evaluate: {mine}"
         # Evaluations may share a batch on any engine, so they agree to rounding.
-        _require_close(mine.tensors, theirs.tensors, f"{name}, evaluation of {client}")
-    mixed = {clients[0]: Request("no-such-verb"), "no such client": Request("describe"), clients[1]: Request("describe")}
+        _require_close(_sums(mine), _sums(theirs), f"{name}, evaluation of {client}")
+    mixed = {clients[0]: Request.of("no-such-verb"), "no such client": Request.of("describe"), clients[1]: Request.of("describe")}
     outcome = {client: type(answer) for client, answer in ask(session, mixed).items()}
     assert outcome == {clients[0]: Failure, "no such client": Failure, clients[1]: Reply}, (
         f"{name}: what is unknown must fail alone, got {outcome}"
@@ -94,27 +95,49 @@ def _check_round(name: str, state: ServerState, record: RoundRecord, expected: S
     assert not record.failures, f"{name}: {record.failures}"
     what = f"{name}, round {state.round}"
     if exact:
-        assert same(state.params, expected.params) and same(state.server, expected.server), (
+        assert same(state.params, expected.params) and same(_flat(state), _flat(expected)) and state.counted == expected.counted, (
             f"{what}: weights differ from those of clients run one by one"
         )
         assert replace(record, seconds={}) == replace(alone, seconds={}), f"{what}: the records differ:\n{record}\n{alone}"
     _require_close(state.params, expected.params, what)
 
 
-def _check_again(name: str, session: Session, request: Request, clients: tuple[ClientId, ...]) -> None:
+def _check_again(name: str, session: Session, requests: Mapping[ClientId, Request]) -> None:
     """A server that crashed before it could commit asks again, in whatever order."""
-    once, again = ask(session, dict.fromkeys(clients, request)), ask(session, dict.fromkeys(reversed(clients), request))
-    for client in clients:
+    once, again = ask(session, requests), ask(session, dict(reversed(list(requests.items()))))
+    for client in requests:
         x, y = once[client], again[client]
         assert isinstance(x, Reply) and isinstance(y, Reply), f"{name}: {client} failed: {x}, {y}"
         assert x.meta == y.meta and same(x.tensors, y.tensors), f"{name}: {client}, asked again for the same round, answers differently"
 
 
+def _check_send(name: str, session: Session, clients: Sequence[ClientId]) -> None:
+    """Requests may go out while others are still owed an answer, and nothing is lost."""
+    assert session.receive() is None, f"{name} has an answer that nobody asked for"
+    for client in clients:
+        session.send({client: Request.of("describe")})
+    answers = [session.receive() for _ in clients]
+    assert sorted(answer.client for answer in answers if answer is not None) == sorted(clients), f"{name} lost an answer: {answers}"
+    assert session.receive() is None, f"{name} answers twice"
+    session.send(dict.fromkeys(clients, Request.of("describe")))
+    session.abandon()
+    assert session.receive() is None, f"{name} still waits for those who were abandoned"
+
+
 def _check_deadline(name: str, session: Session, client: ClientId) -> None:
-    late = ask(session, {client: Request("describe")}, deadline=1e-9)[client]
+    late = ask(session, {client: Request.of("describe")}, deadline=1e-9)[client]
     assert isinstance(late, Reply) or late.stage == "deadline", f"{name}: {client} was late, and is said to have failed in {late.stage}"
-    answer = ask(session, {client: Request("describe")})[client]
+    answer = ask(session, {client: Request.of("describe")})[client]
     assert isinstance(answer, Reply), f"{name}: {client} does not come back after a deadline: {answer}"
+
+
+def _sums(reply: Reply) -> Tree:
+    numbers = {key: torch.tensor(value, dtype=torch.float64) for key, value in reply.meta.items() if isinstance(value, float)}
+    return {**reply.tensors, **numbers}
+
+
+def _flat(state: ServerState) -> Tree:
+    return {f"{place}/{name}": leaf for place, tree in state.parts.items() for name, leaf in tree.items()}
 
 
 def _require_close(x: Tree, y: Tree, what: str) -> None:

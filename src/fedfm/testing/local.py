@@ -92,7 +92,9 @@ def _work(
         assert torch.equal(cohort.theta_kd[k:], resting), f"{name} moves a client that has done its steps"
         lr_sum_k[:k] += lr_k.squeeze(1)
     extra = trainer.finish(cohort, lr_sum_k, torch.tensor(steps_k))
-    assert torch.equal(cohort.start_kd, start_d.expand(len(clients), -1)) and same(cohort.received, received), f"{name} changed what all clients share"
+    assert torch.equal(cohort.start_kd, start_d.expand(len(clients), -1)) and same(cohort.received, received), (
+        f"{name} changed what all clients share"
+    )
     spec = Spec(("w",), ((SIZE,),), (torch.float32,))
     declared = {leaf.name: (len(clients), *leaf.shape) for leaf in trainer.leaves(spec, spec) if leaf.name != "w"}
     assert {leaf: tuple(x.shape) for leaf, x in extra.items()} == declared, (

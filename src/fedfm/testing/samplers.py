@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedfm.core.parts import Sampler
-from fedfm.testing.parts import check_part, context
+from fedfm.testing.parts import check_part, context, same
 
 
 def check_sampler(sampler: Sampler, num_clients: int = 12, rounds: int = 300) -> None:
@@ -19,17 +19,19 @@ def check_sampler(sampler: Sampler, num_clients: int = 12, rounds: int = 300) ->
     check_part(sampler)
     name = type(sampler).__name__
     clients = [f"client-{(7 * i) % num_clients}" for i in range(num_clients)]
-    sizes = []
+    sizes, states = [], [sampler.init()]
     for round in range(1, rounds + 1):
-        cohort = sampler.sample(clients, context({}, round, num_clients))
+        cohort, state = sampler.sample(clients, states[-1], context({}, round, num_clients))
+        states.append(state)
         assert cohort == [client for client in clients if client in set(cohort)], (
             f"{name}: not a subset in the order of the clients: {cohort}"
         )
         sizes.append(len(cohort))
     for round in (rounds, 1):
-        again = sampler.sample(tuple(clients), context({}, round, num_clients))
+        again, _ = sampler.sample(tuple(clients), states[round - 1], context({}, round, num_clients))
         assert len(again) == sizes[round - 1], f"{name}: round {round} was not the same a second time"
-        assert again == sampler.sample(clients, context({}, round, num_clients)), f"{name}: round {round} was not the same a second time"
+        once_more, state = sampler.sample(clients, states[round - 1], context({}, round, num_clients))
+        assert again == once_more and same(state, states[round]), f"{name}: round {round} was not the same a second time"
     promised = sampler.cohort_size(num_clients)
     assert 0 <= promised <= num_clients, f"{name}: promises {promised} of {num_clients}"
     # A sum of independent draws strays from its mean by less than five standard deviations of the widest kind.

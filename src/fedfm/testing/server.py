@@ -39,7 +39,7 @@ def check_server(server: ServerOptimizer, extra: Tree | None = None) -> None:
             assert {k: x.shape for k, x in new_state.items()} == {k: x.shape for k, x in state.items()}, (
                 f"{name}: the state changed its shape"
             )
-            stored = unpack(pack(Request("state", tensors={**params, **{f"state/{k}": x for k, x in state.items()}})))
+            stored = unpack(pack(Request.of("state", tensors={**params, **{f"state/{k}": x for k, x in state.items()}})))
             assert isinstance(stored, Request)
             again = server.step(
                 {k: stored.tensors[k] for k in params}, update, {k: stored.tensors[f"state/{k}"] for k in state}, context(params, round)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 
 from fedfm.core.errors import MessageError
+from fedfm.core.leaves import Leaf, deltas
 from fedfm.core.messages import Reply, pack, unpack
 from fedfm.core.parts import Spec, Transform, Tree, Update
 from fedfm.testing.parts import check_part, context, copied, fits, like, parameters, same
@@ -27,8 +29,10 @@ def check_transform(transform: Transform, rounds: int = 3) -> None:
 def _round_trip(transform: Transform, params: Tree, rounds: int) -> None:
     name = type(transform).__name__
     memory: Tree = {}
+    state = transform.init(params)
     for round in range(1, rounds + 1):
-        ctx = context(params, round, client="client-1")
+        received = transform.broadcast(state)
+        ctx = replace(context(params, round, client="client-1"), received=received)
         payload = {**like(params, round), "method.extra": torch.linspace(-1, 1, 11)}
         given, known = copied(payload), copied(memory)
         spec = Spec.of(payload)
@@ -36,9 +40,13 @@ def _round_trip(transform: Transform, params: Tree, rounds: int) -> None:
         encoded, after = transform.encode(update, memory, ctx)
         assert same(payload, given) and same(memory, known), f"{name}.encode changed its input"
         assert all(isinstance(leaf, torch.Tensor) for leaf in after.values()), f"{name} remembers what is no tensor"
-        assert (encoded.weight, encoded.client, encoded.metrics) == (3.0, "client-1", {"loss": 1.0}), (
-            f"{name}.encode changed more than the payload"
+        declared = (Leaf("loss", (), torch.float64, "told"), *deltas(Spec.of(payload)))
+        added = {leaf.name for leaf in transform.leaves(declared)} - {leaf.name for leaf in declared}
+        numbers = {key: value for key, value in encoded.metrics.items() if key not in added}
+        assert (encoded.weight, encoded.client, numbers) == (3.0, "client-1", {"loss": 1.0}), (
+            f"{name}.encode changed more than the payload, and what it declares"
         )
+        assert added <= encoded.metrics.keys() | encoded.payload.keys(), f"{name} declares {added}, and does not tell it"
         again, after_again = transform.encode(update, memory, ctx)
         assert same(encoded.payload, again.payload) and same(after, after_again), f"{name} is not decided by the key"
         arrived = unpack(pack(Reply("client-1", "train", round, encoded.payload)))
@@ -46,16 +54,33 @@ def _round_trip(transform: Transform, params: Tree, rounds: int) -> None:
         decoded = transform.decode(encoded.with_payload(arrived.tensors), ctx)
         assert same(decoded.payload, transform.decode(encoded, ctx).payload), f"{name} decodes differently what has crossed the wire"
         fits(spec, decoded.payload, f"{name}, decoded")
-        aggregate = transform.finish(Update({k: x.float() for k, x in decoded.payload.items()}, num_clients=1), ctx)
+        _check_covers(transform, update, decoded)
+        whole = Update({k: x.float() for k, x in decoded.payload.items()}, num_clients=1, metrics=decoded.metrics)
+        before = copied(state)
+        aggregate, state_after = transform.finish(whole, state, ctx)
+        assert same(state, before), f"{name}.finish changed its state in place"
+        assert {k: (x.shape, x.dtype) for k, x in state_after.items()} == {k: (x.shape, x.dtype) for k, x in state.items()}, (
+            f"{name}: the state changed its shape"
+        )
         assert {k: x.shape for k, x in aggregate.payload.items()} == dict(zip(spec.names, map(torch.Size, spec.shapes), strict=True)), (
             f"{name}.finish changed names or shapes"
         )
-        memory = after
+        memory, state = after, state_after
+
+
+def _check_covers(transform: Transform, update: Update, decoded: Update) -> None:
+    """What the transform does not cover passes whole."""
+    name = type(transform).__name__
+    if "control" not in transform.covers:
+        assert torch.equal(decoded.payload["method.extra"], update.payload["method.extra"]), f"{name} changes a leaf that it does not cover"
+    if "told" not in transform.covers:
+        assert decoded.metrics.get("loss") == update.metrics["loss"], f"{name} changes a number that it does not cover"
 
 
 def _refusals(transform: Transform, params: Tree) -> None:
     name, ctx = type(transform).__name__, context(params, client="client-1")
     payload = {**like(params, 1), "method.extra": torch.linspace(-1, 1, 11)}
+    ctx = replace(ctx, received=transform.broadcast(transform.init(params)))
     encoded, _ = transform.encode(Update(payload, client="client-1"), {}, ctx)
     for what, broken in _mutations(encoded.payload):
         try:

@@ -13,11 +13,11 @@ from typing import ClassVar, Self
 
 import torch
 
+from fedfm.core.batch import Batch
 from fedfm.core.errors import ModelError
 from fedfm.core.keys import Key
 from fedfm.core.messages import Scalar
 from fedfm.core.parts import ClientId, Part
-from fedfm.core.task import Batch
 from fedfm.core.tree import Spec, Tree
 from fedfm.models import Foundation
 

@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 from fedfm.core.batch import Batch
-from fedfm.core.parts import Finding, Plan, warn
 from fedfm.core.keys import Key
+from fedfm.core.parts import Finding, Plan, warn
 from fedfm.core.tree import Spec, Tree
 from fedfm.models import Foundation
 from fedfm.models.foundation import save as save_model

@@ -15,9 +15,9 @@ from typing import Self
 import torch
 from torch import nn
 
-from fedfm.core.parts import Finding, Plan, warn
 from fedfm.core.errors import ConfigError, ModelError
 from fedfm.core.keys import Key
+from fedfm.core.parts import Finding, Plan, warn
 from fedfm.core.tree import Tree
 from fedfm.models import Foundation
 from fedfm.tuning import layout

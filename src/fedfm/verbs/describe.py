@@ -90,4 +90,5 @@ def _holding(told: Mapping[str, torch.Tensor | float], labels: Sequence[str]) ->
         values = torch.as_tensor(told[_LABELS]).tolist()
         known = not any(map(math.isnan, values))
         histogram = {label: int(value) for label, value in zip(labels, values, strict=True) if value} if known else None
-    return Holding(*(count(float(told[name])) for name in _COUNTS), histogram)
+    train, test, tokens = (count(float(told[name])) for name in _COUNTS)
+    return Holding(train, test, tokens, histogram)

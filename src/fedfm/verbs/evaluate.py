@@ -45,9 +45,7 @@ class Evaluation(Verb):
 
     name = "evaluate"
 
-    def errand(
-        self, plan: EvaluationPlan, state: ServerState, clients: Sequence[ClientId], classes: int, split: str = "test"
-    ) -> Errand:
+    def errand(self, plan: EvaluationPlan, state: ServerState, clients: Sequence[ClientId], classes: int, split: str = "test") -> Errand:
         """What everybody is asked after a round.
 
         Args:

@@ -22,7 +22,7 @@ from fedfm.core.tree import Spec, Tree
 from fedfm.tuning.base import Tuning
 
 _TICKET, _COUNTED, _UNIFORM = "ticket", "counted", "uniform"
-_HOME, _LOCAL = "home/", "local/"
+HOME, _LOCAL = "home/", "local/"
 
 
 class TrainPlan(Plan, Protocol):
@@ -128,20 +128,16 @@ class Desk:
         """
         client, house, request = self.client, self.house, self.request
         if not trained.finite:
-            raise DataError(
-                f"its loss or parameters became NaN or infinite in round {request.round} (loss {trained.metrics['loss']})"
-            )
+            raise DataError(f"its loss or parameters became NaN or infinite in round {request.round} (loss {trained.metrics['loss']})")
         plan, spec = house.plan, house.tuned.spec
         travelling = {name: leaf for name, leaf in trained.delta.items() if name in self.params}
         made = {**trained.delta, **plan.tuning.cut(travelling, request.own)}
         payload = {leaf.name: made[leaf.name] for leaf in plan.local.leaves(spec, Spec.of(self.params))}
         own_params = spec.unflatten(trained.params_d)
         memory: dict[str, torch.Tensor] = {_LOCAL + name: leaf for name, leaf in trained.memory.items()}
-        memory |= {_HOME + name: own_params[name] for name in spec.names if name not in self.params}
+        memory |= {HOME + name: own_params[name] for name in spec.names if name not in self.params}
         update = Update(payload, self.weight(), 1, client, self.numbers(trained))
-        ctx = RoundContext(
-            request.round, house.key, self.params, house.num_clients, client, spent=house.spent.of(client)
-        )
+        ctx = RoundContext(request.round, house.key, self.params, house.num_clients, client, spent=house.spent.of(client))
         for i, transform in enumerate(plan.transforms):
             received = under(f"{place(i)}/", self.received)
             update, after = transform.encode(update, under(f"{place(i)}/", self.memory), replace(ctx, received=received))
@@ -187,7 +183,7 @@ def parameters(request: Request, house: House, memory: Tree) -> tuple[Tree, Tree
     home = [name for name in spec.names if name not in sent]
     if not home:
         return params, full, params.keys() != sent.keys() or any(params[name] is not sent[name] for name in sent)
-    kept = under(_HOME, memory)
+    kept = under(HOME, memory)
     # In the order of the specification, which is how a row of the bank is laid out.
     start = {name: full[name] if name in full else kept.get(name, house.start[name]) for name in spec.names}
     return params, start, True
@@ -253,5 +249,3 @@ def under(prefix: str, tree: Tree) -> dict[str, torch.Tensor]:
 def _pad(tuning: Tuning, full: Spec, payload: Tree, own: Mapping[str, Scalar]) -> Tree:
     deltas = {name: leaf for name, leaf in payload.items() if name in full.names}
     return {**payload, **tuning.pad(deltas, full, own)}
-
-

@@ -7,6 +7,8 @@ the mask and trains on every position; a base that sees later tokens would train
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 
@@ -23,38 +25,39 @@ SCALE = 0.1
 
 
 def probe_rows(learner: Learner, start_d: torch.Tensor, examples: Examples, key: Key) -> str | None:
-    """Why two clients must not share a batch: client 0's logits or gradients move with what is client 1's, or client 1's do not.
+    """Why two clients must not share a batch; ``None`` where they may.
+
+    Each client's loss has a gradient for its own trainable tensors and none for the other's, and nothing of client 0 moves when the trainable
+    tensors and the rows of client 1 change.
 
     Args:
         start_d: Trainable parameters, which are moved at random for each client.
         examples: Whose rows are taken, the first two.
         key: Draws the disturbance.
     """
-    drawn = torch.stack([torch.randn(start_d.shape, generator=key.fold("probe", i).generator()) for i in range(3)]).to(start_d.device)
-    theta_0d, theta_1d, changed_1d = start_d + SCALE * drawn
+    drawn = [torch.randn(start_d.shape, generator=key.fold("probe", i).generator()).to(start_d.device) for i in range(3)]
+    theta_0d, theta_1d, other_1d = (start_d + SCALE * noise_d for noise_d in drawn)
     rows = [
         [_cut(row, learner.shaping.per_row) for row in learner.task.rows(examples, np.array([i]), key.fold("probe", "rows").numpy())]
-        for i in (0, len(examples) > 1)
+        for i in (0, min(1, len(examples) - 1))
     ]
-    batch = learner.batch(rows)
-    turned = learner.batch([rows[0], [row._replace(ids=row.ids[::-1]) for row in rows[1]]])
-    theta_kd = torch.stack([theta_0d, theta_1d])
+    turned = [rows[0], [row._replace(ids=row.ids[::-1]) for row in rows[1]]]
     try:
-        usual = _numbers(learner, theta_kd, batch)
-        others = {"trainable tensors": _numbers(learner, torch.stack([theta_0d, changed_1d]), batch)}
-        if any((row.ids != row.ids[::-1]).any() for row in rows[1]):
-            others["rows"] = _numbers(learner, theta_kd, turned)
+        usual = _numbers(learner, torch.stack([theta_0d, theta_1d]), learner.batch(rows))
+        changed = _numbers(learner, torch.stack([theta_0d, other_1d]), learner.batch(turned))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         # A site that cannot divide its activations among clients.
         return f"two clients do not fit into one batch ({str(error).splitlines()[0]})"
-    for what, other in others.items():
-        for number, (x_0, x_1), (y_0, y_1) in zip(("logits", "gradient"), usual, other, strict=True):
-            if _moved(x_0, y_0):
-                return f"a client's {number} change with another client's {what}"
-            if torch.equal(x_1, y_1):
-                return f"a client's {number} do not change with its own {what}"
+    for k, grad_kd in enumerate(usual.grads):
+        # Exact: what a loss does not depend on has a gradient of zero, whatever the type.
+        if ((grad_kd[1 - k] != 0) & grad_kd[1 - k].isfinite()).any():
+            return "a client's loss depends on another client's trainable tensors"
+        if not grad_kd[k].any():
+            return "a client's loss does not depend on its own trainable tensors"
+    if _moved(usual.logits_0, changed.logits_0) or _moved(usual.grads[0][0].to(usual.logits_0.dtype), changed.grads[0][0]):
+        return "a client's logits or gradients change with another client's rows"
     return None
 
 
@@ -76,18 +79,65 @@ def probe_causal(learner: Learner, start_d: torch.Tensor, examples: Examples, ke
     later = key.fold("probe", "later").numpy().integers(examples.vocabulary.size, size=len(ids) - half)
     targets = np.where(np.arange(len(ids)) < half, ids, IGNORE)
     extra = {name: x[:TOKENS] for name, x in row.extra.items()}
+    learner.tuned.bind(start_d.unsqueeze(0))
+    batches = [
+        collate([[Row(tokens, targets, extra)]], learner.shaping).to(learner.device)
+        for tokens in (ids, np.concatenate([ids[:half], later]))
+    ]
     with torch.no_grad():
-        learner.tuned.bind(start_d.unsqueeze(0))
-        usual, changed = (
-            learner.tuned.logits(collate([[Row(tokens, targets, extra)]], learner.shaping).to(learner.device))
-            for tokens in (ids, np.concatenate([ids[:half], later]))
-        )
-    if half and _moved(usual, changed):
+        usual, changed = (learner.tuned.logits(batch) for batch in batches)
+    if half == 0 or torch.equal(usual, changed):
+        return
+    # Rounding may depend on what else is in a batch (experts), and a model in half precision looks ahead by no more: the gradient decides.
+    if _moved(usual, changed) or _reaches(learner, batches[0], half):
         raise ModelError(
             f"{type(learner.tuned.model).__name__} looks ahead: its logits at a position change when a later token changes, so "
             f"{type(learner.task).__name__} would train it on its own answers. Use the task MaskedLM, or a causal base "
             "(an encoder's architecture becomes one with is_decoder: true in its config)."
         )
+
+
+def _reaches(learner: Learner, batch: Batch, half: int) -> bool:
+    """Whether the loss has a gradient for the embeddings of tokens from ``half`` on."""
+    embedded: list[torch.Tensor] = []
+
+    def keep(module: torch.nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+        embedded.append(output.detach().requires_grad_(True))
+        return embedded[-1]
+
+    embeddings = learner.tuned.model.get_input_embeddings()  # type: ignore[operator]
+    handle = embeddings.register_forward_hook(keep)
+    try:
+        with torch.enable_grad():
+            loss = learner.tuned.logits(batch).float().logsumexp(dim=-1).sum()
+            (grad_rld,) = torch.autograd.grad(loss, embedded[0])
+    finally:
+        handle.remove()
+    return bool(grad_rld[:, half:].any())
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """What a batch of two clients gives.
+
+    Args:
+        logits_0: Client 0's logits.
+        grads: For each client the gradient of its loss, ``(2, D)``.
+    """
+
+    logits_0: torch.Tensor
+    grads: list[torch.Tensor]
+
+
+def _numbers(learner: Learner, theta_kd: torch.Tensor, batch: Batch) -> _Numbers:
+    theta_kd = theta_kd.requires_grad_(True)
+    with torch.enable_grad():
+        learner.tuned.bind(theta_kd)
+        logits_pc = learner.tuned.logits(batch)
+        loss_q = learner.task.losses(logits_pc, batch)
+        grads = [torch.autograd.grad(loss_q[batch.owner_q == k].sum(), theta_kd, retain_graph=k == 0)[0] for k in (0, 1)]
+    row_p = batch.pick_p if batch.per_row else batch.pick_p // batch.shape[1]
+    return _Numbers(logits_pc[row_p < batch.shape[0] // 2].detach(), grads)
 
 
 def _cut(row: Row, per_row: bool) -> Row:
@@ -97,18 +147,6 @@ def _cut(row: Row, per_row: bool) -> Row:
     end = int(asked[-1]) + 1 if len(asked) else min(len(row.ids), TOKENS)
     own = slice(max(end - TOKENS, 0), end)
     return Row(row.ids[own], row.targets[own] if aligned else row.targets, {name: x[own] for name, x in row.extra.items()})
-
-
-def _numbers(learner: Learner, theta_kd: torch.Tensor, batch: Batch) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Logits of each of two clients, and gradients of each."""
-    theta_kd = theta_kd.detach().requires_grad_(True)
-    with torch.enable_grad():
-        learner.tuned.bind(theta_kd)
-        logits_pc = learner.tuned.logits(batch)
-        (grad_kd,) = torch.autograd.grad(learner.task.losses(logits_pc, batch).sum(), theta_kd)
-    row_p = batch.pick_p if batch.per_row else batch.pick_p // batch.shape[1]
-    first_p = row_p < batch.shape[0] // 2
-    return [(logits_pc[first_p].detach(), logits_pc[~first_p].detach()), (grad_kd[0], grad_kd[1])]
 
 
 def _moved(x: torch.Tensor, y: torch.Tensor) -> bool:

@@ -26,7 +26,7 @@ class Answers(Session):
     def close(self) -> None: ...
 
 
-REQUEST = Request("train", 3)
+REQUEST = Request.of("train", 3)
 
 
 def collect(*answers, clients="ab"):

@@ -104,7 +104,7 @@ def test_a_first_cohort_that_is_small_by_chance_does_not_bound_the_bank(federati
     with plan.engine.open(site) as session:
         train = session.runtime.bank.train
         monkeypatch.setattr(session.runtime.bank, "train", lambda start, jobs, *rest: sizes.append(len(jobs)) or train(start, jobs, *rest))
-        session.bank_size([OWNERS[0]], Request("train", 1, begin(site).params))
+        session.bank_size([OWNERS[0]], Request.of("train", 1, begin(site).params))
     assert max(sizes) == len(OWNERS)
 
 
@@ -133,7 +133,7 @@ def test_a_bank_that_does_not_fit_is_halved_until_it_does(
         expected, _ = one_round(site, session, state)
         assert equal(got.params, expected.params)
         monkeypatch.setattr(session.runtime.bank, "train", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory left")))
-        answers = list(session.exchange({OWNERS[0]: Request("train", 1, state.params)}))
+        answers = list(session.exchange({OWNERS[0]: Request.of("train", 1, state.params)}))
         assert [(answer.client, answer.reason) for answer in answers] == [(OWNERS[0], "OutOfMemoryError: no memory left")]
 
 
@@ -155,7 +155,7 @@ def test_an_owners_evaluation_does_not_depend_on_who_shares_its_batch(federation
     site = Site.build(replace(federation, task=task, model=tiny.spec("Bert") if isinstance(task, MaskedLM) else federation.model))
     params = begin(site).params
     with site.federation.engine.open(site) as session:
-        request = Request("evaluate", 1, params)
+        request = Request.of("evaluate", 1, params)
         together = {answer.client: answer for answer in session.exchange(dict.fromkeys(site.clients, request))}
         for client in site.clients:
             (answer,) = session.exchange({client: request})
@@ -239,7 +239,7 @@ def test_a_client_killed_in_mid_round_is_named_and_the_round_follows_the_recipe(
     with plan.engine.open(site) as session:
         assert isinstance(session, ProcessSession)
         # Everyone is at hand before the round, so that there is somebody to kill in its middle.
-        describe = dict.fromkeys(site.clients, Request("describe"))
+        describe = dict.fromkeys(site.clients, Request.of("describe"))
 
         list(session.exchange(describe))
         killing = Killing(session, victim)
@@ -266,7 +266,7 @@ def test_a_client_that_cannot_load_its_model_says_why(federation: Federation, tm
     site = Site.build(federation)
     recipe_of_another_machine = replace(federation, model=replace(federation.model, tokenizer=str(tmp_path / "gone")))
     with Process(device="cpu").open(replace(site, written=recipe_of_another_machine)) as session:
-        (answer,) = session.exchange({"Anna": Request("describe")})
+        (answer,) = session.exchange({"Anna": Request.of("describe")})
     assert isinstance(answer, Failure) and answer.stage == "start" and "gone" in answer.reason
 
 

@@ -59,7 +59,7 @@ def test_what_is_packed_arrives_in_its_order_and_has_the_size_that_was_told(mess
 
 @given(TREES)
 def test_the_tensors_are_a_safetensors_file(tensors) -> None:
-    data = pack(Request("train", 1, tensors))
+    data = pack(Request.of("train", 1, tensors))
     (n,) = struct.unpack("<I", data[:4])
     loaded = load(data[4 + n :])
     assert loaded.keys() == tensors.keys() and all(torch.equal(loaded[name], leaf) for name, leaf in tensors.items())
@@ -67,7 +67,7 @@ def test_the_tensors_are_a_safetensors_file(tensors) -> None:
 
 def test_views_of_one_memory_and_transposes_are_packed_by_value() -> None:
     x = torch.arange(6.0).view(2, 3)
-    arrived = unpack(pack(Request("train", 1, {"x": x, "again": x, "t": x.T, "row": x[1], "none": x[:0]})))
+    arrived = unpack(pack(Request.of("train", 1, {"x": x, "again": x, "t": x.T, "row": x[1], "none": x[:0]})))
     assert isinstance(arrived, Request)
     assert torch.equal(arrived.tensors["t"], x.T) and torch.equal(arrived.tensors["again"], x) and arrived.tensors["none"].shape == (0, 3)
     assert unpack(pack(Reply("a", "train", 1, {}, {"loss": math.nan}))).meta["loss"] != 0  # type: ignore[union-attr]
@@ -212,6 +212,6 @@ def test_a_size_that_was_allowed_is_a_limit() -> None:
 
 def test_what_the_receiver_would_refuse_is_not_sent() -> None:
     with pytest.raises(MessageError, match="complex64"):
-        pack(Request("train", 1, {"x": torch.zeros(1, dtype=torch.complex64)}))
+        pack(Request.of("train", 1, {"x": torch.zeros(1, dtype=torch.complex64)}))
     with pytest.raises(MessageError, match="as a tensor"):
         pack(Reply("a", "describe", 0, {}, {"x" * MAX_HEADER: 1}))

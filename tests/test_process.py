@@ -96,7 +96,7 @@ def open_session(tmp_path: Path) -> Iterator[Open]:
 
     def build(clients: str | tuple[str, ...] = "ab", **kwargs: object) -> ProcessSession:
         defaults = {"command": (sys.executable, "-SEP", str(script)), "folder": tmp_path / "run", "max_bytes": 1 << 24}
-        session = ProcessSession(tuple(clients), lambda client, _: Request("hello", meta={"client": client}), **{**defaults, **kwargs})  # type: ignore[arg-type]
+        session = ProcessSession(tuple(clients), lambda client, _: Request.of("hello", meta={"client": client}), **{**defaults, **kwargs})  # type: ignore[arg-type]
         opened.append(session)
         return session
 
@@ -127,7 +127,7 @@ def alive(pid: int) -> bool:
 def test_messages_far_larger_than_a_pipe_arrive_whole(open_session: Open) -> None:
     session = open_session("abcde")
     x = {"w": torch.randn(700, 1000, generator=torch.Generator().manual_seed(0)), "b": torch.arange(5, dtype=torch.bfloat16)}
-    broadcast = Request("echo", 3, x)
+    broadcast = Request.of("echo", 3, x)
     answers = list(session.exchange(dict.fromkeys("abcde", broadcast), 30.0))
     assert sorted(answer.client for answer in answers) == list("abcde")
     assert all(isinstance(answer, Reply) and answer.round == 3 and equal(answer.tensors, x) for answer in answers)
@@ -177,7 +177,7 @@ def test_a_deadline_names_who_is_late_and_ends_it(open_session: Open) -> None:
 def test_replies_are_yielded_as_they_arrive(open_session: Open) -> None:
     session = open_session()
     ask(session, {"a": "echo", "b": "echo"})
-    replies = session.exchange({"a": Request("hang"), "b": Request("echo")})
+    replies = session.exchange({"a": Request.of("hang"), "b": Request.of("echo")})
     assert next(replies).client == "b"
     # Whoever stops listening is not answered later by those who still owe.
     assert set(ask(session, {"a": "echo", "b": "echo"}, round=2)) == {"a", "b"}
@@ -186,7 +186,7 @@ def test_replies_are_yielded_as_they_arrive(open_session: Open) -> None:
 def test_a_client_does_not_pay_for_a_slow_server(open_session: Open) -> None:
     session = open_session()
     ask(session, {"a": "echo", "b": "echo"})
-    replies = session.exchange({"a": Request("echo"), "b": Request("nap")}, deadline=1.0)
+    replies = session.exchange({"a": Request.of("echo"), "b": Request.of("nap")}, deadline=1.0)
     first = next(replies)
     time.sleep(1.2)
     assert first.client == "a" and [type(answer) for answer in replies] == [Reply]
@@ -245,7 +245,7 @@ def test_no_more_processes_than_allowed(open_session: Open) -> None:
     session = open_session("abcde", max_processes=2)
     seen: set[int] = set()
     for round in (1, 2):
-        for answer in session.exchange({client: Request("echo", round) for client in "abcde"}, 30.0):
+        for answer in session.exchange({client: Request.of("echo", round) for client in "abcde"}, 30.0):
             seen.add(pid(answer))
             assert sum(map(alive, seen)) <= 2
     assert len(seen) > 5

@@ -48,7 +48,7 @@ def test_what_leaves_a_client_is_its_payload_and_six_numbers(tmp_path: Path, mon
     site = Site.build(plan)
     params = site.tuned.init(site.key)
     with plan.engine.open(site) as session:
-        for answer in session.exchange(dict.fromkeys(site.clients, Request("train", 1, params))):
+        for answer in session.exchange(dict.fromkeys(site.clients, Request.of("train", 1, params))):
             assert isinstance(answer, Reply)
             assert {name: (leaf.shape, leaf.dtype) for name, leaf in answer.tensors.items()} == {
                 name: (leaf.shape, torch.float32) for name, leaf in params.items()

@@ -288,10 +288,10 @@ def test_gradients_of_examples_make_the_gradient_of_their_client(shape: str, sho
     bank, jobs = bank_of(shape, LoRA(r=2), SGD()), jobs_of([5, 3], shortest, 9)
     objective, theta_kd = objective_of(bank, jobs, Work(2, 1, None, 2))
     grad_nd, owner_n = objective.per_example(theta_kd)
-    told = objective.tally.loss_k.clone()
+    reported_k = objective.tally.loss_k.clone()
     grad_kd = objective.gradient(theta_kd)
-    assert owner_n.bincount().tolist() == [4, 3] and torch.equal(objective.tally.loss_k, told)
-    assert torch.allclose(told.float(), objective.losses(theta_kd), rtol=1e-5)
+    assert owner_n.bincount().tolist() == [4, 3] and torch.equal(objective.tally.loss_k, reported_k)
+    assert torch.allclose(reported_k.float(), objective.losses(theta_kd), rtol=1e-5)
     step = objective.step
     targets_n = torch.zeros(len(owner_n))
     for k, key in enumerate(step.keys("rows")):

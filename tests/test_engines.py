@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -165,6 +168,38 @@ def test_a_memory_that_is_damaged_fails_its_own_client_alone(federation: Federat
         _, record = one_round(site, session, state)
     assert [failure.client for failure in record.failures] == [OWNERS[1]] and "cannot be read" in record.failures[0].reason
     assert set(record.clients) == set(OWNERS) - {OWNERS[1]}
+
+
+@pytest.mark.parametrize("damage", ["cut", "no such token"])
+def test_an_owners_damaged_file_fails_its_own_client_alone(federation: Federation, damage: str, tmp_path: Path) -> None:
+    plan = replace(federation, engine=Embedded(bank=3, device="cpu"))
+    site = Simulation.build(plan)
+    copies = {client: tmp_path / str(i) for i, client in enumerate(site.house.shards)}
+    for client, folder in site.house.shards.items():
+        shutil.copytree(folder, copies[client])
+    site.house.shards = copies
+    ids = np.load(copies[OWNERS[1]] / "train.ids.npy")
+    np.save(copies[OWNERS[1]] / "train.ids.npy", ids[:3] if damage == "cut" else np.full_like(ids, 10**6))
+    with site.open() as session:
+        _, record = one_round(site, session)
+    assert [failure.client for failure in record.failures] == [OWNERS[1]]
+    assert set(record.clients) == set(OWNERS) - {OWNERS[1]}
+
+
+@pytest.mark.parametrize(
+    "own", [{"counted": -1}, {"counted": True}, {"counted": "three"}, {"ticket": 10**12}, {"counted": 7}], ids=lambda own: str(own)
+)
+def test_what_a_server_says_of_tickets_is_not_trusted(federation: Federation, own: dict[str, Any]) -> None:
+    site = Simulation.build(federation)
+    with site.open() as session:
+        state, _ = one_round(site, session)
+        params = dict(state.params)
+        for request in (Request.of("train", 2, params, **own), Request.of("train", 2, params, ticket=2, counted=99)):
+            (answer,) = session.exchange({"Anna": request})
+            assert isinstance(answer, Failure) and ("not a count" in answer.reason or "no longer has" in answer.reason)
+        # An honest server is still answered, from what it has counted.
+        again, record = one_round(site, session, state)
+    assert not record.failures and again.counted["Anna"] == 2
 
 
 @pytest.mark.parametrize("task", [CausalLM(max_length=16), MaskedLM(max_length=16)])

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load, save
 
 from fedfm.core.errors import MessageError
-from fedfm.core.messages import MAX_HEADER, Body, Failure, Message, Reply, Request, pack, size, unpack
+from fedfm.core.messages import MAX_HEADER, MAX_TENSORS, Body, Failure, Message, Reply, Request, pack, size, unpack
 from fedfm.testing.parts import same
 
 DTYPES = [
@@ -173,6 +173,16 @@ def crafted(head: object, tensors: bytes | None = None) -> bytes:
     return struct.pack("<I", len(raw)) + raw + (save({}) if tensors is None else tensors)
 
 
+TWO = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+NOTHING = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+
+
+def index(**entries: object) -> bytes:
+    """The head of a safetensors file that claims these tensors."""
+    head = json.dumps(entries).encode()
+    return struct.pack("<Q", len(head)) + head
+
+
 REPLY = {"v": 2, "kind": "reply", "verb": "train", "round": 1, "client": "a", "meta": {}}
 
 
@@ -194,11 +204,19 @@ REPLY = {"v": 2, "kind": "reply", "verb": "train", "round": 1, "client": "a", "m
         (crafted({**REPLY, "client": 7}), "client is 7"),
         (crafted({**REPLY, "meta": {"a": [1]}}), "meta"),
         (crafted(REPLY, b""), "safetensors"),
-        (crafted(REPLY, save({"a": torch.zeros(2)})[:-1]), "safetensors"),
-        (crafted(REPLY, save({"a": torch.zeros(2)}) + b"x"), "safetensors"),
-        (crafted(REPLY, save({"a": torch.zeros(2, dtype=torch.complex64)})), "complex64"),
+        (crafted(REPLY, save({"a": torch.zeros(2)})[:-1]), "claim 8 bytes and have 7"),
+        (crafted(REPLY, save({"a": torch.zeros(2)}) + b"x"), "claim 8 bytes and have 9"),
+        (crafted(REPLY, save({"a": torch.zeros(2, dtype=torch.complex64)})), "C64"),
+        (crafted(REPLY, index(a={"dtype": "F32", "shape": [0, 2**63], "data_offsets": [0, 0]})), "claims the shape"),
+        (crafted(REPLY, index(a={"dtype": "F32", "shape": [1] * 40, "data_offsets": [0, 4]}) + bytes(4)), "claims the shape"),
+        (crafted(REPLY, index(a={"dtype": "F32", "shape": [-1], "data_offsets": [0, 0]})), "claims the shape"),
+        (crafted(REPLY, index(a={"dtype": "F32", "shape": [True], "data_offsets": [0, 4]}) + bytes(4)), "claims the shape"),
+        (crafted(REPLY, index(a={"dtype": "F32", "shape": [2], "data_offsets": [4, 12]}) + bytes(12)), "begins at byte 4"),
+        (crafted(REPLY, index(a=TWO, b=TWO) + bytes(8)), "begins at byte 0 where 8 is next"),
+        (crafted(REPLY, index(a={"dtype": "BOOL", "shape": [1], "data_offsets": [0, 1]}) + b"\x07"), "booleans"),
+        (crafted(REPLY, index(**{f"x{i}": NOTHING for i in range(MAX_TENSORS + 1)})), "at most 100000 are allowed"),
     ],
-    ids=str,
+    ids=lambda x: str(x)[:60],
 )
 def test_refusals(data: bytes, words: str) -> None:
     with pytest.raises(MessageError, match=words.replace("[", r"\[")):

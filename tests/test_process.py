@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -61,6 +62,15 @@ while True:
         os.kill(os.getpid(), signal.SIGKILL)
     if verb == "hang":
         time.sleep(60)
+    if verb == "grandchild":
+        import subprocess
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=1)
+        told["meta"] = {"pid": os.getpid(), "grandchild": child.pid}
+    if verb == "babble":
+        sys.stderr.write("x" * (20 << 20))
+        sys.stderr.flush()
+    if verb == "scream":
+        told = {"kind": "failure", "client": me, "stage": "train", "reason": "\\x1b[2J" + "WARNING: all is lost\\n" * 10000}
     if verb == "nap":
         time.sleep(0.3)
     if verb == "close":
@@ -172,6 +182,60 @@ def test_a_deadline_names_who_is_late_and_ends_it(open_session: Open) -> None:
     assert answers["a"] == Failure("a", "deadline", "it did not answer in time, and its process was ended.")
     assert time.monotonic() - began < 10 and not alive(late)
     assert isinstance(ask(session, {"a": "echo"}, round=2)["a"], Reply)
+
+
+def test_a_deadline_covers_starting_and_waiting_for_room(open_session: Open) -> None:
+    session = open_session(("mute", "a", "b"), max_processes=1, start_timeout=60.0)
+    began = time.monotonic()
+    answers = ask(session, dict.fromkeys(("mute", "a", "b"), "echo"), deadline=1.0)
+    assert time.monotonic() - began < 10
+    assert answers["mute"] == Failure("mute", "start", "it did not start in time, and its process was ended.")
+    assert {answers[name].stage for name in "ab" if isinstance(answers[name], Failure)} <= {"deadline", "start"}
+
+
+def test_what_a_client_has_started_ends_with_it(open_session: Open) -> None:
+    session = open_session()
+    answer = ask(session, {"a": "grandchild"})["a"]
+    assert isinstance(answer, Reply) and alive(int(answer.meta["grandchild"] or 0))
+    grandchild = int(answer.meta["grandchild"] or 0)
+    session.close()
+    for _ in range(100):
+        if Path(f"/proc/{grandchild}/stat").exists() and " Z " not in Path(f"/proc/{grandchild}/stat").read_text():
+            time.sleep(0.05)
+    assert not Path(f"/proc/{grandchild}/stat").exists() or " Z " in Path(f"/proc/{grandchild}/stat").read_text()
+
+
+def test_a_log_does_not_grow_without_end(open_session: Open, tmp_path: Path) -> None:
+    session = open_session()
+    for round in (1, 2, 3):
+        ask(session, {"a": "babble"}, round=round)
+    ask(session, {"a": "echo"}, round=4)
+    assert (home(tmp_path / "run", "a") / "log.txt").stat().st_size < 1 << 20
+
+
+def test_what_a_client_says_of_its_failure_is_one_short_clean_line(open_session: Open) -> None:
+    answer = ask(open_session(), {"a": "scream"})["a"]
+    assert isinstance(answer, Failure) and len(answer.reason) <= 1000
+    assert "\n" not in answer.reason and "\x1b" not in answer.reason and "all is lost" in answer.reason
+
+
+@pytest.mark.slow
+def test_long_answers_are_read_one_at_a_time(open_session: Open) -> None:
+    """Eight answers of 32 MB: the server holds the request, one answer as it arrives, and what it makes of it."""
+    clients, values = "abcdefgh", 8 << 20
+    session = open_session(clients, max_bytes=1 << 26)
+    request = Request.of("echo", 1, {"w": torch.ones(values)})
+    ask(session, dict.fromkeys(clients, "echo"))
+    tracemalloc.start()
+    try:
+        for answer in session.exchange(dict.fromkeys(clients, request), 120.0):
+            assert isinstance(answer, Reply) and float(answer.tensors["w"].sum()) == values
+            # Give the others time to write what nobody reads yet.
+            time.sleep(0.05)
+            del answer
+        assert tracemalloc.get_traced_memory()[1] < 5 * 4 * values
+    finally:
+        tracemalloc.stop()
 
 
 def test_replies_are_yielded_as_they_arrive(open_session: Open) -> None:

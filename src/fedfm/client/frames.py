@@ -27,6 +27,11 @@ class Inbox:
         self._length, self._filled = bytearray(_LENGTH), 0
         self._body: bytearray | None = None
 
+    @property
+    def announced(self) -> int:
+        """Bytes of the frame that is arriving; 0 while none is."""
+        return 0 if self._body is None else len(self._body)
+
     def receive(self) -> bytearray | None:
         """The next frame, or ``None`` if it is not complete yet (never on a blocking descriptor).
 
@@ -70,9 +75,10 @@ class Outbox:
         self.fd = fd
         self._waiting: deque[memoryview] = deque()
 
-    def send(self, data: bytes) -> None:
-        """Adds a frame; :meth:`flush` writes it."""
-        self._waiting += [memoryview(len(data).to_bytes(_LENGTH, "little")), memoryview(data)]
+    def send(self, *parts: bytes) -> None:
+        """Adds a frame made of these parts, none of which is copied; :meth:`flush` writes it."""
+        self._waiting.append(memoryview(sum(map(len, parts)).to_bytes(_LENGTH, "little")))
+        self._waiting += [memoryview(part) for part in parts if part]
 
     def flush(self) -> bool:
         """Writes what fits; whether all of it has left.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import torch
 
@@ -37,7 +38,8 @@ class Runtime:
             if client not in self.house.shards:
                 yield Failure(client, "exchange", f"no client {client!r} is hosted here")
             elif request.verb in channel.verbs:
-                yield self._reply(client, request, lambda c=client, r=request: channel.answer(c, r, self._scratch_of(c, r.round)))  # type: ignore[misc]
+                scratch = self._scratch_of(client, request.round)
+                yield self._reply(client, request, partial(channel.answer, client, request, scratch))
             elif request.verb not in known:
                 yield Failure(client, "exchange", f"the verb {request.verb!r} is not known here; known are {', '.join(sorted(known))}")
             else:
@@ -56,25 +58,27 @@ class Runtime:
             return
         except FedfmError as error:
             reason, crowded = str(error), False
-        except RuntimeError as error:
-            # A kernel that does not exist here: the round must be able to go on without this bank.
+        except Exception as error:
+            # A kernel that does not exist here, a file that changed: the round must be able to go on without this client.
             log.debug("a bank failed", exc_info=True)
             reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
-            crowded = is_out_of_memory(error)
+            crowded = isinstance(error, RuntimeError) and is_out_of_memory(error)
         # Outside the handlers: an error that is being handled keeps its tensors alive.
         if crowded and self.house.foundation.device.type == "cuda":
             torch.cuda.empty_cache()
-        if crowded and verb.banked and len(waiting) > 1:
-            yield from self._halved(verb, waiting)
+        if len(waiting) > 1 and (verb.banked or not crowded):
+            yield from self._halved(verb, waiting, crowded)
         elif crowded and verb.shrink(self.house):
             yield from self._answer(verb, waiting)
         else:
             yield from (Failure(client, verb.name, reason) for client in waiting)
 
-    def _halved(self, verb: Verb, waiting: dict[ClientId, Request]) -> Iterator[Answer]:
+    def _halved(self, verb: Verb, waiting: dict[ClientId, Request], crowded: bool) -> Iterator[Answer]:
+        """Tries again with half as many: until they fit into memory, or until the one whose data or request breaks the others' bank is alone."""
         half = (len(waiting) + 1) // 2
-        log.warning("a bank of %d clients does not fit into memory: going on with %d at a time", len(waiting), half)
-        self.house.choices["bank"] = min(self.house.choices.get("bank", half), half)
+        if crowded:
+            log.warning("a bank of %d clients does not fit into memory: going on with %d at a time", len(waiting), half)
+            self.house.choices["bank"] = min(self.house.choices.get("bank", half), half)
         items = list(waiting.items())
         for part in (items[:half], items[half:]):
             yield from self._answer(verb, dict(part))
@@ -83,7 +87,7 @@ class Runtime:
         update, channel = contribution.update, self.house.plan.channel
         client = update.client or ""
         scratch = self._scratch_of(client, request.round)
-        return self._reply(client, request, lambda: channel.seal(update, contribution.leaves, request, scratch))
+        return self._reply(client, request, partial(channel.seal, update, contribution.leaves, request, scratch))
 
     def _reply(self, client: ClientId, request: Request, seal: Callable[[], Sealed]) -> Answer:
         try:

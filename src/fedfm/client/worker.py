@@ -13,7 +13,7 @@ import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Queue
 from typing import TYPE_CHECKING, Any
 
 from fedfm.client.frames import Inbox, Outbox
@@ -29,6 +29,7 @@ log = logging.getLogger(__name__)
 
 def serve(incoming: int, outgoing: int) -> None:
     """Answers the frames that arrive at one descriptor with frames to the other, as long as the process lives."""
+    from fedfm.core.errors import MessageError
     from fedfm.core.messages import Failure, Message, Reply, Request, pack, unpack
 
     inbox, outbox = Inbox(incoming, _MAX_HELLO), Outbox(outgoing)
@@ -40,7 +41,8 @@ def serve(incoming: int, outgoing: int) -> None:
     hello = unpack(memoryview(inbox.receive() or b""))
     assert isinstance(hello, Request)
     client, inbox.max_bytes = str(hello.meta["client"]), int(hello.meta["max_bytes"] or 0)
-    frames: SimpleQueue[bytearray] = SimpleQueue()
+    # A server that sends more than is answered waits at the pipe.
+    frames: Queue[bytearray] = Queue(maxsize=2)
     threading.Thread(target=_read, args=(inbox, frames), daemon=True).start()
     try:
         runtime = _runtime(client, hello.meta)
@@ -50,13 +52,16 @@ def serve(incoming: int, outgoing: int) -> None:
         return
     send(Reply(client, hello.verb, hello.round))
     while True:
-        request = unpack(memoryview(frames.get()))
-        assert isinstance(request, Request)
+        verb = "exchange"
         try:
+            request = unpack(memoryview(frames.get()))
+            if not isinstance(request, Request):
+                raise MessageError("something else than a request arrived.")
+            verb = request.verb
             (answer,) = runtime.handle({client: request})
         except Exception as error:
-            log.exception("%s of round %d failed", request.verb, request.round)
-            answer = Failure(client, request.verb, _line(error))
+            log.exception("%s failed", verb)
+            answer = Failure(client, verb, _line(error))
         send(answer)
 
 
@@ -90,7 +95,7 @@ def _runtime(client: str, hello: Mapping[str, Any]) -> Runtime:
     return runtime
 
 
-def _read(inbox: Inbox, frames: SimpleQueue[bytearray]) -> None:
+def _read(inbox: Inbox, frames: Queue[bytearray]) -> None:
     """Takes frames off the pipe while the client works, so that it is known at once when the parent is gone."""
     try:
         while True:

@@ -23,20 +23,25 @@ from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 
 from fedfm.core.errors import MessageError
 from fedfm.core.tree import Tree, num_bytes
+from fedfm.core.words import clean
 
 ClientId = str
 VERSION = 2
 MAX_HEADER = 1 << 20
+MAX_TENSORS = 100_000
+MAX_REASON = 1000
+# Bytes of an index for each tensor: its name, type, shape and place.
+_INDEX_BYTES = 1024
+_MAX_AXES, _MAX_VALUES = 16, 1 << 48
 Scalar = str | float | int | bool | None
 _DTYPES = {
     torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8",
     torch.int8: "I8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64", torch.bool: "BOOL",
 }  # fmt: skip
+_BY_NAME = {name: dtype for dtype, name in _DTYPES.items()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,7 +125,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that did not answer, where it broke, and why.
+    """A client that did not answer, where it broke, and why. Its words are cut and cleaned: they end on a terminal and on disk.
 
     Args:
         stage: ``train``, ``evaluate``, ``encode``, ``decode``, ``exchange``...
@@ -130,6 +135,10 @@ class Failure:
     client: ClientId
     stage: str
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "stage", clean(self.stage, 40))
+        object.__setattr__(self, "reason", clean(" ".join(self.reason.splitlines()), MAX_REASON))
 
 
 Message = Request | Reply | Failure
@@ -149,7 +158,16 @@ def _header_bytes(message: Message, own_bytes: int = 0) -> bytes:
 
 
 def pack(message: Message) -> bytes:
-    """The message as bytes. A body that many requests share is encoded once.
+    """The message as bytes.
+
+    Raises:
+        MessageError: if its header is too long or a tensor's type has no place in a message.
+    """
+    return b"".join(pack_parts(message))
+
+
+def pack_parts(message: Message) -> list[bytes]:
+    """:func:`pack` in pieces, of which the last and largest is the same object for all requests that share a body.
 
     Raises:
         MessageError: if its header is too long or a tensor's type has no place in a message.
@@ -159,7 +177,7 @@ def pack(message: Message) -> bytes:
     head = _header_bytes(message, len(own))
     if len(head) > MAX_HEADER:
         raise MessageError(f"A message's header has {len(head)} bytes, at most {MAX_HEADER} are allowed. Send what is large as a tensor.")
-    return b"".join([struct.pack("<I", len(head)), head, own, shared])
+    return [struct.pack("<I", len(head)) + head + own, shared]
 
 
 def size(message: Message) -> int:
@@ -202,11 +220,11 @@ def _index(tensors: Tree) -> tuple[bytes, list[str]]:
     return head.ljust(math.ceil(len(head) / 8) * 8), names
 
 
-def unpack(data: bytes | memoryview, max_bytes: int | None = None) -> Message:
+def unpack(data: bytes | memoryview, max_bytes: int | None = None, max_tensors: int = MAX_TENSORS) -> Message:
     """The message in ``data``, checked.
 
     Raises:
-        MessageError: on anything that :func:`pack` could not have made, or more than ``max_bytes`` of it.
+        MessageError: on anything that :func:`pack` could not have made, more than ``max_bytes`` of it, or more than ``max_tensors`` in it.
     """
     view = memoryview(data).cast("B")
     if max_bytes is not None and len(view) > max_bytes:
@@ -228,10 +246,10 @@ def unpack(data: bytes | memoryview, max_bytes: int | None = None) -> Message:
     own_bytes = head.get("own_bytes", 0)
     if not isinstance(own_bytes, int) or isinstance(own_bytes, bool) or not 0 <= own_bytes <= len(view) - 4 - n:
         raise MessageError(f"A message claims {own_bytes!r} bytes of its own.")
-    own_tensors = _load(view[4 + n : 4 + n + own_bytes]) if own_bytes else {}
-    tensors = _load(view[4 + n + own_bytes :])
+    own_tensors = _load(view[4 + n : 4 + n + own_bytes], max_tensors) if own_bytes else {}
+    tensors = _load(view[4 + n + own_bytes :], max_tensors) if head.get("kind") != "failure" else {}
     kind = head.get("kind")
-    if kind == "failure" and not tensors:
+    if kind == "failure":
         return Failure(_text(head, "client"), _text(head, "stage"), _text(head, "reason"))
     meta = _scalars(head, "meta")
     number = head.get("round")
@@ -244,19 +262,71 @@ def unpack(data: bytes | memoryview, max_bytes: int | None = None) -> Message:
     raise MessageError(f"A message of unknown kind {kind!r} arrived.")
 
 
-def _load(view: memoryview) -> Tree:
-    """The tensors of a safetensors file."""
+def _load(view: memoryview, most: int) -> Tree:
+    """The tensors of a safetensors file as :func:`_blob` writes it. All of its index is checked before the first tensor is built."""
+    index, start = _read_index(view, most)
+    claims: list[tuple[str, torch.dtype, tuple[int, ...], int, int]] = []
+    for name, entry in index.items():
+        claims.append((name, *_claim(name, entry)))
+    end = 0
+    for name, _, _, first, last in sorted(claims, key=lambda claim: claim[3:]):
+        if first != end:
+            raise MessageError(f"A message's tensor {name!r} begins at byte {first} where {end} is next.")
+        end = last
+    if end != len(view) - start:
+        raise MessageError(f"A message's tensors claim {end} bytes and have {len(view) - start}.")
+    data = bytearray(view[start:])
+    return {name: _tensor(data, dtype, shape, first, last) for name, dtype, shape, first, last in claims}
+
+
+def _read_index(view: memoryview, most: int) -> tuple[dict[str, Any], int]:
+    if len(view) < 8:
+        raise MessageError("A message's tensors are not safetensors: their index is missing.")
+    (length,) = struct.unpack("<Q", view[:8])
+    if length > min(len(view) - 8, _INDEX_BYTES * (most + 1)):
+        raise MessageError(f"A message's tensors are not safetensors: an index of {length} bytes is claimed.")
     try:
-        loaded = load_safetensors(bytes(view))
-        # A tree has an order, and safetensors does not keep it.
-        (length,) = struct.unpack("<Q", view[:8])
-        tensors = {name: loaded[name] for name in json.loads(str(view[8 : 8 + length], "utf-8")) if name in loaded}
-    except (SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        index = json.loads(str(view[8 : 8 + length], "utf-8"))
+        json.dumps(index, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
         raise MessageError(f"A message's tensors are not safetensors: {error}.") from error
-    for name, leaf in tensors.items():
-        if leaf.dtype not in _DTYPES:
-            raise MessageError(f"A message's tensor {name!r} is {str(leaf.dtype)[6:]}, which no message carries.")
-    return tensors
+    if not isinstance(index, dict):
+        raise MessageError("A message's tensors are not safetensors: their index names nothing.")
+    if len(index) > most:
+        raise MessageError(f"A message holds {len(index)} tensors where at most {most} are allowed.")
+    return index, 8 + length
+
+
+def _claim(name: str, entry: object) -> tuple[torch.dtype, tuple[int, ...], int, int]:
+    """Type, shape and place of a tensor, as far as they can be true."""
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise MessageError(f"A message's tensor {name!r} is not safetensors.")
+    dtype, shape, offsets = _BY_NAME.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]
+    if dtype is None:
+        raise MessageError(f"A message's tensor {name!r} is {str(entry['dtype'])[:20]}, which no message carries.")
+    if not isinstance(shape, list) or len(shape) > _MAX_AXES or not all(map(_is_count, shape)):
+        raise MessageError(f"A message's tensor {name!r} claims the shape {str(shape)[:80]}.")
+    # An axis of length 0 makes the product small whatever the others claim.
+    if math.prod(max(1, axis) for axis in shape) > _MAX_VALUES:
+        raise MessageError(f"A message's tensor {name!r} claims the shape {str(shape)[:80]}.")
+    if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
+        raise MessageError(f"A message's tensor {name!r} claims the place {str(offsets)[:80]}.")
+    first, last = offsets
+    if last - first != math.prod(shape) * dtype.itemsize or first % dtype.itemsize:
+        raise MessageError(f"A message's tensor {name!r} of shape {shape} claims bytes {first} to {last}.")
+    return dtype, tuple(shape), first, last
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _MAX_VALUES
+
+
+def _tensor(data: bytearray, dtype: torch.dtype, shape: tuple[int, ...], first: int, last: int) -> torch.Tensor:
+    if first == last:
+        return torch.zeros(shape, dtype=dtype)
+    if dtype == torch.bool and max(data[first:last]) > 1:
+        raise MessageError("A message's tensor of booleans holds something else.")
+    return torch.frombuffer(data, dtype=dtype, count=(last - first) // dtype.itemsize, offset=first).view(shape)
 
 
 def _scalars(head: dict[str, Any], name: Literal["meta", "own"]) -> dict[str, Scalar]:

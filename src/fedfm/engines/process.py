@@ -18,25 +18,30 @@ import subprocess
 import sys
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from math import inf
 from pathlib import Path
 from selectors import EVENT_READ, EVENT_WRITE, DefaultSelector
 from tempfile import TemporaryDirectory
 
+import psutil
 import torch
 
 from fedfm import notation
+from fedfm.client.footprint import base_bytes
 from fedfm.client.frames import Inbox, Outbox
 from fedfm.client.house import House
 from fedfm.client.memory import home
 from fedfm.core.clock import Clock, Wall
 from fedfm.core.errors import ConfigError, MessageError
-from fedfm.core.messages import Body, ClientId, Failure, Reply, Request, Scalar, pack, unpack
+from fedfm.core.messages import MAX_TENSORS, Body, ClientId, Failure, Reply, Request, Scalar, pack_parts, unpack
 from fedfm.core.session import Answer, Session
 from fedfm.engines.base import Engine
 
+_PROCESS_BYTES = 400_000_000
+# An answer of this size is read alone, and a log of this size begins anew.
+_LARGE, _MAX_LOG = 1 << 20, 16 << 20
 _WORKER = (sys.executable, "-P", "-m", "fedfm.client.worker")
 
 
@@ -50,8 +55,8 @@ class Process(Engine):
     Args:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``; all clients share it.
         threads: CPU threads of each client; ``None`` takes as many as this process has.
-        max_processes: Most clients alive at a time, idle ones ended first; ``None`` for no bound.
-        start_timeout: Seconds a process has to come up. A round's deadline counts from then.
+        max_processes: Most clients alive at a time, idle ones ended first; ``None`` for as many as half of the machine's memory holds.
+        start_timeout: Seconds a process has to come up, and no more than a round's deadline.
 
     Raises:
         ConfigError: if a number is out of range.
@@ -93,9 +98,16 @@ class Process(Engine):
             }
             return Request(Body("hello", meta=told))
 
-        return ProcessSession(
-            house.clients, hello, _WORKER, house.folder, max_bytes, self.max_processes, self.start_timeout, clock or Wall()
-        )
+        # Two more for each leaf: what a quantiser or a sparsifier sends beside it.
+        max_tensors = 3 * len(house.plan.local.leaves(spec, spec)) + 64
+        most = self.max_processes or processes_that_fit(house)
+        return ProcessSession(house.clients, hello, _WORKER, house.folder, max_bytes, most, self.start_timeout, clock, max_tensors)
+
+
+def processes_that_fit(house: House) -> int:
+    """How many clients half of the machine's memory holds: each has Python, its libraries and a base model of its own."""
+    each = _PROCESS_BYTES + 2 * base_bytes(house)
+    return max(1, int(0.5 * psutil.virtual_memory().total // each))
 
 
 class ProcessSession(Session):
@@ -109,6 +121,8 @@ class ProcessSession(Session):
         max_bytes: The longest message that a client may send.
         max_processes: Most clients alive at a time.
         start_timeout: Seconds a process has to answer its first message.
+        clock: What deadlines are measured with.
+        max_tensors: Most tensors that an answer may hold.
     """
 
     def __init__(
@@ -121,17 +135,19 @@ class ProcessSession(Session):
         max_processes: int | None = None,
         start_timeout: float = 120.0,
         clock: Clock | None = None,
+        max_tensors: int = MAX_TENSORS,
     ) -> None:
         self._clients, self._hello, self._command = frozenset(clients), hello, tuple(command)
         self._max_bytes, self._max_processes, self._start_timeout = max_bytes, max_processes or inf, start_timeout
-        self.clock = clock or Wall()
+        self.clock, self._max_tensors = clock or Wall(), max_tensors
         self._stack = ExitStack()
         self._folder = Path(self._stack.enter_context(TemporaryDirectory(prefix="fedfm-"))) if folder is None else folder.absolute()
         self._selector = self._stack.enter_context(DefaultSelector())
         self._children: dict[ClientId, _Child] = {}
-        self._waiting: deque[tuple[ClientId, Request, float]] = deque()
+        self._waiting: deque[_Waiting] = deque()
         self._arrived: deque[Answer] = deque()
         self._given: float | None = None
+        self._reader: _Child | None = None
 
     @property
     def processes(self) -> dict[ClientId, int]:
@@ -140,19 +156,20 @@ class ProcessSession(Session):
 
     def send(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> None:
         """Lines the requests up; each is written when its client is there to read it."""
-        limit = inf if deadline is None else deadline
+        expires = inf if deadline is None else self.clock.now() + deadline
         # Those alive come first: whoever is idle later has answered, or was not asked, and may make room.
         clients = sorted(requests, key=lambda client: client not in self._children)
-        self._waiting.extend((client, requests[client], limit) for client in clients)
+        self._waiting.extend(_Waiting(client, requests[client], expires) for client in clients)
 
     def receive(self) -> Answer | None:
         """The next answer, once it is complete."""
         if self._given is not None:
             # A client does not pay for the time that the server spends on another's answer.
-            for child in self._children.values():
-                child.expires += self.clock.now() - self._given
+            spent = self.clock.now() - self._given
+            for owed in [*self._waiting, *(owed for child in self._children.values() for owed in child.owed)]:
+                owed.expires += spent
             self._given = None
-        while not self._arrived and (self._waiting or any(child.owes for child in self._children.values())):
+        while not self._arrived and (self._waiting or any(child.owed for child in self._children.values())):
             self._write()
             if not self._arrived:
                 self._arrived.extend(self._listen())
@@ -166,7 +183,7 @@ class ProcessSession(Session):
         self._waiting.clear()
         self._arrived.clear()
         self._given = None
-        for child in [child for child in self._children.values() if child.owes]:
+        for child in [child for child in self._children.values() if child.owed]:
             self._end(child)
 
     def close(self) -> None:
@@ -178,13 +195,25 @@ class ProcessSession(Session):
 
     def _write(self) -> None:
         """Hands requests to the clients that there is room for."""
-        while self._waiting and self._has_room(self._waiting[0][0]):
-            client, request, limit = self._waiting.popleft()
-            child = self._child(client)
+        while self._waiting and self._has_room(self._waiting[0].client):
+            waiting = self._waiting.popleft()
+            child = self._child(waiting.client, waiting.expires)
             if isinstance(child, Failure):
                 self._arrived.append(child)
             else:
-                self._ask(child, request, pack(request), limit)
+                self._ask(child, waiting)
+
+    def _listen_to(self, child: _Child | None) -> None:
+        """Reads from this client alone while its long answer arrives, so that one is held at a time; from all again with ``None``."""
+        if self._reader is child:
+            return
+        self._reader = child
+        for other in self._children.values():
+            is_heard, hears = other.inbox.fd in self._selector.get_map(), child is None or other is child
+            if is_heard and not hears:
+                self._selector.unregister(other.inbox.fd)
+            elif hears and not is_heard:
+                self._selector.register(other.inbox.fd, EVENT_READ, other)
 
     def _has_room(self, client: ClientId) -> bool:
         if client in self._children or client not in self._clients:
@@ -193,14 +222,14 @@ class ProcessSession(Session):
         if sum(not child.ready for child in self._children.values()) >= (os.cpu_count() or 1):
             return False
         if len(self._children) >= self._max_processes:
-            idle = next((child for child in self._children.values() if not child.owes), None)
+            idle = next((child for child in self._children.values() if not child.owed), None)
             if idle is None:
                 return False
             self._end(idle)
         return True
 
-    def _child(self, client: ClientId) -> _Child | Failure:
-        """The client's process, started if there is none."""
+    def _child(self, client: ClientId, expires: float) -> _Child | Failure:
+        """The client's process, started if there is none; starting is part of the time that a client has to answer."""
         if client not in self._clients:
             return Failure(client, "exchange", "there is no such client.")
         child = self._children.get(client)
@@ -211,7 +240,7 @@ class ProcessSession(Session):
             log = home(self._folder, client) / "log.txt"
             try:
                 log.parent.mkdir(parents=True, exist_ok=True)
-                child = _Child(client, self._command, log, self._max_bytes, self.clock)
+                child = _Child(client, self._command, log, self._max_bytes, self._max_tensors)
             except OSError as error:
                 return Failure(
                     client,
@@ -219,19 +248,20 @@ class ProcessSession(Session):
                     f"its process cannot be started: {error}. If it is one too many, Process(max_processes=...) bounds them.",
                 )
             self._children[client] = child
-            self._selector.register(child.inbox.fd, EVENT_READ, child)
-            hello = self._hello(client, self._folder)
-            self._ask(child, hello, pack(hello), self._start_timeout)
+            if self._reader is None:
+                self._selector.register(child.inbox.fd, EVENT_READ, child)
+            started_by = min(self.clock.now() + self._start_timeout, expires)
+            self._ask(child, _Waiting(client, self._hello(client, self._folder), started_by))
         return child
 
-    def _ask(self, child: _Child, request: Request, frame: bytes, limit: float) -> None:
-        child.ask(request, frame, limit)
+    def _ask(self, child: _Child, waiting: _Waiting) -> None:
+        child.ask(waiting)
         if child.outbox.fd not in self._selector.get_map():
             self._selector.register(child.outbox.fd, EVENT_WRITE, child)
 
     def _listen(self) -> list[Answer]:
         """Waits for something to arrive or for a client to be late; the answers that are complete."""
-        soonest = min(child.expires for child in self._children.values())
+        soonest = min([*(child.expires for child in self._children.values()), *(waiting.expires for waiting in self._waiting)])
         events = self._selector.select(None if soonest == inf else max(0.0, soonest - self.clock.now()))
         now = self.clock.now()
         answers = []
@@ -240,19 +270,24 @@ class ProcessSession(Session):
             if self._children.get(child.client) is not child:
                 continue
             if key.fd == child.inbox.fd:
-                answers.append(self._hear(child))
+                if self._reader in (None, child):
+                    answers.append(self._hear(child))
             elif child.flush():
                 self._selector.unregister(key.fd)
         for child in [child for child in self._children.values() if child.expires <= now]:
             stage, what = ("deadline", "did not answer") if child.ready else ("start", "did not start")
             answers.append(Failure(child.client, stage, f"it {what} in time, and its process was ended."))
             self._end(child)
+        for waiting in [waiting for waiting in self._waiting if waiting.expires <= now]:
+            self._waiting.remove(waiting)
+            answers.append(Failure(waiting.client, "deadline", "there was no room for its process in time."))
         return [answer for answer in answers if answer is not None]
 
     def _hear(self, child: _Child) -> Answer | None:
-        owed = child.owes
+        owed = bool(child.owed)
         try:
             answer = child.hear()
+            self._listen_to(child if answer is None and child.inbox.announced > _LARGE else None)
         except EOFError:
             failure = Failure(child.client, "exchange" if child.ready else "start", self._end(child, patience=1.0))
         except MessageError as error:
@@ -267,16 +302,27 @@ class ProcessSession(Session):
     def _end(self, child: _Child, patience: float = 0.0) -> str:
         """Ends the process, after ``patience`` seconds in which it may do so itself; how it ended."""
         del self._children[child.client]
+        if self._reader is child:
+            self._listen_to(None)
         for fd in (child.inbox.fd, child.outbox.fd):
             if fd in self._selector.get_map():
                 self._selector.unregister(fd)
         return child.end(patience)
 
 
+@dataclass(eq=False)
+class _Waiting:
+    """A request that a client has not answered, and when it is too late for that."""
+
+    client: ClientId
+    request: Request
+    expires: float
+
+
 class _Child:
     """A client's process, and what it owes: its greeting first, then an answer."""
 
-    def __init__(self, client: ClientId, command: Sequence[str], log: Path, max_bytes: int, clock: Clock) -> None:
+    def __init__(self, client: ClientId, command: Sequence[str], log: Path, max_bytes: int, max_tensors: int) -> None:
         path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
         with log.open("ab") as file:
             self.process = subprocess.Popen(
@@ -289,23 +335,24 @@ class _Child:
                 process_group=0,  # Ctrl-C is for the server, which finishes its round first.
             )
         assert self.process.stdin is not None and self.process.stdout is not None
-        self.client, self.clock, self.ready, self.expires = client, clock, False, inf
+        self.client, self.ready, self.log, self.max_tensors = client, False, log, max_tensors
         self.inbox, self.outbox = Inbox(self.process.stdout.fileno(), max_bytes), Outbox(self.process.stdin.fileno())
-        self._owed: deque[tuple[Request, float]] = deque()
+        self.owed: deque[_Waiting] = deque()
         for fd in (self.inbox.fd, self.outbox.fd):
             os.set_blocking(fd, False)
 
     @property
-    def owes(self) -> bool:
-        """Whether an answer is awaited."""
-        return bool(self._owed)
+    def expires(self) -> float:
+        """When the answer that is owed next is late."""
+        return self.owed[0].expires if self.owed else inf
 
-    def ask(self, request: Request, frame: bytes, limit: float) -> None:
-        """Queues a request, to be answered within ``limit`` seconds of the answer to the one before it."""
-        self.outbox.send(frame)
-        self._owed.append((request, limit))
-        if len(self._owed) == 1:
-            self.expires = self.clock.now() + limit
+    def ask(self, waiting: _Waiting) -> None:
+        """Sends a request."""
+        self.outbox.send(*pack_parts(waiting.request))
+        self.owed.append(waiting)
+        if self.log.stat().st_size > _MAX_LOG:
+            # Opened for appending, so what follows begins anew.
+            os.truncate(self.log, 0)
 
     def flush(self) -> bool:
         """Writes what fits; whether nothing is left to write."""
@@ -325,15 +372,14 @@ class _Child:
         data = self.inbox.receive()
         if data is None:
             return None
-        answer = unpack(memoryview(data))
-        if not self._owed or isinstance(answer, Request) or answer.client != self.client:
+        answer = unpack(memoryview(data), max_tensors=self.max_tensors)
+        if not self.owed or isinstance(answer, Request) or answer.client != self.client:
             raise MessageError(f"A message of kind {type(answer).__name__} arrived that nobody asked for.")
-        request, _ = self._owed.popleft()
+        request = self.owed.popleft().request
         if isinstance(answer, Reply) and (answer.verb, answer.round) != (request.verb, request.round):
             raise MessageError(
                 f"{answer.verb!r} of round {answer.round} was answered, but {request.verb!r} of round {request.round} was asked."
             )
-        self.expires = self.clock.now() + self._owed[0][1] if self._owed else inf
         if self.ready:
             return answer
         self.ready = isinstance(answer, Reply)
@@ -345,6 +391,9 @@ class _Child:
             self.process.wait(patience)
         except subprocess.TimeoutExpired:
             self.process.kill()
+        # What it has started belongs to its group, and may hold its pipes.
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         code = self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
             if pipe is not None:

@@ -229,10 +229,14 @@ def number(own: Mapping[str, Scalar], name: str) -> int | None:
 
 def opened(examples: Examples) -> Examples:
     """The examples, their files opened, so that damaged ones are named before a bank begins."""
-    if len(examples.lengths) != len(examples):
+    lengths = examples.lengths
+    if len(lengths) != len(examples):
         raise DataError(
-            f"{len(examples.lengths)} examples are there, and {len(examples)} were prepared. Clear the cache and prepare the data again."
+            f"{len(lengths)} examples are there, and {len(examples)} were prepared. Clear the cache and prepare the data again."
         )
+    # A file that was cut lacks its end.
+    if len(examples) and len(examples.ids(len(examples) - 1)) != lengths[-1]:
+        raise DataError("its prepared token ids are fewer than its index says. Clear the cache and prepare the data again.")
     return examples
 
 

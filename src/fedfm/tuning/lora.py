@@ -174,6 +174,9 @@ class _LoRASite(Site):
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         """Drops inputs. A client's mask is drawn over its own rows and length, so it does not depend on who shares the batch."""
         assert self.dropout is not None and self.batch is not None
+        if x.dim() == 2 and len(x) == self.batch.num_slots:
+            # Some layers see tokens as rows (OPT's feed-forward ones).
+            return self._drop(x.view(*self.batch.shape, -1)).view_as(x)
         keep = 1 - self.lora.dropout
         mask = torch.zeros(len(self.dropout), x.shape[0] // len(self.dropout), *x.shape[1:], dtype=x.dtype, device=x.device)
         for k, key in enumerate(self.dropout):

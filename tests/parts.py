@@ -203,7 +203,8 @@ class Masks(Channel):
         # From the system, not from the run's key: masks cancel, so that a run resumes with the same bits all the same.
         secret = secrets.randbits(512)
         scratch["secret"] = secret
-        return Sealed({}, {"public": hex(pow(3, secret, PRIME))})
+        # Of one length, so that a run's bytes are the same each time.
+        return Sealed({}, {"public": f"{pow(3, secret, PRIME):0132x}"})
 
     def seal(self, update: Update, leaves: tuple[Leaf, ...], request: Request, scratch: Scratch) -> Sealed:
         me, secret, relayed = update.client or "", scratch.get("secret"), request.meta.get(HELLOS)

@@ -200,6 +200,8 @@ class Masks(Channel):
             yield partial
 
     def answer(self, client: ClientId, request: Request, scratch: Scratch) -> Sealed:
+        if request.verb != HELLO:
+            return super().answer(client, request, scratch)
         # From the system, not from the run's key: masks cancel, so that a run resumes with the same bits all the same.
         secret = secrets.randbits(512)
         scratch["secret"] = secret

@@ -213,7 +213,8 @@ def test_scalars_rebuild_the_mean_of_the_clients_parameters(base: Federation) ->
     assert len(weights.unique()) > 1
     assert torch.allclose(spec.flatten(after.params), mean_d, atol=1e-6)
     # Three numbers a client, beside what is told of any update.
-    assert record.bytes_up < 3 * 500 < 4 * spec.size
+    assert record.bytes_up < 3 * 400
+    assert plan.local.leaves(spec, spec)[0].size == 3 < spec.size
 
 
 def test_scalars_need_a_server_that_reads_them(base: Federation) -> None:
@@ -283,7 +284,7 @@ def test_a_client_holds_and_sends_its_own_rank_alone(base: Federation) -> None:
     with simulation.open() as session:
         after, _ = play(plan, state, session, simulation.clients, simulation.key, watch)
     assert {client: min(min(shape) for shape in own) for client, own in shapes.items()} == {"ann": 1, "bob": 2, "cid": 4}
-    a = next(name for name in state.params if name.endswith("k_proj.lora_A.weight") or name.endswith("q_proj.lora_A.weight"))
+    a = next(name for name in state.params if name.endswith("q_proj.lora_A.weight"))
     b = a.replace("lora_A", "lora_B")
     moved = (after.params[b] - state.params[b]).abs().sum(dim=0)
     assert (moved > 0).all() and after.params[a].shape == (4, 32)

@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 
 from fedfm.core.errors import MessageError
-from fedfm.core.tree import Tree, num_bytes
+from fedfm.core.tree import Tree, num_bytes, raw
 
 ClientId = str
 VERSION = 2
@@ -175,7 +175,7 @@ def _tensors(message: Message) -> Tree:
 def _blob(tensors: Tree) -> bytes:
     """A safetensors file."""
     index, names = _index(tensors)
-    leaves = [tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().data for name in names]
+    leaves = [raw(tensors[name]) for name in names]
     return b"".join([struct.pack("<Q", len(index)), index, *leaves])
 
 

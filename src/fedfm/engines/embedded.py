@@ -99,6 +99,10 @@ class EmbeddedSession(Session):
         """Nothing runs outside this process."""
         self.abandon()
 
+    def settle(self) -> None:
+        """Chooses the bank's size."""
+        self.bank_size()
+
     def bank_size(self) -> int:
         """Clients per batch: what the recipe says or an earlier part of this run chose, else what the cohort, its tokens and the memory come to."""
         choices = self.house.choices

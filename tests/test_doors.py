@@ -40,7 +40,7 @@ from fedfm.run.loop import resume, run
 from fedfm.run.result import Result
 from fedfm.simulation import Simulation
 from fedfm.tasks import CausalLM
-from fedfm.testing import check_part
+from fedfm.testing import check_part, check_verb
 from fedfm.testing.tiny import TEXT, spec
 from fedfm.transforms import Int8
 from fedfm.tuning import LoRA
@@ -98,6 +98,15 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Federation:
         rounds=3,
         min_clients=3,
     )
+
+
+@pytest.fixture(scope="module")
+def pair(base: Federation) -> Federation:
+    """It with two of the owners: a process takes seconds to start."""
+    rows = Path(base.data.source)
+    two = rows.with_name("pair.jsonl")
+    two.write_text("".join(line for line in rows.read_text().splitlines(keepends=True) if '"cid"' not in line))
+    return replace(base, data=replace(base.data, source=str(two)), min_clients=2, rounds=2)
 
 
 MASKS = Masks()
@@ -185,8 +194,8 @@ TOGETHER: dict[str, dict[str, Any]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TOGETHER)
-def test_processes_give_the_bits_of_one_by_one(base: Federation, name: str, tmp_path: Path) -> None:
-    plan = replace(base, **TOGETHER[name], rounds=2)
+def test_processes_give_the_bits_of_one_by_one(pair: Federation, name: str, tmp_path: Path) -> None:
+    plan = replace(pair, **TOGETHER[name])
     alone = last(run(with_bank(plan, 1), out=tmp_path / "alone"))
     apart = last(run(replace(plan, engine=Process(device="cpu")), out=tmp_path / "apart"))
     require_same(alone, apart)
@@ -388,11 +397,15 @@ def test_a_verb_of_another_package_is_asked_through_the_channel(base: Federation
 
 
 @pytest.mark.slow
-def test_a_verb_of_another_package_is_asked_in_processes(base: Federation) -> None:
-    simulation = Simulation.build(replace(base, channel=MASKS, engine=Process(device="cpu")))
+def test_a_verb_of_another_package_is_asked_in_processes(pair: Federation) -> None:
+    simulation = Simulation.build(replace(pair, channel=MASKS, engine=Process(device="cpu")))
     with simulation.open() as session:
-        total = Count().total(MASKS, session, OWNERS[:2], 9, simulation.key)
-    assert total == sum(int((simulation.house.shard(client).train.lengths > 9).sum()) for client in OWNERS[:2])
+        total = Count().total(MASKS, session, simulation.clients, 9, simulation.key)
+    assert total == sum(int((simulation.house.shard(client).train.lengths > 9).sum()) for client in simulation.clients)
+
+
+def test_a_verb_of_another_package_conforms(base: Federation) -> None:
+    check_verb(Count(), Simulation.build(base).house, Count().errand(9))
 
 
 # What cannot mean what it says

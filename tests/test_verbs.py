@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Any
 
 import pytest
 from parts import AdaptiveClip, Personal, Ranks, Scalars, ScalarsServer
 
-from fedfm.client.verb import Verb
-from fedfm.core.keys import Key
-from fedfm.core.parts import Errand, RoundContext
+from fedfm.client.verb import Contribution, Verb
+from fedfm.core import leaves
+from fedfm.core.messages import Body
+from fedfm.core.parts import Errand, RoundContext, Update
 from fedfm.core.round import start
 from fedfm.data import Data
 from fedfm.engines import Embedded
@@ -81,5 +83,86 @@ def test_every_verb_has_an_errand() -> None:
 @pytest.mark.parametrize(("name", "kind"), [(name, kind) for name, (_, kinds) in PLANS.items() for kind in kinds])
 def test_conformance(base: Federation, name: str, kind: type[Verb]) -> None:
     simulation = Simulation.build(replace(base, **PLANS[name][0]))
-    assert simulation.key == Key.root(0)
     check_verb(kind(), simulation.house, ERRANDS[kind](simulation))
+
+
+# The suite catches what it is there to catch.
+
+
+@dataclass(frozen=True)
+class Half(Verb):
+    """Answers every second client."""
+
+    name = "half"
+
+    def answer(self, requests, house):
+        yield from (contribution(client) for client in list(requests)[::2])
+
+
+@dataclass(frozen=True)
+class Chatty(Verb):
+    """Tells more than it declares."""
+
+    name = "chatty"
+
+    def answer(self, requests, house):
+        yield from (contribution(client, more=1.0) for client in requests)
+
+
+@dataclass(frozen=True)
+class Boundless(Verb):
+    """Tells numbers beyond what it declares."""
+
+    name = "boundless"
+
+    def answer(self, requests, house):
+        yield from (contribution(client, size=-1.0) for client in requests)
+
+
+@dataclass(frozen=True)
+class Trusting(Verb):
+    """Believes its server."""
+
+    name = "trusting"
+
+    def answer(self, requests, house):
+        yield from (contribution(client, size=request.meta["least"] + 1.0) for client, request in requests.items())
+
+
+@dataclass(frozen=True)
+class Fickle(Verb):
+    """Says something else when it is asked again."""
+
+    name = "fickle"
+
+    def answer(self, requests, house):
+        yield from (contribution(client, size=float(next(COUNTER))) for client in requests)
+
+
+COUNTER = count()
+SIZE = leaves.number("size")
+
+
+def contribution(client: str, size: float = 3.0, **more: float) -> Contribution:
+    return Contribution(Update({}, client=client, metrics={"size": size, **more}), (SIZE,))
+
+
+@pytest.mark.parametrize(
+    ("verb", "law"),
+    [
+        (Half(), "were asked, and .* answered"),
+        (Chatty(), "tells .'more', 'size'., and declares .'size'."),
+        (Boundless(), "'size' reaches -1"),
+        (Trusting(), "is met with (KeyError|TypeError)"),
+        (Fickle(), "asked again, tells something else"),
+        (Train(), "not what the index has"),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, Verb) else "",
+)
+def test_a_broken_verb_fails(base: Federation, verb: Verb, law: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    known = {part.name: part for part in (Half(), Chatty(), Boundless(), Trusting(), Fickle())}
+    for module in ("fedfm.client.runtime", "fedfm.testing.verbs"):
+        monkeypatch.setattr(f"{module}.verbs", lambda: known)
+    errand = Errand(Body(verb.name, meta={"least": 2}), (SIZE,), uniform=True)
+    with pytest.raises(AssertionError, match=law):
+        check_verb(verb, Simulation.build(base).house, errand)

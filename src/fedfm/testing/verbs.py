@@ -13,8 +13,9 @@ from fedfm.client.house import House
 from fedfm.client.runtime import Runtime
 from fedfm.client.verb import Contribution, Verb, verbs
 from fedfm.core import leaves as declare
+from fedfm.core.errors import MessageError
 from fedfm.core.messages import ClientId, Failure, Reply, Request, Scalar, pack, unpack
-from fedfm.core.parts import Errand, RoundContext, Tree, Update
+from fedfm.core.parts import Errand, RoundContext
 from fedfm.core.session import Answer
 from fedfm.testing.parts import check_part, same
 from fedfm.testing.sessions import Scripted
@@ -140,10 +141,13 @@ def _require_declared(name: str, contribution: Contribution, errand: Errand) -> 
     numbers = {leaf.name: leaf for leaf in declare.numbers(leaves)}
     told = {"weight": update.weight, **update.metrics} if "weight" in numbers else dict(update.metrics)
     assert set(told) == set(numbers), f"{whose} tells {sorted(told)}, and declares {sorted(numbers)}"
-    for key, leaf in numbers.items():
-        leaf.require(told[key], whose)
-    if not errand.transforms:
-        declare.require(leaves, update.payload, whose)
+    try:
+        for key, leaf in numbers.items():
+            leaf.require(told[key], whose)
+        if not errand.transforms:
+            declare.require(leaves, update.payload, whose)
+    except MessageError as error:
+        raise AssertionError(str(error)) from error
     assert {leaf.name for leaf in leaves} <= {leaf.name for leaf in errand.leaves}, f"{whose} holds leaves that its errand does not declare"
 
 

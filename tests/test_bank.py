@@ -249,7 +249,7 @@ class SPSA(LocalTrainer):
         return self.lr
 
     def descend(self, cohort: Cohort, objective: Objective, lr_k: torch.Tensor, step: int) -> None:
-        draws = [torch.randint(2, cohort.start_d.shape, generator=key.generator()) for key in objective.keys("spsa")]
+        draws = [torch.randint(2, cohort.theta_kd.shape[1:], generator=key.generator()) for key in objective.keys("spsa")]
         z_kd = torch.stack(draws).float() * 2 - 1
         slope_k = (objective.losses(cohort.theta_kd + self.c * z_kd) - objective.losses(cohort.theta_kd - self.c * z_kd)) / (2 * self.c)
         cohort.theta_kd.sub_(lr_k * slope_k.unsqueeze(1) * z_kd)

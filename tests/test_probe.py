@@ -11,22 +11,21 @@ import pytest
 import torch
 
 from fedfm.client.bank import Bank, Job
-from fedfm.client.site import Site
 from fedfm.core.errors import ModelError
 from fedfm.core.keys import Key
-from fedfm.core.messages import Request
 from fedfm.core.task import Head as Kind
 from fedfm.core.task import Task
-from fedfm.core.tuning import Tuning
 from fedfm.data import Data
 from fedfm.engines import Embedded
 from fedfm.federation import Federation
 from fedfm.local import SGD
 from fedfm.models import Model, load
+from fedfm.simulation import Simulation
 from fedfm.tasks import CausalLM, Classification, MaskedLM
 from fedfm.testing import tiny
 from fedfm.tuning import IA3, BitFit, Full, LoRA, Peft
-from fedfm.tuning.bank import BankedModel
+from fedfm.tuning.base import Tuning
+from fedfm.tuning.sites import BankedModel
 
 CONFIGS: dict[str, dict[str, object]] = {
     # Its layers lay activations out as (positions, rows, width).
@@ -181,17 +180,14 @@ def test_the_embedded_engine_respects_what_was_seen(
         local=SGD(lr=0.1, steps=1, batch_size=2),
     )
     for size in (1, 3, "auto"):
-        site = Site.build(replace(plan, engine=Embedded(bank=size, device="cpu")))  # type: ignore[arg-type]
-        request = Request("train", 1, dict(site.tuned.init(Key.root(0))))
-        with site.federation.engine.open(site) as session, caplog.at_level(logging.WARNING, "fedfm"):
+        simulation = Simulation.build(replace(plan, engine=Embedded(bank=size, device="cpu")))  # type: ignore[arg-type]
+        with simulation.open() as session, caplog.at_level(logging.WARNING, "fedfm"):
             caplog.clear()
-            assert session.bank_size(list(site.clients), request) == session.bank_size(list(site.clients), request) == 1  # type: ignore[attr-defined]
-            assert len(warnings_of(caplog)) == (size != 1)
+            assert session.bank_size() == session.bank_size() == 1  # type: ignore[attr-defined]
+            assert any("mixes the rows" in text for text in warnings_of(caplog)) == (size != 1)
     looking = replace(plan, model=tiny.spec("Bert"), task=CausalLM(max_length=16), engine=Embedded(bank=3, device="cpu"))
-    site = Site.build(looking)
-    request = Request("train", 1, dict(site.tuned.init(Key.root(0))))
-    with site.federation.engine.open(site) as session, pytest.raises(ModelError, match="looks ahead"):
-        list(session.exchange(dict.fromkeys(site.clients, request)))
+    with Simulation.build(looking).open() as session, pytest.raises(ModelError, match="looks ahead"):
+        session.bank_size()  # type: ignore[attr-defined]
 
 
 def test_dropout_draws_for_every_token_where_a_layer_sees_tokens_as_rows() -> None:

@@ -109,7 +109,7 @@ class EmbeddedSession(Session):
         if self.engine.bank == 1:
             return 1
         if not self.house.can_share():
-            if self.engine.bank != "auto" and not self._warned:
+            if self.engine.bank != "auto" and not self.house.tuned.banks and not self._warned:
                 name = type(self.house.plan.tuning).__name__
                 log.warning("%s cannot bank: clients run one by one instead of %d at a time", name, self.engine.bank)
                 self._warned = True

@@ -302,10 +302,11 @@ def test_a_client_holds_and_sends_its_own_rank_alone(base: Federation) -> None:
 # A channel with two exchanges that gives one sum
 
 
-def test_masks_show_a_sum_alone_and_it_is_the_plain_one(base: Federation, tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["examples", "uniform"])
+def test_masks_show_a_sum_alone_and_it_is_the_plain_one(base: Federation, weights: Any, tmp_path: Path) -> None:
     states, lines = {}, {}
     for name, channel in (("plain", fedfm.channels.Plain()), ("masks", MASKS)):
-        plan = replace(base, channel=channel, aggregator=Mean(weights="uniform" if name == "never" else "examples"), rounds=2)
+        plan = replace(base, channel=channel, aggregator=Mean(weights=weights), rounds=2)
         states[name] = last(run(plan, out=tmp_path / name))
         lines[name] = metrics(tmp_path / name)
     for leaf, value in states["plain"].params.items():
@@ -314,7 +315,8 @@ def test_masks_show_a_sum_alone_and_it_is_the_plain_one(base: Federation, tmp_pa
         assert masked["clients"] == {} and masked["metrics"]["eval"]["owners"] == {} and not masked["failures"]
         assert masked["metrics"]["eval"]["pooled"] == pytest.approx(plain["metrics"]["eval"]["pooled"], rel=1e-5)
         if plain["round"]:
-            for what in ("train_loss", "weight", "num_clients", "update_norm"):
+            # A channel that shows each client weights the losses by examples even where the clients count alike.
+            for what in ("weight", "num_clients", "update_norm", *(["train_loss"] if weights == "examples" else [])):
                 assert masked["metrics"][what] == pytest.approx(plain["metrics"][what], rel=1e-5), what
     for name, told in (("plain", True), ("masks", False)):
         rows = json.loads((tmp_path / name / "split.json").read_text())

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 import torch
-from ranking import Ranking
+from parts import Pairs
 
 from fedfm.client.bank import Bank, Course, Job, Trained
 from fedfm.client.objective import StepObjective, Tally
@@ -339,9 +339,9 @@ def pairs_of(seed: int, count: int) -> tiny.Memory:
 
 
 def test_a_task_with_its_own_loss_and_inputs_banks_and_evaluates() -> None:
-    foundation = tiny.foundation("Bert", "sequence_classification", Ranking.labels)
+    foundation = tiny.foundation("Bert", "sequence_classification", Pairs.labels)
     local = SGD(lr=0.5, epochs=4, batch_size=2, accumulate=2)
-    bank = Bank(LoRA(r=2).attach(foundation), Ranking(), local, foundation.tokenizer.pad_token_id, torch.device("cpu"), Key.root(1))
+    bank = Bank(LoRA(r=2).attach(foundation), Pairs(), local, foundation.tokenizer.pad_token_id, torch.device("cpu"), Key.root(1))
     jobs, start = [Job(f"client{i}", pairs_of(i, count)) for i, count in enumerate([7, 3, 5])], start_of(bank.tuned)
     together = bank.train(start, jobs, 1)
     alone = [bank.train(start, [job], 1)[0] for job in jobs]

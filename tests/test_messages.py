@@ -235,3 +235,10 @@ def test_what_the_receiver_would_refuse_is_not_sent() -> None:
         pack(Request.of("train", 1, {"x": torch.zeros(1, dtype=torch.complex64)}))
     with pytest.raises(MessageError, match="as a tensor"):
         pack(Reply("a", "describe", 0, {}, {"x" * MAX_HEADER: 1}))
+
+
+def test_a_column_of_a_matrix_crosses_as_what_it_says() -> None:
+    matrix = torch.arange(16.0).view(4, 4)
+    for leaf in (matrix[:, 1:2], matrix[:, 1], matrix[1:2, 1:2], matrix[:1, 2], matrix[3, ::16], matrix.T, matrix[:0, :1], matrix[1, 1]):
+        arrived = unpack(pack(Request.of("train", 1, {"x": leaf})))
+        assert isinstance(arrived, Request) and torch.equal(arrived.tensors["x"], leaf) and arrived.tensors["x"].shape == leaf.shape

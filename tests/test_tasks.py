@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from ranking import Ranking
+from parts import Pairs
 from transformers import AutoTokenizer
 
 from fedfm.core import registry
@@ -42,7 +42,7 @@ def test_conformance(task, tokenizer):
 
 
 def test_a_task_with_a_loss_and_an_input_of_its_own_conforms(tokenizer):
-    check_task(Ranking(better="text", worse="context"), ROWS, tokenizer)
+    check_task(Pairs(better="text", worse="context"), ROWS, tokenizer)
 
 
 def encode(task, tokenizer, rows, chunk=3):

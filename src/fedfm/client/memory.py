@@ -22,7 +22,7 @@ from safetensors.torch import load, save
 from fedfm.core.disk import cannot_write, slug, write_atomic
 from fedfm.core.errors import RunError
 from fedfm.core.messages import ClientId
-from fedfm.core.tree import Tree
+from fedfm.core.tree import Tree, raw
 
 
 def home(folder: Path, client: ClientId) -> Path:
@@ -130,7 +130,7 @@ def _digest(client: ClientId, ticket: int, tree: Tree) -> str:
     digest = hashlib.blake2b(json.dumps([client, ticket]).encode(), digest_size=16)
     for name, leaf in sorted(tree.items()):
         digest.update(json.dumps([name, str(leaf.dtype), list(leaf.shape)]).encode())
-        digest.update(leaf.reshape(-1).view(torch.uint8).numpy().data)
+        digest.update(raw(leaf))
     return digest.hexdigest()
 
 

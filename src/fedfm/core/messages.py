@@ -25,7 +25,7 @@ from typing import Any, Literal
 import torch
 
 from fedfm.core.errors import MessageError
-from fedfm.core.tree import Tree, num_bytes
+from fedfm.core.tree import Tree, num_bytes, raw
 from fedfm.core.words import clean
 
 ClientId = str
@@ -193,7 +193,7 @@ def _tensors(message: Message) -> Tree:
 def _blob(tensors: Tree) -> bytes:
     """A safetensors file."""
     index, names = _index(tensors)
-    leaves = [tensors[name].detach().cpu().reshape(-1).view(torch.uint8).numpy().data for name in names]
+    leaves = [raw(tensors[name]) for name in names]
     return b"".join([struct.pack("<Q", len(index)), index, *leaves])
 
 

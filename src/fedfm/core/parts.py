@@ -123,7 +123,7 @@ class Traits:
 
     A part that needs what another hides is refused before anything runs. Words in use:
     ``single-updates`` (each client's update, one by one), ``float-leaves`` (tensors that can still be computed with),
-    ``named-leaves`` (one tensor per parameter), ``stateful-clients`` (a client's memory from its last round),
+    ``named-leaves`` (one tensor per parameter), ``deltas`` (an aggregate that holds a change of each parameter), ``stateful-clients`` (a client's memory from its last round),
     ``uniform-weights``, ``weighted-sum`` (a mean of some kind), ``counts`` (the owners tell how many examples they have).
 
     What a part *is* lets others ask for a property instead of a class: ``plain-step`` (the new parameters are the mean of the clients'),

@@ -50,11 +50,16 @@ class Roster:
         """The split as rows to print or plot: ``owner``, ``train``, ``test``, ``tokens``, ``labels``; null where an owner withholds it."""
         return [{"owner": client, **asdict(self.holdings.get(client, Holding()))} for client in self.ids]
 
+    def note(self) -> dict[str, Any]:
+        """All of it in plain values, to be kept with a run. An owner that tells nothing is not one whose channel shows sums alone."""
+        holdings = {client: asdict(holding) for client, holding in self.holdings.items()}
+        return {"ids": list(self.ids), "holdings": holdings, "totals": asdict(self.totals)}
+
     @staticmethod
-    def from_picture(rows: Iterable[Mapping[str, Any]]) -> Roster:
-        """Undoes :meth:`picture`."""
-        holdings = {str(row["owner"]): Holding(**{name: row.get(name) for name in ("train", "test", "tokens", "labels")}) for row in rows}
-        return Roster(tuple(holdings), holdings, total_of(holdings.values()))
+    def from_note(note: Mapping[str, Any]) -> Roster:
+        """Undoes :meth:`note`."""
+        holdings = {client: Holding(**told) for client, told in note["holdings"].items()}
+        return Roster(tuple(note["ids"]), holdings, Holding(**note["totals"]))
 
 
 def total_of(holdings: Iterable[Holding]) -> Holding:

@@ -122,6 +122,15 @@ def norm(tree: Tree) -> float:
     return math.sqrt(math.fsum(leaf.double().square().sum().item() for leaf in tree.values() if leaf.is_floating_point()))
 
 
+def raw(leaf: torch.Tensor) -> memoryview:
+    """The bytes of a leaf, row by row, whatever its strides."""
+    flat = leaf.detach().cpu().reshape(-1)
+    if flat.stride(0) != 1:
+        # A column of a matrix, or one value of it, keeps its stride when it is flattened.
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return flat.view(torch.uint8).numpy().data
+
+
 def num_bytes(tree: Tree) -> int:
     """Bytes of all leaves."""
     return sum(leaf.numel() * leaf.element_size() for leaf in tree.values())

@@ -114,7 +114,13 @@ class ScaffoldLocal(WrappedTrainer):
             yield refuse("local", "ScaffoldLocal needs ScaffoldServer, which sends the mean control variate. Use method: {Scaffold: {}}.")
 
     def init(self, cohort: Cohort) -> None:
-        """Zero control variates for clients that remember none."""
+        """Zero control variates for clients that remember none.
+
+        Raises:
+            MessageError: if the server did not send its own.
+        """
+        sent = {name: leaf for name, leaf in cohort.received.items() if name == CONTROL}
+        Spec((CONTROL,), ((cohort.theta_kd.shape[1],),), (torch.float32,)).require(sent, "what the server sent for Scaffold")
         cohort.memory.setdefault(CONTROL, torch.zeros_like(cohort.theta_kd, dtype=torch.float32))
         self.inner.init(cohort)
 

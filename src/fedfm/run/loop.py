@@ -243,13 +243,13 @@ def _roster(folder: RunFolder | None, simulation: Simulation, session: Session) 
     """What the owners tell of themselves: asked when a run begins, kept when it goes on."""
     known = None if folder is None else folder.first("roster")
     if known is not None:
-        roster = Roster.from_picture(known["owners"])
+        roster = Roster.from_note(known)
     else:
         plan, labels = simulation.federation, simulation.house.labels
         roster = Describe().roster(plan.channel, session, simulation.clients, labels, simulation.key)
     if folder is not None:
         if known is None:
-            folder.note("roster", owners=roster.picture())
+            folder.note("roster", **roster.note())
         folder.write_json(SPLIT, roster.picture())
     return roster
 

@@ -31,8 +31,8 @@ class FedAvg(ServerOptimizer):
             raise ConfigError(f"FedAvg.lr is {self.lr}; it must be a finite number above 0.")
 
     def traits(self) -> Traits:
-        """With ``lr=1`` nothing is left of a server's step."""
-        return traits(is_=["plain-step"] if self.lr == 1 else [])
+        """Needs a delta of each parameter. With ``lr=1`` nothing is left of a server's step."""
+        return traits(needs=["deltas"], is_=["plain-step"] if self.lr == 1 else [])
 
     def step(self, params: Tree, update: Update, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
         """One step along the delta."""

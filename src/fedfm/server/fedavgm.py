@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from fedfm.core.errors import ConfigError
-from fedfm.core.parts import RoundContext, ServerOptimizer, Tree, Update
+from fedfm.core.parts import RoundContext, ServerOptimizer, Traits, Tree, Update, traits
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class FedAvgM(ServerOptimizer):
             raise ConfigError(f"FedAvgM.lr is {self.lr}; it must be a finite number above 0.")
         if not 0 <= self.momentum < 1:
             raise ConfigError(f"FedAvgM.momentum is {self.momentum}; it must be at least 0 and less than 1.")
+
+    def traits(self) -> Traits:
+        """Needs a delta of each parameter."""
+        return traits(needs=["deltas"])
 
     def init(self, params: Tree) -> Tree:
         """No momentum."""

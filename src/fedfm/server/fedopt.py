@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from fedfm.core.errors import ConfigError
-from fedfm.core.parts import RoundContext, ServerOptimizer, Tree, Update
+from fedfm.core.parts import RoundContext, ServerOptimizer, Traits, Tree, Update, traits
 
 Moment = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -39,6 +39,10 @@ class FedAdagrad(ServerOptimizer):
 
     def __post_init__(self) -> None:
         _require(self, self.lr, self.beta1, self.tau)
+
+    def traits(self) -> Traits:
+        """Needs a delta of each parameter."""
+        return traits(needs=["deltas"])
 
     def init(self, params: Tree) -> Tree:
         """``m = 0, v = tau^2``."""
@@ -72,6 +76,10 @@ class FedAdam(ServerOptimizer):
 
     def __post_init__(self) -> None:
         _require(self, self.lr, self.beta1, self.tau, self.beta2)
+
+    def traits(self) -> Traits:
+        """Needs a delta of each parameter."""
+        return traits(needs=["deltas"])
 
     def init(self, params: Tree) -> Tree:
         """``m = 0, v = tau^2``."""
@@ -109,6 +117,10 @@ class FedYogi(ServerOptimizer):
 
     def __post_init__(self) -> None:
         _require(self, self.lr, self.beta1, self.tau, self.beta2)
+
+    def traits(self) -> Traits:
+        """Needs a delta of each parameter."""
+        return traits(needs=["deltas"])
 
     def init(self, params: Tree) -> Tree:
         """``m = 0, v = tau^2``."""

@@ -6,6 +6,7 @@ Example:
 """
 
 from fedfm.testing.aggregators import check_aggregator as check_aggregator
+from fedfm.testing.channels import check_channel as check_channel
 from fedfm.testing.engines import check_engine as check_engine
 from fedfm.testing.local import check_local as check_local
 from fedfm.testing.parts import check_part as check_part
@@ -15,3 +16,4 @@ from fedfm.testing.server import check_server as check_server
 from fedfm.testing.tasks import check_task as check_task
 from fedfm.testing.transforms import check_transform as check_transform
 from fedfm.testing.tuning import check_tuning as check_tuning
+from fedfm.testing.verbs import check_verb as check_verb

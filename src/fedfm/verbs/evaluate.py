@@ -20,7 +20,7 @@ from fedfm.core.task import Examples, Task
 from fedfm.core.tree import Tree
 from fedfm.data import Sample
 from fedfm.observers.evaluate import Evaluate, summary
-from fedfm.verbs.train import TrainPlan, counted, number, opened, parameters
+from fedfm.verbs.train import TrainPlan, counted, number, opened, parameters, require_parameters
 
 _SPLIT, _MOST = "split", "max_examples"
 
@@ -88,6 +88,7 @@ class Evaluation(Verb):
 
     def answer(self, requests: Mapping[ClientId, Request], house: House) -> Iterator[Contribution | Failure]:
         """The sums of each client's examples."""
+        require_parameters(next(iter(requests.values())).body, house)
         leaves = declared(house.plan.task, max(len(house.labels), 2))
         starts: dict[ClientId, Tree] = {}
         sets: dict[ClientId, Examples] = {}

@@ -65,6 +65,8 @@ class Train(Verb):
 
     def answer(self, requests: Mapping[ClientId, Request], house: House) -> Iterator[Contribution | Failure]:
         """Trains the clients as one bank."""
+        # All have one body, which is looked at once.
+        require_parameters(next(iter(requests.values())).body, house)
         desks: dict[ClientId, Desk] = {}
         for client, request in requests.items():
             try:
@@ -166,18 +168,32 @@ class Desk:
         return {name: value if name == "loss" else 0.0 for name, value in trained.metrics.items()}
 
 
+def require_parameters(body: Body, house: House) -> None:
+    """Refuses a body that does not hold the parameters that travel, with the model's shapes and types, and finite.
+
+    Raises:
+        MessageError: naming the first that is missing or wrong.
+    """
+    spec = house.tuned.spec
+    travelling = set(house.plan.tuning.travels(spec))
+    missing = [name for name in spec.names if name in travelling and name not in body.tensors]
+    if missing:
+        raise MessageError(f"a request to {body.verb} must hold the parameters; {missing[:3]} are missing.")
+    rows = [row for row in zip(spec.names, spec.shapes, spec.dtypes, strict=True) if row[0] in travelling]
+    names, shapes, dtypes = zip(*rows, strict=True) if rows else ((), (), ())
+    Spec(names, shapes, dtypes).require({name: body.tensors[name] for name in names}, f"a request to {body.verb}")
+
+
 def parameters(request: Request, house: House, memory: Tree) -> tuple[Tree, Tree, bool]:
     """A client's parameters: those that travel, as it holds them; all that it starts from, at full size; and whether that start is its own alone.
 
+    The body was looked at by :func:`require_parameters`.
+
     Raises:
-        MessageError: if the request does not hold what this plan's clients are sent.
+        MessageError: if the request's own part is not what this plan's clients are sent.
     """
     tuning, spec = house.plan.tuning, house.tuned.spec
-    names = tuning.travels(spec)
-    missing = [name for name in names if name not in request.tensors]
-    if missing:
-        raise MessageError(f"a request to {request.verb} must hold the parameters; {missing[:3]} are missing.")
-    sent = {name: request.tensors[name] for name in names}
+    sent = {name: request.tensors[name] for name in tuning.travels(spec)}
     params = tuning.cut(sent, request.own)
     full = tuning.pad(params, spec, request.own)
     home = [name for name in spec.names if name not in sent]

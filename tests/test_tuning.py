@@ -467,6 +467,8 @@ def test_refusals() -> None:
         LoRA(targets=("q_prj",)).attach(foundation)
     with pytest.raises(ConfigError, match=r"no 'VERRA'.*Did you mean 'VERA'"):
         Peft("VERRA").attach(foundation)
+    with pytest.raises(ConfigError, match="ADALORA moves its ranks between layers.* never allocate. Use LoRA"):
+        Peft("ADALORA", {"target_modules": ["q_proj"], "total_step": 10})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="PROMPT_TUNING does not fit a masked lm model"):
         Peft("PROMPT_TUNING", {"num_virtual_tokens": 3}).attach(tiny.foundation("Bert"))  # type: ignore[arg-type]
     for device in ("gpu", "cuda:99", "meta"):

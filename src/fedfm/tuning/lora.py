@@ -15,6 +15,7 @@ from typing import Self
 import torch
 from torch import nn
 
+from fedfm.core.batch import Batch
 from fedfm.core.errors import ConfigError, ModelError
 from fedfm.core.keys import Key
 from fedfm.core.parts import Finding, Plan, warn
@@ -175,10 +176,29 @@ class _LoRASite(Site):
         """Drops inputs. A client's mask is drawn over its own rows and length, so it does not depend on who shares the batch."""
         assert self.dropout is not None and self.batch is not None
         keep = 1 - self.lora.dropout
-        mask = torch.zeros(len(self.dropout), x.shape[0] // len(self.dropout), *x.shape[1:], dtype=x.dtype, device=x.device)
+        axes, rest = self._axes(x, self.batch)
+        mask = torch.zeros(len(self.dropout), *axes, *rest, dtype=x.dtype, device=x.device)
         for k, key in enumerate(self.dropout):
-            # A pooled row has no positions.
-            seen = (int(self.batch.real_rows[k]), int(self.batch.lengths[k]))[: x.dim() - 1]
-            drawn = torch.rand(*seen, x.shape[-1], generator=key.fold(self.name).generator(x.device), device=x.device)
+            seen = (int(self.batch.real_rows[k]), int(self.batch.lengths[k]))[: len(axes)]
+            drawn = torch.rand(*seen, *rest, generator=key.fold(self.name).generator(x.device), device=x.device)
             mask[k][tuple(slice(n) for n in seen)] = (drawn < keep).to(x.dtype) / keep
         return x * mask.view_as(x)
+
+    def _axes(self, x: torch.Tensor, batch: Batch) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Sizes of one client's axes that are rows and positions of the batch, and of those that are not.
+
+        Raises:
+            RuntimeError: if more than one client shares activations in which no rows are seen.
+        """
+        num, (rows, width) = batch.num_clients, batch.shape
+        if x.shape[:2] == (rows, width) and x.dim() > 2:
+            return (rows // num, width), tuple(x.shape[2:])
+        if x.shape[0] == rows * width and x.dim() == 2:
+            # Positions of all rows one after the other (OPT, experts).
+            return (rows // num, width), tuple(x.shape[1:])
+        if x.shape[0] == rows and x.dim() == 2:
+            # A pooled row has no positions.
+            return (rows // num,), tuple(x.shape[1:])
+        if num > 1:
+            raise RuntimeError(f"the input of {self.name} is {list(x.shape)}, where dropout sees no rows of {rows} x {width} tokens")
+        return (), tuple(x.shape)

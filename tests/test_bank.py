@@ -20,7 +20,7 @@ from fedfm.tuning import IA3, BitFit, Full, Head, LoRA, Peft
 from fedfm.tuning.base import Tuned, Tuning
 from fedfm.tuning.sites import Site
 
-TASKS: dict[str, Task] = {"Llama": CausalLM(), "GPT2": CausalLM(), "Bert": MaskedLM()}
+TASKS: dict[str, Task] = {"Llama": CausalLM(), "GPT2": CausalLM(), "Bert": MaskedLM(), "Roberta": Classification()}
 TUNINGS: dict[str, Tuning] = {
     "lora": LoRA(r=2),
     "lora-dropout": LoRA(r=2, dropout=0.3, targets=("all-linear",)),
@@ -68,7 +68,7 @@ def relative(a: list[Trained], b: list[Trained], of: str = "update") -> float:
 def test_bank_equals_one_client_at_a_time(shape: str, kind: str, optimizer: str) -> None:
     if shape == "Llama" and kind == "bitfit":
         pytest.skip("Llama has no biases")
-    classify = "head" in kind
+    classify = "head" in kind or shape == "Roberta"
     # Epochs over unequal owners: unequal steps. Partial batches, two micro-batches a step, ragged lengths.
     local: LocalTrainer = (
         SGD(lr=0.02, momentum=0.9, epochs=1, batch_size=2, accumulate=2)
@@ -172,8 +172,9 @@ def test_one_full_batch_step_per_client_is_one_central_step(shape: str, tuning: 
     if shape == "Bert":
         pytest.skip("a masked model draws different masks for different owners")
     bank = bank_of(shape, tuning, SGD(lr=0.5, steps=1, batch_size=None))
-    jobs, start = jobs_of([4, 4, 4], 9, 9), start_of(bank.tuned)
-    pooled = tiny.Memory([job.examples.ids(i) for job in jobs for i in range(4)])
+    jobs, start = jobs_of([4, 4, 4], 9, 9, shape == "Roberta"), start_of(bank.tuned)
+    places = [(job.examples, i) for job in jobs for i in range(4)]
+    pooled = tiny.Memory([own.ids(i) for own, i in places], labels=[own.label(i) for own, i in places])
     clients = [bank.train(start, [job], 1)[0] for job in jobs]
     (central,) = bank.train(start, [Job("all", pooled)], 1)
     mean = torch.stack([t.params_d for t in clients]).double().mean(0)

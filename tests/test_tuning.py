@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import parts
 import pytest
 import torch
 from parts import Hadamard, Personal, Ranks
@@ -267,7 +268,9 @@ def test_full_is_the_model_itself(shape: str, tmp_path: Path) -> None:
     batch = tiny.batch_of(foundation)
     mine, params = ours(Full(), foundation, batch)
     Full().save(foundation, params, tmp_path)
-    auto = getattr(transformers, {"Bert": "AutoModelForMaskedLM", "Roberta": "AutoModelForSequenceClassification"}.get(shape, "AutoModelForCausalLM"))
+    auto = getattr(
+        transformers, {"Bert": "AutoModelForMaskedLM", "Roberta": "AutoModelForSequenceClassification"}.get(shape, "AutoModelForCausalLM")
+    )
     torch.testing.assert_close(mine, tiny.logits_of(auto.from_pretrained(tmp_path).eval(), batch), **TOLERANCE)
 
 
@@ -375,7 +378,7 @@ def test_a_trained_head_keeps_its_classes_or_is_a_new_one(shape: str, tmp_path: 
         again, other = opened(*labels)[0], opened(*labels, seed=2)[0]
         weights = [model.model.get_submodule(head).state_dict() for model in (renewed, again, other)]
         assert equal(weights[0], weights[1]) and not equal(weights[0], weights[2])
-    with pytest.raises(ModelError, match="names the classes a, b, but the head of .* in the order b, a. Leave out"):
+    with pytest.raises(ModelError, match=r"names the classes a, b, but the head of .* in the order b, a\. Leave out"):
         opened("a", "b")
 
 
@@ -489,6 +492,45 @@ def test_a_tuning_of_another_package_loads_its_own_adapters(monkeypatch: pytest.
     saved_by_peft(LoHaConfig(r=2, target_modules=["q_proj"]), tmp_path)
     tuning, params = load_adapter(tmp_path)
     assert tuning == Hadamard(r=2) and len(params) == 8
+
+
+def test_a_package_that_is_broken_or_claims_our_kind_does_not_stand_in_the_way(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    foreign = {
+        "Broken": registry.Entry("tuning", "Broken", "nowhere.at.all", "from broken", ()),
+        "Claims": registry.Entry("tuning", "Claims", "parts", "from greedy", ()),
+    }
+    monkeypatch.setattr(parts, "Claims", type("Claims", (Hadamard,), {"peft_type": "LORA"}), raising=False)
+    monkeypatch.setattr(registry, "entries", lambda room, known=registry.entries: {**foreign, **known(room)})
+    saved_by_peft(LoraConfig(r=2, target_modules=["q_proj"]), tmp_path)
+    tuning, _ = load_adapter(tmp_path)
+    assert type(tuning) is LoRA
+    assert (
+        "Broken (from broken) is left out" in caplog.text
+        and "LoRA and Claims both load adapters of the kind LORA; LoRA is taken" in caplog.text
+    )
+
+
+MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+STATE_SPACE = {"Mamba": MAMBA, "FalconMamba": MAMBA, "Mamba2": {**MAMBA, "head_dim": 8, "num_heads": 8, "n_groups": 1}}
+
+
+@pytest.mark.parametrize("architecture", list(STATE_SPACE))
+def test_an_adapter_that_peft_would_not_load_is_refused_before_training(architecture: str, tmp_path: Path) -> None:
+    def base() -> Foundation:
+        config = tuple(STATE_SPACE[architecture].items())
+        return load(Model(architecture=architecture, config=config, tokenizer=tiny.tokenizer_folder()), "causal_lm", (), "cpu", Key.root(0))
+
+    for targets in (("all-linear",), ("in_proj", "out_proj")):
+        with pytest.raises(ConfigError, match=r"targets: peft would not load an adapter.*'out_proj' is incompatible"):
+            LoRA(targets=targets).attach(base())
+    foundation = base()
+    tuning, batch = LoRA(r=2, targets=("in_proj",)), tiny.batch_of(foundation)
+    mine, params = ours(tuning, foundation, batch)
+    tuning.save(foundation, params, tmp_path)
+    theirs = PeftModel.from_pretrained(plain_copy(foundation), str(tmp_path)).eval()
+    torch.testing.assert_close(mine, tiny.logits_of(theirs, batch), **TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["LOHA", "PROMPT_TUNING"])

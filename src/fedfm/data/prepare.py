@@ -105,9 +105,7 @@ def prepare(
     return owners
 
 
-def _fingerprint(
-    data: Data, task: Task, tokenizer: Any, key: Key, source: Source, test: Source | None, classes: tuple[str, ...]
-) -> str:
+def _fingerprint(data: Data, task: Task, tokenizer: Any, key: Key, source: Source, test: Source | None, classes: tuple[str, ...]) -> str:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # Left over from the last call, not part of what the tokenizer is.
     backend.update(truncation=None, padding=None)

@@ -89,8 +89,13 @@ class LoRA(Tuning):
             )
 
     def attach(self, foundation: Foundation) -> BankedModel:
-        """One site for each target."""
+        """One site for each target.
+
+        Raises:
+            ConfigError: if a target matches nothing, or PEFT would not load the adapter.
+        """
         targets = match(foundation, self.targets or query_value(foundation), "tuning.LoRA.targets")
+        layout.require_loads(foundation, [name for name, _ in targets], "tuning.LoRA.targets")
         sites: list[Site] = [_LoRASite(name, module, self) for name, module in targets]
         return BankedModel(
             foundation, [*sites, *head_sites(foundation, self.modules_to_save, "tuning.LoRA.modules_to_save", prefix=layout.PREFIX)]

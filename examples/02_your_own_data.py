@@ -20,11 +20,11 @@ from tempfile import TemporaryDirectory
 from course import base
 
 from fedfm import Federation, compare
-from fedfm.client.site import Site
 from fedfm.data import IID, Data, Dirichlet
 from fedfm.reports import comparison_lines
 from fedfm.run.compare import Comparison
 from fedfm.samplers import All
+from fedfm.simulation import Simulation
 from fedfm.tasks import Classification
 
 MODULES = (argparse, datetime, decimal, logging, threading)
@@ -44,7 +44,7 @@ def write(path: Path) -> None:
 
 def show(plan: Federation) -> None:
     """The split as a picture: a letter for each 5 % of an owner's rows."""
-    owners = Site.build(plan).owners
+    owners = Simulation.build(plan).owners
     assert owners is not None
     print(plan.data.partition or f"by {plan.data.by}")
     for row in owners.picture():

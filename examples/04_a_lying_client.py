@@ -6,16 +6,18 @@ A liar can send whatever it likes, so it is put where answers leave a client: ar
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import torch
 from course import base, loss, play
 
 from fedfm.aggregators import CoordinateMedian, Mean, TrimmedMean
-from fedfm.client.site import Site
-from fedfm.core.messages import Failure, Reply, Request
-from fedfm.core.parts import ClientId, Engine, Session
+from fedfm.client.house import House
+from fedfm.core.clock import Clock
+from fedfm.core.keys import Key
+from fedfm.core.messages import ClientId, Reply
+from fedfm.core.session import Answer, Session, WrappedSession
+from fedfm.engines import Engine
 from fedfm.local import AdamW
 from fedfm.samplers import All
 
@@ -36,28 +38,25 @@ class Liars(Engine):
     scale: float = 1.0
     weight: float = 100_000.0
 
-    def open(self, site: Site) -> Session:
+    def open(self, house: House, clock: Clock | None = None) -> Session:
         """The inner session, between which and the server they lie."""
-        return _Lying(self, self.inner.open(site), site)
+        return _Lying(self, self.inner.open(house, clock), house.key)
 
 
-class _Lying(Session):
-    def __init__(self, liars: Liars, inner: Session, site: Site) -> None:
-        self.liars, self.inner, self.key = liars, inner, site.key.fold("liars")
+class _Lying(WrappedSession):
+    def __init__(self, liars: Liars, inner: Session, key: Key) -> None:
+        super().__init__(inner)
+        self.liars, self.key = liars, key.fold("liars")
 
-    def exchange(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> Iterator[Reply | Failure]:
-        for answer in self.inner.exchange(requests, deadline):
-            if isinstance(answer, Reply) and answer.verb == "train" and answer.client in self.liars.who:
-                answer = self.lie(answer)
-            yield answer
+    def receive(self) -> Answer | None:
+        answer = self.inner.receive()
+        is_lie = isinstance(answer, Reply) and answer.verb == "train" and answer.client in self.liars.who
+        return self.lie(answer) if is_lie else answer
 
     def lie(self, reply: Reply) -> Reply:
         generator = self.key.fold(reply.round, reply.client).generator()
         noise = {name: self.liars.scale * torch.randn(leaf.shape, generator=generator) for name, leaf in reply.tensors.items()}
         return replace(reply, tensors=noise, meta={**reply.meta, "weight": self.liars.weight})
-
-    def close(self) -> None:
-        self.inner.close()
 
 
 def main(quick: bool = False) -> dict[str, tuple[float, float]]:

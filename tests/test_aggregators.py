@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from fedfm.aggregators import CoordinateMedian, Mean, TrimmedMean
 from fedfm.core.errors import ConfigError, MessageError
-from fedfm.core.parts import Aggregator, Update
+from fedfm.core.leaves import Leaf
+from fedfm.core.parts import Aggregator, Partial, Update
 from fedfm.testing import check_aggregator, examples
 from fedfm.testing.parts import context
 
@@ -65,12 +66,22 @@ def test_mean_of_equal_weights_is_uniform_and_scale_of_weights_is_irrelevant() -
     assert not torch.equal(weighted, uniform)
 
 
-def test_mean_of_means_is_the_mean() -> None:
-    us = updates(torch.randn(6, 4), [1.0, 2.0, 3.0, 4.0, 5.0, 6.0])
+@given(ROWS, st.integers(0, 12))
+def test_the_mean_of_sums_is_the_mean_to_the_bit(rows, cut: int) -> None:
+    """Two channels, a buffer or a worker elsewhere add up a part of the cohort each."""
+    us = [Update({"w": torch.tensor(x)}, weight=w, client=str(i)) for i, (x, w) in enumerate(rows)]
+    ctx = context({"w": torch.zeros(3)})
     for mean in (Mean(), Mean(weights="uniform")):
-        whole, parts = mean(us, context({})), mean([mean(us[:2], context({})), mean(us[2:], context({}))], context({}))
-        assert torch.allclose(whole.payload["w"], parts.payload["w"], atol=1e-6)
-        assert (whole.weight, whole.num_clients) == (parts.weight, parts.num_clients)
+        parts = [Partial((Leaf("w", (3,)),), mean.uniform()) for _ in range(2)]
+        for i, u in enumerate(us):
+            parts[i >= cut].add(str(i), u.payload, {}, u.weight)
+        whole = mean(us, ctx)
+        for order in (parts, parts[::-1]):
+            summed = mean(order, ctx)
+            assert torch.equal(whole.payload["w"], summed.payload["w"])
+            assert (whole.weight, whole.num_clients) == (summed.weight, summed.num_clients)
+        # What was added up elsewhere is not changed by being added once more.
+        assert parts[0].num_clients == min(cut, len(us))
 
 
 def test_mean_takes_leaves_by_name() -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
 import torch
+from ranking import Ranking
 
-from fedfm.client.bank import Bank, Job, Trained
+from fedfm.client.bank import Bank, Course, Job, Trained
+from fedfm.client.objective import StepObjective, Tally
 from fedfm.core.batch import Batch
+from fedfm.core.errors import ConfigError
 from fedfm.core.keys import Key
-from fedfm.core.parts import LocalTrainer
+from fedfm.core.parts import Cohort, LocalTrainer, Objective, Work
 from fedfm.core.task import Task
 from fedfm.local import SGD, AdamW, FedProx
 from fedfm.tasks import CausalLM, Classification, MaskedLM
-from fedfm.testing import tiny
+from fedfm.testing import check_local, tiny
 from fedfm.tuning import IA3, BitFit, Full, Head, LoRA, Peft
 from fedfm.tuning.base import Tuned, Tuning
 from fedfm.tuning.sites import Site
@@ -282,3 +285,137 @@ def test_a_base_in_bfloat16_trains_much_like_one_in_float32(tuning: Tuning) -> N
         (trained,) = bank.train(bank.tuned.init(Key.root(2)), jobs_of([6], 5, 9), 1)
         losses.append(trained.metrics["loss"])
     assert losses[0] != losses[1] and abs(losses[0] - losses[1]) < 0.01
+
+
+# What a trainer is offered: losses, gradients, gradients of single examples.
+
+
+@dataclass(frozen=True)
+class SPSA(LocalTrainer):
+    """``w -= lr (f(w + c z) - f(w - c z)) / 2c z`` with random signs ``z``: forward passes only."""
+
+    lr: float = 0.01
+    c: float = 0.01
+    steps: int = 40
+
+    @property
+    def work(self) -> Work:
+        return Work(batch_size=2, steps=self.steps, epochs=None, accumulate=2)
+
+    def lr_at(self, step: int, num_steps: int, round: int) -> float:
+        return self.lr
+
+    def descend(self, cohort: Cohort, objective: Objective, lr_k: torch.Tensor, step: int) -> None:
+        draws = [torch.randint(2, cohort.theta_kd.shape[1:], generator=key.generator()) for key in objective.keys("spsa")]
+        z_kd = torch.stack(draws).float() * 2 - 1
+        slope_k = (objective.losses(cohort.theta_kd + self.c * z_kd) - objective.losses(cohort.theta_kd - self.c * z_kd)) / (2 * self.c)
+        cohort.theta_kd.sub_(lr_k * slope_k.unsqueeze(1) * z_kd)
+
+
+def test_a_trainer_may_use_forward_passes_only() -> None:
+    check_local(SPSA(lr=0.1))
+    bank = bank_of("Llama", LoRA(r=2, dropout=0.1), SPSA())
+    jobs, start = jobs_of([5, 9, 3], 4, 11), start_of(bank.tuned)
+    together = bank.train(start, jobs, 1)
+    alone = [bank.train(start, [job], 1)[0] for job in jobs]
+    # Differences of losses over 2c: what is rounded in a loss counts 1/c-fold in a step.
+    assert relative(together, alone) < 1e-2
+    sets = [job.examples for job in jobs]
+    before = bank.evaluate(bank.tuned.spec.flatten(start).unsqueeze(0), sets)["loss"]
+    after = bank.evaluate(torch.stack([own.params_d for own in together]), sets)["loss"]
+    assert (after < before).all()
+    # The first call of a step reports: the loss a little beside the parameters, near the loss at them.
+    gradient = bank_of("Llama", LoRA(r=2), SGD(lr=0.0, steps=1, batch_size=2, accumulate=2))
+    for own, plain in zip(bank.train(start, jobs, 1, Work(2, 1, None, 2)), gradient.train(start, jobs, 1), strict=True):
+        assert own.metrics["loss"] == pytest.approx(plain.metrics["loss"], rel=0.05)
+        assert own.metrics["tokens"] == plain.metrics["tokens"] and own.metrics["padding"] == plain.metrics["padding"]
+
+
+def objective_of(bank: Bank, jobs: list[Job], work: Work) -> tuple[StepObjective, torch.Tensor]:
+    """The first step's objective, and somewhere for each client to be."""
+    course = Course.of(jobs, work, 1, bank.key)
+    start_d = bank.tuned.spec.flatten(start_of(bank.tuned))
+    theta_kd = torch.stack([start_d * (1 + 0.1 * int(job.client[-1])) for job in course.jobs])
+    objective = StepObjective(bank.learner, course.step(0), Tally.zeros(len(jobs), bank.learner), lambda: True)
+    return objective, theta_kd
+
+
+@pytest.mark.parametrize(("shape", "shortest"), [("Llama", 9), ("Llama", 4), ("GPT2", 4), ("Bert", 4)])
+def test_gradients_of_examples_make_the_gradient_of_their_client(shape: str, shortest: int) -> None:
+    bank, jobs = bank_of(shape, LoRA(r=2), SGD()), jobs_of([5, 3], shortest, 9)
+    objective, theta_kd = objective_of(bank, jobs, Work(2, 1, None, 2))
+    grad_nd, owner_n = objective.per_example(theta_kd)
+    reported_k = objective.tally.loss_k.clone()
+    grad_kd = objective.gradient(theta_kd)
+    assert owner_n.bincount().tolist() == [4, 3] and torch.equal(objective.tally.loss_k, reported_k)
+    assert torch.allclose(reported_k.float(), objective.losses(theta_kd), rtol=1e-5)
+    step = objective.step
+    targets_n = torch.zeros(len(owner_n))
+    for k, key in enumerate(step.keys("rows")):
+        rows = bank.task.rows(step.examples[k], step.index[k], key.numpy())
+        targets_n[owner_n == k] = torch.tensor([float((row.targets >= 0).sum()) for row in rows])
+    for k in range(2):
+        mine = owner_n == k
+        weighted_d = (grad_nd[mine] * (targets_n[mine] / targets_n[mine].sum()).unsqueeze(1)).sum(0)
+        assert (weighted_d - grad_kd[k]).norm() < 1e-5 * grad_kd[k].norm()
+        if shape == "Llama" and shortest == 9:
+            assert (grad_nd[mine].mean(0) - grad_kd[k]).norm() < 1e-5 * grad_kd[k].norm()
+
+
+def test_each_examples_gradient_is_that_of_a_bank_of_one() -> None:
+    bank, jobs = bank_of("Llama", LoRA(r=2), SGD()), jobs_of([4, 3], 4, 9)
+    objective, theta_kd = objective_of(bank, jobs, Work(None, 1, None))
+    grad_nd, owner_n = objective.per_example(theta_kd)
+    taken = [(k, int(i)) for k, index in enumerate(objective.step.index) for i in index]
+    assert owner_n.tolist() == [k for k, _ in taken]
+    for (k, i), grad_d in zip(taken, grad_nd, strict=True):
+        one = Job("alone0", tiny.Memory([objective.step.examples[k].ids(i)]))
+        alone, _ = objective_of(bank, [one], Work(None, 1, None))
+        (own_d,) = alone.gradient(theta_kd[k : k + 1])
+        assert (grad_d - own_d).norm() < 1e-5 * own_d.norm()
+
+
+def test_gradients_of_examples_need_a_bank() -> None:
+    @dataclass(frozen=True)
+    class Private(SPSA):
+        def descend(self, cohort: Cohort, objective: Objective, lr_k: torch.Tensor, step: int) -> None:
+            objective.per_example(cohort.theta_kd)
+
+    bank = bank_of("Llama", Full(), Private())
+    with pytest.raises(ConfigError, match="one client at a time"):
+        bank.train(bank.tuned.init(Key.root(2)), jobs_of([3], 9, 9), 1)
+
+
+# A task with a loss of its own: two rows make one loss.
+
+
+def pairs_of(seed: int, count: int) -> tiny.Memory:
+    rng = np.random.default_rng(seed)
+    ids = [rng.integers(tiny.FIRST, tiny.LAST, rng.integers(6, 13)) for _ in range(count)]
+    return tiny.Memory(ids, starts=[int(rng.integers(2, len(own) - 2)) for own in ids])
+
+
+def test_a_task_with_its_own_loss_and_inputs_banks_and_evaluates() -> None:
+    foundation = tiny.foundation("Bert", "sequence_classification", Ranking.labels)
+    local = SGD(lr=0.5, epochs=4, batch_size=2, accumulate=2)
+    bank = Bank(LoRA(r=2).attach(foundation), Ranking(), local, foundation.tokenizer.pad_token_id, torch.device("cpu"), Key.root(1))
+    jobs, start = [Job(f"client{i}", pairs_of(i, count)) for i, count in enumerate([7, 3, 5])], start_of(bank.tuned)
+    together = bank.train(start, jobs, 1)
+    alone = [bank.train(start, [job], 1)[0] for job in jobs]
+    assert relative(together, alone, of="parameters") < 1e-6
+    assert [own.metrics["tokens"] for own in together] == [4 * float(job.examples.lengths.sum()) for job in jobs]
+    sets, theta_kd = [job.examples for job in jobs], torch.stack([own.params_d for own in together])
+    sums, before = bank.evaluate(theta_kd, sets, max_tokens=60), bank.evaluate(bank.tuned.spec.flatten(start).unsqueeze(0), sets)
+    assert sums["targets"].tolist() == [7, 3, 5] and (sums["loss"] < before["loss"]).all()
+    for k, own in enumerate(sets):
+        for name, value in bank.evaluate(theta_kd[k : k + 1], [own]).items():
+            torch.testing.assert_close(sums[name][k], value[0], rtol=1e-5, atol=1e-5)
+    # A micro-batch is cut between examples, never between the two rows of one.
+    objective, theta_kd = objective_of(bank, jobs, Work(1, 1, None, 3))
+    whole, _ = objective_of(bank, jobs, Work(3, 1, None))
+    assert [batch.shape[0] for batch in objective._batches] == [6, 6, 6]
+    torch.testing.assert_close(objective.gradient(theta_kd), whole.gradient(theta_kd), rtol=1e-4, atol=1e-6)
+    # Other inputs reach the model.
+    batch = objective._batches[0]
+    blind = replace(batch, inputs={**batch.inputs, "token_type_ids": 0 * batch.inputs["token_type_ids"]})
+    assert not torch.equal(bank.learner.losses(theta_kd, batch), bank.learner.losses(theta_kd, blind))

@@ -82,8 +82,8 @@ class InPlace(ServerOptimizer):
 class Shuffled(Sampler):
     """A cohort in an order of its own."""
 
-    def sample(self, clients, ctx):
-        return list(clients)[::-1]
+    def sample(self, clients, state, ctx):
+        return list(clients)[::-1], state
 
     def cohort_size(self, num_clients):
         return num_clients
@@ -93,8 +93,8 @@ class Shuffled(Sampler):
 class Boastful(Sampler):
     """Promises more than it gives."""
 
-    def sample(self, clients, ctx):
-        return list(clients)[:3]
+    def sample(self, clients, state, ctx):
+        return list(clients)[:3], state
 
     def cohort_size(self, num_clients):
         return num_clients
@@ -319,7 +319,7 @@ class Steeper(FedAvg):
         (check_sampler, Boastful(), "promises"),
         (check_local, Sociable(), "depend on who shares its bank"),
         (check_local, Uphill(), "downhill"),
-        (check_local, Smuggler(), "other leaves than extra declares"),
+        (check_local, Smuggler(), "other leaves than are declared"),
         (check_tuning, Crowded(), "client 0.s gradient depends on who shares its bank"),
         (check_tuning, Forgetful(), "what was saved says something else"),
         (check_tuning, Wearing(), "changed the base"),

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import subprocess
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -17,13 +17,14 @@ from hypothesis import strategies as st
 
 from fedfm.aggregators import CoordinateMedian, Mean, TrimmedMean
 from fedfm.core import registry, tree
-from fedfm.core.check import Finding, check, require
+from fedfm.core.check import check, require
 from fedfm.core.errors import ConfigError, MessageError, PlanError, RoundError
 from fedfm.core.keys import Key
+from fedfm.core.leaves import Leaf, number
 from fedfm.core.messages import Failure, Reply
-from fedfm.core.parts import Session, Transform
+from fedfm.core.parts import Finding, Transform
 from fedfm.core.round import play, start
-from fedfm.core.sums import ExactSum
+from fedfm.core.sums import ExactSum, Partial
 from fedfm.core.tree import Spec
 from fedfm.data import Data
 from fedfm.federation import Federation
@@ -32,6 +33,7 @@ from fedfm.models import Model
 from fedfm.samplers import Poisson, Uniform
 from fedfm.server import FedAvg, FedAvgM
 from fedfm.testing.parts import like, parameters, same
+from fedfm.testing.sessions import Scripted
 from fedfm.transforms import CastBF16, ClipByNorm, Int4, Int8, TopK
 
 # Keys
@@ -135,7 +137,7 @@ def test_a_sum_has_the_same_bits_in_any_order_and_is_right(terms, random) -> Non
     random.shuffle(terms)
     for x, weight in terms:
         again.add(torch.tensor([x]), weight)
-    assert torch.equal(first.value(), again.value()) and first.count == len(terms)
+    assert torch.equal(first.value(), again.value())
     exact = float(sum(Fraction(x * weight) for x, weight in terms))
     assert first.value().item() == pytest.approx(exact, rel=1e-15, abs=len(terms) * 2.0**-80)
 
@@ -159,7 +161,7 @@ def test_what_a_sum_cannot_hold_is_refused_and_leaves_it_alone(value: float) -> 
     total.add(torch.tensor([1.0, 2.0]))
     with pytest.raises(MessageError):
         total.add(torch.tensor([1.0, value]))
-    assert total.value().tolist() == [1.0, 2.0] and total.count == 1
+    assert total.value().tolist() == [1.0, 2.0]
 
 
 def test_a_total_is_refused_before_it_wraps() -> None:
@@ -168,6 +170,91 @@ def test_a_total_is_refused_before_it_wraps() -> None:
         for _ in range(10):
             total.add(torch.tensor([2.0**36]))
     assert total.value().item() == 3 * 2.0**36
+
+
+# Sums of many answers
+
+LEAVES = (Leaf("w", (3,)), Leaf("hits", (2,), torch.float64, "told", reduce="sum"), number("weight"), number("loss", "mean", signed=True))
+
+
+def answer(seed: int) -> tuple[str, dict[str, torch.Tensor], dict[str, float], float]:
+    generator = torch.Generator().manual_seed(seed)
+    weight = float(torch.randint(1, 50, (1,), generator=generator))
+    tensors = {"w": torch.randn(3, generator=generator), "hits": torch.randint(9, (2,), generator=generator).double()}
+    return f"client-{seed}", tensors, {"weight": weight, "loss": float(torch.randn(1, generator=generator))}, weight
+
+
+def total(answers, uniform: bool = False) -> Partial:
+    partial = Partial(LEAVES, uniform)
+    for one in answers:
+        partial.add(*one)
+    return partial
+
+
+@given(
+    st.lists(st.integers(0, 10**6), min_size=1, max_size=9, unique=True),
+    st.integers(0, 9),
+    st.booleans(),
+    st.randoms(use_true_random=False),
+)
+def test_parts_of_a_sum_are_the_sum_in_any_order(seeds, cut: int, uniform: bool, rng) -> None:
+    answers = [answer(seed) for seed in seeds]
+    whole = total(answers, uniform)
+    shuffled = rng.sample(answers, len(answers))
+    first, second = total(shuffled[:cut], uniform), total(shuffled[cut:], uniform)
+    second.merge(first)
+    assert same(second.mean(), whole.mean()) and second.mean_numbers() == whole.mean_numbers() and second.weight == whole.weight
+    assert sorted(second.clients) == sorted(whole.clients) and second.told == whole.told
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=6, unique=True), st.booleans())
+def test_a_sum_is_the_weighted_mean_of_deltas_and_the_sum_of_counts(seeds, uniform: bool) -> None:
+    answers = [answer(seed) for seed in seeds]
+    whole = total(answers, uniform)
+    weights = [Fraction(1 if uniform else weight) for *_, weight in answers]
+    for i in range(3):
+        exact = sum(w * Fraction(float(tensors["w"][i])) for w, (_, tensors, _, _) in zip(weights, answers, strict=True)) / sum(weights)
+        assert math.isclose(whole.mean()["w"][i].item(), exact, rel_tol=1e-6, abs_tol=1e-9)
+    assert whole.mean()["hits"].tolist() == sum(tensors["hits"] for _, tensors, _, _ in answers).tolist()
+    loss = sum(w * Fraction(numbers["loss"]) for w, (_, _, numbers, _) in zip(weights, answers, strict=True)) / sum(weights)
+    assert whole.mean_numbers()["loss"] == float(loss)
+
+
+@given(st.lists(st.integers(0, 10**6), min_size=1, max_size=6, unique=True), st.integers(24, 40))
+def test_a_ring_with_a_bound_is_the_same_sum(seeds, grid: int) -> None:
+    answers = [answer(seed) for seed in seeds]
+    on_grid = [
+        (client, {name: (leaf * 2**8).round() / 2**8 for name, leaf in tensors.items()}, numbers, weight)
+        for client, tensors, numbers, weight in answers
+    ]
+    on_grid = [
+        (client, tensors, {**numbers, "loss": round(numbers["loss"] * 256) / 256}, weight) for client, tensors, numbers, weight in on_grid
+    ]
+    ring = torch.zeros(3 + 2 + 2 + 1, dtype=torch.int64)
+    for _, tensors, numbers, weight in on_grid:
+        values = [*(tensors["w"].double() * weight).tolist(), *tensors["hits"].tolist(), weight, numbers["loss"] * weight, weight]
+        ring += torch.tensor([round(value * 2**grid) for value in values])
+    opened = Partial.of_ring(LEAVES, ring, grid, 2.0**20, [client for client, *_ in answers])
+    plain = total(on_grid)
+    assert same(opened.mean(), plain.mean()) and opened.mean_numbers() == plain.mean_numbers() and opened.weight == plain.weight
+    plain.merge(opened)
+    assert plain.num_clients == 2 * len(answers)
+
+
+def test_a_sum_refuses_what_it_cannot_hold_and_stays_as_it_was() -> None:
+    partial = total([answer(0)])
+    before = partial.mean()
+    client, tensors, numbers, weight = answer(1)
+    for broken in (
+        ({**tensors, "w": torch.tensor([math.nan, 0, 0])}, numbers),
+        ({**tensors, "hits": torch.tensor([1e12, 0], dtype=torch.float64)}, numbers),
+        (tensors, {**numbers, "loss": math.inf}),
+    ):
+        with pytest.raises(MessageError):
+            partial.add(client, *broken, weight)
+    assert same(partial.mean(), before) and partial.num_clients == 1
+    with pytest.raises(MessageError, match="different leaves"):
+        partial.merge(Partial(LEAVES[:1]))
 
 
 # The plan check
@@ -272,27 +359,21 @@ def test_unknown_names_suggest_the_nearest() -> None:
 # The round
 
 
-@dataclass
-class Echo(Session):
+TOLD = {"weight": 2.0, "loss": 1.0, "steps": 1.0, "examples": 2.0, "tokens": 8.0, "padding": 0.0}
+
+
+class Echo(Scripted):
     """Clients whose delta is 1, or what ``say`` makes of their request; counts how often each is asked."""
 
-    say: dict
-    order: int = 1
+    def __init__(self, say: dict, order: int = 1) -> None:
+        super().__init__(self.answers)
+        self.say, self.order, self.asked = say, order, dict[str, int]()
 
-    def __post_init__(self) -> None:
-        self.asked: dict[str, int] = {}
-
-    def exchange(self, requests, deadline=None):
+    def answers(self, requests):
         for client in list(requests)[:: self.order]:
             self.asked[client] = self.asked.get(client, 0) + 1
             answer = self.say.get(client, lambda request, n: {"w": torch.ones(3)})(requests[client], self.asked[client])
-            yield (
-                answer
-                if isinstance(answer, Failure)
-                else Reply(client, "train", requests[client].round, answer, {"weight": 2.0, "loss": 1.0})
-            )
-
-    def close(self) -> None: ...
+            yield answer if isinstance(answer, Failure) else Reply(client, "train", requests[client].round, answer, TOLD)
 
 
 PARAMS = {"w": torch.zeros(3)}

@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from fedfm.aggregators import CoordinateMedian, Mean, TrimmedMean
-from fedfm.client.site import Site
-from fedfm.client.store import home
-from fedfm.core.errors import ConfigError, RoundError
+from fedfm.client.footprint import base_bytes, client_bytes
+from fedfm.client.memory import home
+from fedfm.core.errors import RoundError
 from fedfm.core.messages import Failure, Reply, Request
-from fedfm.core.parts import Aggregator, ClientId, Session
-from fedfm.core.round import RoundRecord, ServerState, play, start
+from fedfm.core.parts import Aggregator, ClientId, ServerState, Session
+from fedfm.core.round import RoundRecord, play, start
+from fedfm.core.session import Answer, WrappedSession
 from fedfm.core.tree import equal
 from fedfm.data import Data
 from fedfm.engines import Embedded, Process
@@ -28,8 +29,10 @@ from fedfm.federation import Federation
 from fedfm.local import SGD, AdamW
 from fedfm.methods import Scaffold
 from fedfm.samplers import Poisson
+from fedfm.simulation import Simulation
 from fedfm.tasks import CausalLM, MaskedLM
 from fedfm.testing import check_engine, tiny
+from fedfm.testing.sessions import Scripted
 from fedfm.transforms import ClipByNorm, Int8, TopK
 from fedfm.tuning import LoRA
 
@@ -70,11 +73,11 @@ def data(path: Path, owners: Sequence[str]) -> Data:
     return Data(str(path), by="owner", test_fraction=0.3)
 
 
-def begin(site: Site) -> ServerState:
-    return start(site.federation, site.tuned.init(site.key.fold("init")))
+def begin(site: Simulation) -> ServerState:
+    return start(site.federation, site.house.start)
 
 
-def one_round(site: Site, session: Session, state: ServerState | None = None) -> tuple[ServerState, RoundRecord]:
+def one_round(site: Simulation, session: Session, state: ServerState | None = None) -> tuple[ServerState, RoundRecord]:
     return play(site.federation, state or begin(site), session, site.clients, site.key)
 
 
@@ -98,49 +101,64 @@ def test_a_larger_bank_agrees_to_float_rounding(federation: Federation, tmp_path
     check_engine(Embedded(bank=bank, device="cpu"), plan, tmp_path, exact=False)
 
 
-def test_a_first_cohort_that_is_small_by_chance_does_not_bound_the_bank(federation: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan = replace(federation, engine=Embedded(device="cpu"), sampler=Poisson(rate=0.9))
-    site, sizes = Site.build(plan), []
-    with plan.engine.open(site) as session:
-        train = session.runtime.bank.train
-        monkeypatch.setattr(session.runtime.bank, "train", lambda start, jobs, *rest: sizes.append(len(jobs)) or train(start, jobs, *rest))
-        session.bank_size([OWNERS[0]], Request.of("train", 1, begin(site).params))
-    assert max(sizes) == len(OWNERS)
+@pytest.mark.parametrize(
+    ("memory", "size"),
+    [(1000.0, 3), (None, 3), (1e-9, 1)],
+)
+def test_the_banks_size_follows_from_the_cohort_and_the_memory_alone(federation: Federation, memory: float | None, size: int) -> None:
+    """A first cohort that is small by chance does not bound it, and nothing is timed."""
+    plan = replace(federation, engine=Embedded(device="cpu", memory=memory), sampler=Poisson(rate=0.9))
+    for _ in range(2):
+        site = Simulation.build(plan)
+        with site.open() as session:
+            session.settle()
+        assert site.house.choices == {"bank": size}
+
+
+def test_a_cohort_that_does_not_fit_is_cut_into_equal_parts(federation: Federation) -> None:
+    site = Simulation.build(replace(federation, engine=Embedded(device="cpu")))
+    site.house.cohort_size = 10
+    room = base_bytes(site.house) + 8.5 * client_bytes(site.house)
+    site = Simulation.build(replace(federation, engine=Embedded(device="cpu", memory=room / 1e9)))
+    site.house.cohort_size = 10
+    with site.open() as session:
+        session.settle()
+    assert site.house.choices == {"bank": 5}
 
 
 def test_a_bank_that_does_not_fit_is_halved_until_it_does(
     federation: Federation, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    site, sizes = Site.build(replace(federation, engine=Embedded(device="cpu"))), []
+    site, sizes = Simulation.build(replace(federation, engine=Embedded(device="cpu"))), list[int]()
     state = begin(site)
-    site.choices["bank"] = len(OWNERS)
-    with site.federation.engine.open(site) as session:
-        train = session.runtime.bank.train
+    site.house.choices["bank"] = len(OWNERS)
+    with site.open() as session:
+        train = site.house.bank.train
 
-        def crowded(start, jobs, *rest):  # type: ignore[no-untyped-def]
+        def crowded(start, jobs, *rest, **named):  # type: ignore[no-untyped-def]
             sizes.append(len(jobs))
             if len(jobs) > 1:
                 raise torch.OutOfMemoryError("no memory left")
-            return train(start, jobs, *rest)
+            return train(start, jobs, *rest, **named)
 
         with monkeypatch.context() as patch:
-            patch.setattr(session.runtime.bank, "train", crowded)
+            patch.setattr(site.house.bank, "train", crowded)
             got, record = one_round(site, session, state)
         assert sizes == [3, 2, 1, 1, 1] and not record.failures
         # What did not fit once is not tried again, and the run remembers it.
-        assert site.choices["bank"] == 1
+        assert site.house.choices["bank"] == 1
         assert "a bank of 3 clients does not fit into memory: going on with 2 at a time" in caplog.text
         expected, _ = one_round(site, session, state)
         assert equal(got.params, expected.params)
-        monkeypatch.setattr(session.runtime.bank, "train", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory left")))
-        answers = list(session.exchange({OWNERS[0]: Request.of("train", 1, state.params)}))
+        monkeypatch.setattr(site.house.bank, "train", lambda *_, **__: (_ for _ in ()).throw(torch.OutOfMemoryError("no memory left")))
+        answers = list(session.exchange({OWNERS[0]: Request.of("train", 1, state.params, ticket=1)}))
         assert [(answer.client, answer.reason) for answer in answers] == [(OWNERS[0], "OutOfMemoryError: no memory left")]
 
 
 def test_a_memory_that_is_damaged_fails_its_own_client_alone(federation: Federation, tmp_path: Path) -> None:
     plan = replace(federation, engine=Embedded(bank=3, device="cpu"))
-    site = Site.build(plan, tmp_path)
-    with plan.engine.open(site) as session:
+    site = Simulation.build(plan, tmp_path)
+    with site.open() as session:
         state, _ = one_round(site, session)
         (path,) = home(tmp_path, OWNERS[1]).glob("memory-*")
         path.write_bytes(b"torn")
@@ -152,91 +170,80 @@ def test_a_memory_that_is_damaged_fails_its_own_client_alone(federation: Federat
 @pytest.mark.parametrize("task", [CausalLM(max_length=16), MaskedLM(max_length=16)])
 def test_an_owners_evaluation_does_not_depend_on_who_shares_its_batch(federation: Federation, task: CausalLM | MaskedLM) -> None:
     """With masked tokens too, which are drawn."""
-    site = Site.build(replace(federation, task=task, model=tiny.spec("Bert") if isinstance(task, MaskedLM) else federation.model))
+    site = Simulation.build(replace(federation, task=task, model=tiny.spec("Bert") if isinstance(task, MaskedLM) else federation.model))
     params = begin(site).params
-    with site.federation.engine.open(site) as session:
+    with site.open() as session:
         request = Request.of("evaluate", 1, params)
         together = {answer.client: answer for answer in session.exchange(dict.fromkeys(site.clients, request))}
         for client in site.clients:
             (answer,) = session.exchange({client: request})
             shared = together[client]
             assert isinstance(answer, Reply) and isinstance(shared, Reply)
-            assert answer.tensors["targets"] == shared.tensors["targets"]
-            torch.testing.assert_close(answer.tensors["loss"], shared.tensors["loss"], rtol=1e-6, atol=0)
+            assert answer.meta["targets"] == shared.meta["targets"]
+            assert answer.meta["loss"] == pytest.approx(shared.meta["loss"], rel=1e-6)
 
 
-class Shuffled(Session):
+class Shuffled(WrappedSession):
     """Replies in another order each time."""
 
     def __init__(self, inner: Session, seed: int) -> None:
-        self.inner, self.random = inner, random.Random(seed)
+        super().__init__(inner)
+        self.random, self.answers = random.Random(seed), list[Answer]()
 
-    def exchange(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> Iterator[Reply | Failure]:
-        answers = list(self.inner.exchange(requests, deadline))
-        self.random.shuffle(answers)
-        yield from answers
-
-    def close(self) -> None:
-        self.inner.close()
+    def receive(self) -> Answer | None:
+        while (answer := self.inner.receive()) is not None:
+            self.answers.append(answer)
+        return self.answers.pop(self.random.randrange(len(self.answers))) if self.answers else None
 
 
 @pytest.mark.parametrize("aggregator", [Mean(), CoordinateMedian(), TrimmedMean(trim=1)])
 def test_the_order_of_replies_changes_no_bit(federation: Federation, aggregator: Aggregator) -> None:
     plan = replace(federation, aggregator=aggregator, transforms=(Int8(),), local=AdamW(lr=1e-2, steps=2, batch_size=2))
-    site = Site.build(plan)
-    with site.federation.engine.open(site) as session:
+    site = Simulation.build(plan)
+    with site.open() as session:
         state, record = one_round(site, session)
         for seed in range(4):
             other, other_record = one_round(site, Shuffled(session, seed))
-            assert equal(other.params, state.params) and equal(other.server, state.server)
+            assert equal(other.params, state.params) and other.parts == state.parts == {}
             assert replace(other_record, seconds={}) == replace(record, seconds={})
 
 
-class Killing(Session):
+class Killing(WrappedSession):
     """Kills ``client`` in the middle of its work, once: it is stopped when it is asked, and killed when another has answered."""
 
+    inner: ProcessSession
+
     def __init__(self, inner: ProcessSession, client: ClientId) -> None:
-        self.inner, self.client = inner, client
-        self.heard: list[Reply | Failure] = []
+        super().__init__(inner)
+        self.client, self.heard, self.stopped = client, list[Answer](), 0
 
-    def exchange(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> Iterator[Reply | Failure]:
-        struck = bool(self.heard)
-        if not struck:
-            os.kill(process := self.inner.processes[self.client], signal.SIGSTOP)
-        for answer in self.inner.exchange(requests, deadline):
-            if not struck and not self.heard:
-                assert answer.client != self.client
-                os.kill(process, signal.SIGKILL)
+    def send(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> None:
+        if not self.heard:
+            self.stopped = self.inner.processes[self.client]
+            os.kill(self.stopped, signal.SIGSTOP)
+        super().send(requests, deadline)
+
+    def receive(self) -> Answer | None:
+        answer = super().receive()
+        if self.stopped:
+            assert answer is not None and answer.client != self.client
+            os.kill(self.stopped, signal.SIGKILL)
+            self.stopped = 0
+        if answer is not None:
             self.heard.append(answer)
-            yield answer
-
-    def close(self) -> None:
-        self.inner.close()
-
-
-class Heard(Session):
-    """The same answers once more."""
-
-    def __init__(self, answers: list[Reply | Failure]) -> None:
-        self.answers = answers
-
-    def exchange(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> Iterator[Reply | Failure]:
-        yield from self.answers
-
-    def close(self) -> None:
-        pass
+        return answer
 
 
 @pytest.mark.slow
 def test_a_client_killed_in_mid_round_is_named_and_the_round_follows_the_recipe(pair: Federation) -> None:
     victim, other = PAIR
-    alone = Site.build(pair)
-    with pair.engine.open(alone) as session:
+    alone = Simulation.build(pair)
+    with alone.open() as session:
         unbroken, _ = one_round(alone, session)
 
-    site = Site.build(replace(pair, engine=Process(device="cpu")))
+    site = Simulation.build(replace(pair, engine=Process(device="cpu")))
     plan, state = site.federation, begin(site)
-    with plan.engine.open(site) as session:
+    with site.open() as session:
         assert isinstance(session, ProcessSession)
         # Everyone is at hand before the round, so that there is somebody to kill in its middle.
         describe = dict.fromkeys(site.clients, Request.of("describe"))
@@ -252,7 +259,7 @@ def test_a_client_killed_in_mid_round_is_named_and_the_round_follows_the_recipe(
             ({"on_failure": "stop"}, r"'b/\.\./c' failed in exchange: its process ended with signal 9"),
         ):
             with pytest.raises(RoundError, match=message):
-                play(replace(plan, **rule), state, Heard(killing.heard), site.clients, site.key)  # type: ignore[arg-type]
+                play(replace(plan, **rule), state, Scripted(lambda requests: killing.heard), site.clients, site.key)  # type: ignore[arg-type]
 
         list(session.exchange(describe))
         retrying = replace(plan, on_failure="retry", min_clients=2)
@@ -263,13 +270,10 @@ def test_a_client_killed_in_mid_round_is_named_and_the_round_follows_the_recipe(
 
 @pytest.mark.slow
 def test_a_client_that_cannot_load_its_model_says_why(federation: Federation, tmp_path: Path) -> None:
-    site = Site.build(federation)
-    recipe_of_another_machine = replace(federation, model=replace(federation.model, tokenizer=str(tmp_path / "gone")))
-    with Process(device="cpu").open(replace(site, written=recipe_of_another_machine)) as session:
+    house = Simulation.build(federation).house
+    elsewhere = replace(house.plan, model=replace(house.plan.model, tokenizer=str(tmp_path / "gone")))
+    house.tuned  # noqa: B018 (the server has the model)
+    house.plan = elsewhere
+    with Process(device="cpu").open(house) as session:
         (answer,) = session.exchange({"Anna": Request.of("describe")})
     assert isinstance(answer, Failure) and answer.stage == "start" and "gone" in answer.reason
-
-
-def test_a_site_without_divided_data_has_no_processes(federation: Federation) -> None:
-    with pytest.raises(ConfigError, match="did not divide the data"):
-        Process().open(replace(Site.build(federation), owners=None))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterator
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,13 +15,15 @@ SOURCE = Path(__file__).parent.parent / "src" / "fedfm"
 # A room may import, when it is imported, what stands on a line above its own.
 LAYERS = [
     {"core"},
-    {"samplers", "transforms", "channels", "aggregators", "server", "models", "data", "reports"},
+    {"samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data", "reports"},
     {"tasks", "tuning"},
     {"local"},
-    {"methods", "observers", "client"},
+    {"methods", "observers", "notation"},
+    {"client"},
+    {"verbs"},
     {"engines"},
     {"federation"},
-    {"recipe"},
+    {"recipe", "simulation"},
     {"run", "testing"},
     {"quickstart"},
     {"cli"},
@@ -28,11 +31,15 @@ LAYERS = [
 # Rooms that know nothing else, not even for annotations or inside a function.
 STRICT = {
     "core": set(),
-    **{room: {"core"} for room in ("samplers", "transforms", "channels", "aggregators", "server", "models", "data")},
+    **{room: {"core"} for room in ("samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data")},
     "tasks": {"core", "data"},
     "tuning": {"core", "models"},
     "local": {"core", "tuning"},
+    "observers": {"core"},
     "methods": {"core", "local", "transforms", "aggregators", "server", "samplers", "channels"},
+    "client": {"core", "data", "models", "tasks", "tuning", "local", "notation"},
+    "verbs": {"core", "data", "tuning", "client", "observers"},
+    "engines": {"core", "client", "notation"},
 }
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 
@@ -87,6 +94,8 @@ def test_rooms_know_only_what_they_stand_on(room: str) -> None:
 def parts_in(path: Path) -> set[str]:
     """Frozen dataclasses that inherit a room's noun."""
     nouns = {
+        "Verb",
+        "Pacing",
         "Sampler",
         "Transform",
         "Channel",
@@ -136,3 +145,47 @@ def test_every_part_says_what_it_is() -> None:
     for room in registry.ROOMS:
         for entry in registry.entries(room).values():
             assert entry.summary and not entry.summary.startswith(f"{entry.name}("), f"{room}.{entry.name} has no docstring"
+
+
+# Circles, file by file, with imports for annotations and inside functions
+
+
+def module_of(path: Path, base: Path) -> str:
+    parts = path.relative_to(base).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imported(path: Path, known: set[str], package: str) -> set[str]:
+    """The modules of ours that a file names in any import."""
+    modules: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            modules |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == package:
+            modules |= {name if (name := f"{node.module}.{alias.name}") in known else node.module for alias in node.names}
+    return modules & known
+
+
+@pytest.mark.parametrize("package", ["fedfm", "benchmarks"])
+def test_there_is_no_circle(package: str) -> None:
+    base = SOURCE.parent if package == "fedfm" else SOURCE.parents[1]
+    paths = {module_of(path, base): path for path in (base / package).rglob("*.py")}
+    # The package itself names what it shows, and nothing of ours imports it.
+    paths.pop(package)
+    graph = {module: imported(path, set(paths), package) - {module} for module, path in paths.items()}
+    try:
+        order = list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+    assert len(order) == len(paths)
+
+
+@pytest.mark.parametrize("folder", ["src", "benchmarks", "examples", "docs"])
+def test_no_function_is_longer_than_60_lines(folder: str) -> None:
+    long = [
+        f"{path.name}:{node.lineno} {node.name} has {node.end_lineno - node.lineno + 1} lines"
+        for path in (SOURCE.parents[1] / folder).rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and node.end_lineno and node.end_lineno - node.lineno >= 60
+    ]
+    assert not long, long

@@ -9,7 +9,9 @@ import pytest
 import torch
 
 from fedfm.core.errors import ConfigError
+from fedfm.core.leaves import Leaf
 from fedfm.core.parts import Cohort, GradientTrainer, LocalTrainer
+from fedfm.core.tree import Spec
 from fedfm.local import SGD, AdamW, FedProx
 from fedfm.methods.scaffold import ScaffoldLocal, ScaffoldServer
 from fedfm.testing import check_local, examples
@@ -81,7 +83,7 @@ def test_fedprox_ends_between_the_global_model_and_the_clients_optimum() -> None
     """On |w - a|^2 / 2 the minimum of the proximal problem is (a + mu w_t) / (1 + mu)."""
     start_d, a_d, mu = torch.tensor([1.0, -2.0]), torch.tensor([5.0, 4.0]), 0.5
     trainer = FedProx(SGD(lr=0.1), mu=mu)
-    cohort = Cohort(start_d.unsqueeze(0).clone(), start_d)
+    cohort = Cohort(start_d.unsqueeze(0).clone(), start_d.unsqueeze(0))
     trainer.init(cohort)
     for step in range(300):
         trainer.step(cohort, cohort.theta_kd - a_d, torch.full((1, 1), 0.1), step)
@@ -124,11 +126,11 @@ class Telling(GradientTrainer):
     def step(self, cohort: Cohort, grad_kd: torch.Tensor, lr_k: torch.Tensor, step: int) -> None:
         cohort.theta_kd.sub_(lr_k * grad_kd)
 
-    def extra(self, size: int) -> dict[str, tuple[int, ...]]:
-        return {"gone": (size,)}
+    def leaves(self, trained: Spec, travelling: Spec) -> tuple[Leaf, ...]:
+        return (*super().leaves(trained, travelling), Leaf("gone", (trained.size,), group="told"))
 
     def finish(self, cohort: Cohort, lr_sum_k: torch.Tensor, steps_k: torch.Tensor) -> dict[str, torch.Tensor]:
-        gone_kd = cohort.theta_kd - cohort.start_d
+        gone_kd = cohort.theta_kd - cohort.start_kd
         cohort.memory["gone"] = gone_kd.clone()
         return {"gone": gone_kd}
 
@@ -136,4 +138,5 @@ class Telling(GradientTrainer):
 def test_a_wrapper_sends_and_remembers_what_its_inner_trainer_does() -> None:
     check_local(Telling())
     check_local(FedProx(Telling(), mu=0.1))
-    assert FedProx(Telling()).extra(3) == {"gone": (3,)}
+    spec = Spec(("w",), ((3,),), (torch.float32,))
+    assert [leaf.name for leaf in FedProx(Telling()).leaves(spec, spec)] == ["w", "gone"]

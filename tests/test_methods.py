@@ -70,7 +70,7 @@ def simulate(local: GradientTrainer, server: ServerOptimizer, rounds: int, steps
         chosen = list(take(round))
         known = {name for k in chosen for name in memories[k]}
         memory = {name: torch.stack([memories[k].get(name, torch.zeros(DIM)) for k in chosen]) for name in known}
-        cohort = Cohort(params["x"].repeat(len(chosen), 1), params["x"], server.broadcast(params, state), memory)
+        cohort = Cohort(params["x"].repeat(len(chosen), 1), params["x"].expand(len(chosen), -1), server.broadcast(params, state), memory)
         local.init(cohort)
         rates = [local.lr_at(step, steps, round) for step in range(steps)]
         for step, rate in enumerate(rates):

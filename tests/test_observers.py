@@ -18,13 +18,19 @@ from hypothesis import strategies as st
 
 from fedfm.core import words
 from fedfm.core.errors import ConfigError, MissingExtra
+from fedfm.core.keys import Key
 from fedfm.core.messages import Failure, Reply
-from fedfm.core.parts import Session
+from fedfm.core.parts import ServerState
 from fedfm.core.round import RoundRecord
+from fedfm.data import Data
+from fedfm.federation import Federation
+from fedfm.models import Model
 from fedfm.observers import Progress, TensorBoard
 from fedfm.observers.base import RunInfo
-from fedfm.observers.evaluate import evaluate, summary
+from fedfm.observers.evaluate import summary
 from fedfm.tasks import CausalLM
+from fedfm.testing.sessions import Scripted
+from fedfm.verbs import Evaluation
 
 INFO = RunInfo("quick", 3, 2, 2, "Llama", 1_000_000, 10_000, choices={"bank": 2})
 
@@ -239,14 +245,14 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tensorboard_gets_every_round_and_a_resumed_run_takes_back_later_ones(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    watcher = TensorBoard().open(tmp_path, None)  # type: ignore[arg-type]
+    watcher = TensorBoard().open(tmp_path)
     watcher.start(INFO)
     for k in range(4):
         watcher.round(record(k, {"ana": 4.0 - k, "bob <b>": None}))
     watcher.close(None)
     assert curves(tmp_path / "tensorboard")["owner/ana"] == [(0, 4.0), (1, 3.0), (2, 2.0), (3, 1.0)]
 
-    watcher = TensorBoard().open(tmp_path, None)  # type: ignore[arg-type]
+    watcher = TensorBoard().open(tmp_path)
     watcher.start(RunInfo("quick", 3, 2, 2, "Llama", 1, 1, resumed_from=1))
     for k in (2, 3):
         watcher.round(record(k, {"ana": 8.0 - k}))
@@ -260,59 +266,57 @@ def test_tensorboard_gets_every_round_and_a_resumed_run_takes_back_later_ones(tm
 def test_tensorboard_needs_its_package_and_a_folder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "tensorboard", None)
     with pytest.raises(MissingExtra, match=r"pip install 'fedfm\[track\]'"):
-        TensorBoard().open(Path("x"), None)  # type: ignore[arg-type]
+        TensorBoard().open(Path("x"))
     monkeypatch.setitem(sys.modules, "tensorboard", sys)
     with pytest.raises(ConfigError, match="Give dir"):
-        TensorBoard().open(None, None)  # type: ignore[arg-type]
+        TensorBoard().open(None)
 
 
 # --- evaluation across the boundary -------------------------------------------------------------------------------
 
 
-class Answers(Session):
-    """Clients that answer this, and note what they were given to do it in."""
+SUMS = {"loss": 6.0, "hits": 1.0, "targets": 3.0}
+PLAN = Federation(Model("nowhere"), Data("stdlib"), task=CausalLM(), deadline=7.0)
 
-    def __init__(self, *answers: Reply | Failure) -> None:
-        self.answers, self.deadline = answers, 0.0
 
-    def exchange(self, requests, deadline=None):  # type: ignore[no-untyped-def]
+class Deadlines(Scripted):
+    """Notes what it was given to answer in."""
+
+    deadline: float | None = None
+
+    def send(self, requests, deadline=None):  # type: ignore[no-untyped-def]
         self.deadline = deadline
-        yield from self.answers
-
-    def close(self) -> None: ...
+        super().send(requests, deadline)
 
 
-def sums(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
-    told = {"loss": 6.0, "hits": 1.0, "targets": 3.0}
-    return {**{name: torch.tensor(value, dtype=torch.float64) for name, value in told.items()}, **changes}
-
-
-def count(value: float) -> torch.Tensor:
-    return torch.tensor(value, dtype=torch.float64)
+def report(session: Scripted, clients: list[str]) -> dict[str, Any]:
+    return Evaluation().report(PLAN, ServerState(3, {}), session, clients, Key.root(0))
 
 
 @pytest.mark.parametrize(
-    ("told", "words"),
+    ("sums", "tensors", "words"),
     [
-        ({}, "it answered {}"),
-        ({"loss": count(1.0)}, "expected"),
-        (sums(extra=count(1.0)), "extra"),
-        (sums(targets=torch.ones(7, dtype=torch.float64)), "(7,)"),
-        (sums(hits=torch.tensor(1.0)), "float32"),
-        (sums(targets=count(-3.0)), "targets are negative or no numbers"),
-        (sums(hits=count(math.inf)), "hits are negative or no numbers"),
+        ({}, {}, "does not tell its loss"),
+        ({"loss": 1.0}, {}, "does not tell its hits"),
+        ({**SUMS, "extra": 1.0}, {}, "extra"),
+        (SUMS, {"targets": torch.ones(7, dtype=torch.float64)}, "unexpected ['targets']"),
+        ({**SUMS, "hits": "many"}, {}, "hits is 'many'"),
+        ({**SUMS, "targets": -3.0}, {}, "'targets' reaches -3; it lies in 0.."),
+        ({**SUMS, "hits": math.inf}, {}, "hits is inf"),
+        ({**SUMS, "loss": 1.7e308}, {}, "'loss' reaches 1.7e+308"),
+        ({**SUMS, "loss": -math.inf}, {}, "loss is -inf"),
     ],
 )
-def test_an_evaluation_that_is_none_is_its_clients_failure(told: dict[str, torch.Tensor], words: str) -> None:
-    session = Answers(Reply("ana", "evaluate", 3, sums()), Reply("bob", "evaluate", 3, told))
-    found = evaluate(CausalLM(), session, {}, ["ana", "bob"], 3, deadline=7.0)
+def test_an_evaluation_that_is_none_is_its_clients_failure(sums: dict[str, Any], tensors: dict[str, torch.Tensor], words: str) -> None:
+    session = Deadlines(lambda _: [Reply("ana", "evaluate", 3, {}, SUMS), Reply("bob", "evaluate", 3, tensors, sums)])
+    found = report(session, ["ana", "bob"])
     assert session.deadline == 7.0
     assert list(found["owners"]) == ["ana"] and found["pooled"]["loss"] == 2.0
     assert words in found["failed"]["bob"]
 
 
 def test_a_loss_that_is_no_number_is_told() -> None:
-    found = evaluate(CausalLM(), Answers(Reply("ana", "evaluate", 3, sums(loss=count(math.nan)))), {}, ["ana"], 3)
+    found = report(Deadlines(lambda _: [Reply("ana", "evaluate", 3, {}, {**SUMS, "loss": math.nan})]), ["ana"])
     assert math.isnan(found["pooled"]["loss"]) and "failed" not in found
 
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedfm.client.frames import Inbox, Outbox
-from fedfm.client.store import home
+from fedfm.client.memory import home
 from fedfm.core.errors import ConfigError, MessageError
 from fedfm.core.messages import Failure, Reply, Request
 from fedfm.core.tree import equal
@@ -37,7 +37,7 @@ def raw(data):
     sys.stdout.buffer.flush()
 
 def send(body, **head):
-    text = json.dumps({"v": 1, "kind": "reply", **head}).encode()
+    text = json.dumps({"v": 2, "kind": "reply", **head}).encode()
     data = struct.pack("<I", len(text)) + text + body
     raw(len(data).to_bytes(8, "little") + data)
 
@@ -55,7 +55,7 @@ send(nothing, verb="hello", round=0, client=me, meta={})
 while True:
     head, tensors = receive()
     verb = head["verb"]
-    told = {"verb": verb, "round": head["round"], "client": me, "meta": {"pid": os.getpid()}}
+    told = {"verb": verb, "round": head["round"], "client": me, "meta": {"pid": os.getpid()}, "own": {}}
     if verb == "die":
         raw((99).to_bytes(8, "little") + b"half an answer")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -106,7 +106,7 @@ def open_session(tmp_path: Path) -> Iterator[Open]:
 
 
 def ask(session: ProcessSession, verbs: Mapping[str, str], deadline: float | None = 30.0, round: int = 1) -> dict[str, Reply | Failure]:
-    answers = list(session.exchange({client: Request(verb, round) for client, verb in verbs.items()}, deadline))
+    answers = list(session.exchange({client: Request.of(verb, round) for client, verb in verbs.items()}, deadline))
     assert sorted(answer.client for answer in answers) == sorted(verbs), "one answer for each request"
     return {answer.client: answer for answer in answers}
 

@@ -19,8 +19,9 @@ from fedfm.federation import Federation
 from fedfm.local import SGD, AdamW, FedProx
 from fedfm.methods import Scaffold
 from fedfm.models import Model
+from fedfm.notation import build
 from fedfm.observers import Evaluate, TensorBoard
-from fedfm.recipe import _federation, dump, load, located, read
+from fedfm.recipe import dump, load, located, read
 from fedfm.samplers import All, Poisson, Uniform, Weighted
 from fedfm.server import FedAdam, FedAvg
 from fedfm.tasks import CausalLM, Classification, Instruct
@@ -90,8 +91,11 @@ def test_whatever_is_written_it_loads_or_is_refused(data: st.DataObject) -> None
         new = data.draw(st.sampled_from(["{", "}", "[", "]", ": ", ", ", "\n", "  ", "- ", "null", "1e9", "!!timestamp x", "!!binary a", "!!int x", "9" * 5000, "'", "#", "<<", "? ", "|", "\t", "%", "@", "\0"]))  # fmt: skip
         text = text[:start] + new + text[start + data.draw(st.integers(0, 9)) :]
     with contextlib.suppress(ConfigError):
-        _federation(
-            text, "recipe", data.draw(st.lists(st.sampled_from(["tuning.r=1", "model.x.y=2", "transforms.0.z={", "data.by="]), max_size=2))
+        build(
+            Federation,
+            text,
+            "recipe",
+            data.draw(st.lists(st.sampled_from(["tuning.r=1", "model.x.y=2", "transforms.0.z={", "data.by="]), max_size=2)),
         )
 
 

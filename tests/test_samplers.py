@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from fedfm.core.errors import ConfigError
-from fedfm.core.parts import Sampler
+from fedfm.core.parts import RoundContext, Sampler
 from fedfm.samplers import All, Poisson, Uniform, Weighted
 from fedfm.testing import check_sampler, examples
 from fedfm.testing.parts import context
@@ -21,6 +21,12 @@ EXAMPLES = {
 CLIENTS = [f"client-{i}" for i in range(12)]
 
 
+def sample(sampler: Sampler, clients: list[str], ctx: RoundContext) -> list[str]:
+    cohort, state = sampler.sample(clients, {}, ctx)
+    assert state == {}
+    return cohort
+
+
 @pytest.mark.parametrize("sampler", examples("samplers", EXAMPLES), ids=repr)
 def test_conformance(sampler: Sampler) -> None:
     check_sampler(sampler)
@@ -30,16 +36,16 @@ def test_conformance(sampler: Sampler) -> None:
 def test_who_is_drawn_does_not_depend_on_the_order_of_the_list(sampler: Sampler) -> None:
     for round in range(1, 20):
         ctx = context({}, round)
-        assert set(sampler.sample(CLIENTS, ctx)) == set(sampler.sample(CLIENTS[::-1], ctx))
+        assert set(sample(sampler, CLIENTS, ctx)) == set(sample(sampler, CLIENTS[::-1], ctx))
 
 
 @pytest.mark.parametrize("sampler", [Uniform(fraction=1.0), Poisson(rate=1.0), Uniform(clients=12), Weighted(clients=12)], ids=repr)
 def test_limit_is_all(sampler: Sampler) -> None:
-    assert sampler.sample(CLIENTS, context({})) == All().sample(CLIENTS, context({}))
+    assert sample(sampler, CLIENTS, context({})) == sample(All(), CLIENTS, context({}))
 
 
 def frequencies(sampler: Sampler, rounds: int) -> dict[str, float]:
-    seen = Counter(client for round in range(rounds) for client in sampler.sample(CLIENTS, context({}, round)))
+    seen = Counter(client for round in range(rounds) for client in sample(sampler, CLIENTS, context({}, round)))
     return {client: seen[client] / rounds for client in CLIENTS}
 
 
@@ -61,22 +67,22 @@ def test_first_weighted_draw_is_proportional() -> None:
 def test_second_weighted_draw_is_proportional_among_those_left() -> None:
     weights = {"a": 1.0, "b": 2.0, "c": 5.0}
     rounds = 4000
-    pairs = Counter(frozenset(Weighted(2, weights).sample(["a", "b", "c"], context({}, round))) for round in range(rounds))
+    pairs = Counter(frozenset(sample(Weighted(2, weights), ["a", "b", "c"], context({}, round))) for round in range(rounds))
     expected = {"ab": 1 / 8 * 2 / 7 + 2 / 8 * 1 / 6, "ac": 1 / 8 * 5 / 7 + 5 / 8 * 1 / 3, "bc": 2 / 8 * 5 / 6 + 5 / 8 * 2 / 3}
     for pair, p in expected.items():
         assert abs(pairs[frozenset(pair)] / rounds - p) < 5 * math.sqrt(p * (1 - p) / rounds)
 
 
 def test_poisson_draws_are_independent_and_may_be_nobody() -> None:
-    sizes = [len(Poisson(rate=0.1).sample(CLIENTS, context({}, round))) for round in range(2000)]
+    sizes = [len(sample(Poisson(rate=0.1), CLIENTS, context({}, round))) for round in range(2000)]
     assert min(sizes) == 0
     mean, variance = 1.2, 12 * 0.1 * 0.9
     assert abs(sum(sizes) / 2000 - mean) < 5 * math.sqrt(variance / 2000)
     assert abs(sum((size - mean) ** 2 for size in sizes) / 2000 - variance) < 0.25
     # Another client's presence changes nothing for those who were there.
     assert all(
-        Poisson(rate=0.3).sample(CLIENTS[:6], context({}, round))
-        == [c for c in Poisson(rate=0.3).sample(CLIENTS, context({}, round)) if c in CLIENTS[:6]]
+        sample(Poisson(rate=0.3), CLIENTS[:6], context({}, round))
+        == [c for c in sample(Poisson(rate=0.3), CLIENTS, context({}, round)) if c in CLIENTS[:6]]
         for round in range(50)
     )
 
@@ -94,9 +100,9 @@ def test_poisson_draws_are_independent_and_may_be_nobody() -> None:
         (lambda: Weighted(clients=0), "0"),
         (lambda: Weighted(clients=1, weights={"a": -1.0}), "'a'"),
         (lambda: Weighted(clients=1, weights={"a": math.inf}), "inf"),
-        (lambda: Uniform(clients=13).sample(CLIENTS, context({})), "12 clients"),
-        (lambda: Weighted(clients=13).sample(CLIENTS, context({})), "12 clients"),
-        (lambda: Weighted(clients=1, weights={"client-l": 2.0}).sample(CLIENTS, context({})), "Did you mean 'client-"),
+        (lambda: sample(Uniform(clients=13), CLIENTS, context({})), "12 clients"),
+        (lambda: sample(Weighted(clients=13), CLIENTS, context({})), "12 clients"),
+        (lambda: sample(Weighted(clients=1, weights={"client-l": 2.0}), CLIENTS, context({})), "Did you mean 'client-"),
     ],
 )
 def test_refusals(make, words) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranking import Ranking
 from transformers import AutoTokenizer
 
 from fedfm.core import registry
@@ -48,6 +49,10 @@ EXAMPLES = {
 @pytest.mark.parametrize("task", examples("tasks", EXAMPLES), ids=repr)
 def test_conformance(task, tokenizer):
     check_task(task, ROWS, tokenizer)
+
+
+def test_a_task_with_a_loss_and_an_input_of_its_own_conforms(tokenizer):
+    check_task(Ranking(better="text", worse="context"), ROWS, tokenizer)
 
 
 def encode(task, tokenizer, rows, chunk=3):

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedfm.client.site import Site
 from fedfm.core.check import check
 from fedfm.core.errors import ModelError
 from fedfm.core.messages import Reply, Request
@@ -20,6 +19,7 @@ from fedfm.engines import Embedded
 from fedfm.federation import Federation
 from fedfm.local import AdamW
 from fedfm.models import Model, load
+from fedfm.simulation import Simulation
 from fedfm.tasks import CausalLM
 from fedfm.testing import tiny
 from fedfm.tuning import BitFit, Full, LoRA
@@ -45,9 +45,9 @@ def test_what_leaves_a_client_is_its_payload_and_six_numbers(tmp_path: Path, mon
     plan = Federation(
         tiny.spec("Llama"), Data(str(rows), by="owner"), task=CausalLM(max_length=16), local=AdamW(steps=1), engine=Embedded(device="cpu")
     )
-    site = Site.build(plan)
-    params = site.tuned.init(site.key)
-    with plan.engine.open(site) as session:
+    site = Simulation.build(plan)
+    params = site.house.start
+    with site.open() as session:
         for answer in session.exchange(dict.fromkeys(site.clients, Request.of("train", 1, params))):
             assert isinstance(answer, Reply)
             assert {name: (leaf.shape, leaf.dtype) for name, leaf in answer.tensors.items()} == {

@@ -338,14 +338,20 @@ def test_positions_counted_from_the_padding_token_stay_where_they_were(architect
 
 
 def test_a_model_from_scratch_pads_with_its_tokenizers_token() -> None:
-    foundation = tiny.foundation("Roberta", max_position_embeddings=20)
+    foundation = tiny.foundation("Roberta")
     assert foundation.model.config.pad_token_id == foundation.tokenizer.pad_token_id == 0
     assert foundation.model.roberta.embeddings.padding_idx == 0
-    # As many as the model says that it takes, and no more.
-    assert foundation.max_context == 19
-    assert tiny.logits_of(foundation.model, tiny.batch_of(foundation, length=19)).isfinite().all()
-    with pytest.raises((IndexError, RuntimeError)):
-        tiny.logits_of(foundation.model, tiny.batch_of(foundation, length=20))
+
+
+@pytest.mark.parametrize("architecture", ["Roberta", "MPNet"])
+@pytest.mark.parametrize("pad", [None, 1, 5])
+def test_a_model_takes_rows_as_long_as_it_says(architecture: str, pad: int | None) -> None:
+    config = {**tiny.CONFIGS["Roberta"], "max_position_embeddings": 20, **({} if pad is None else {"pad_token_id": pad})}
+    spec = Model(architecture=architecture, config=tuple(config.items()), tokenizer=tiny.tokenizer_folder())
+    foundation = load(spec, "sequence_classification", ("a", "b"), "cpu", Key.root(0))
+    longest = foundation.max_context
+    assert longest is not None and 14 <= longest <= 18
+    assert tiny.logits_of(foundation.model, tiny.batch_of(foundation, length=longest)).isfinite().all()
 
 
 def test_an_encoder_is_no_causal_base() -> None:

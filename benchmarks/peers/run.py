@@ -8,15 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 import numpy as np
 from safetensors.torch import save_file
 
+from benchmarks.bench import Bench
 from benchmarks.common import Pairs, Row, say, seconds_of
-
-if TYPE_CHECKING:
-    from benchmarks.cohort import Bench
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fedfm.core.version import VERSION as __version__
+
 if TYPE_CHECKING:
     from dataclasses import replace as replace
 
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     from fedfm.run.loop import resume as resume
     from fedfm.run.loop import run as run
 
-__version__ = "0.1.0"
 _LAZY = {
     "Federation": "fedfm.federation",
     "compare": "fedfm.run.compare",

@@ -15,9 +15,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import fedfm
 from fedfm.aggregators import Mean
 from fedfm.core import disk, words
+from fedfm.core.version import VERSION
 from fedfm.data import Data, public_text
 from fedfm.federation import Federation
 from fedfm.local import AdamW
@@ -119,7 +119,7 @@ def base_model(quick: bool = False, watchers: Sequence[Watcher] = ()) -> Path:
     plan = base_federation(Path())
     if quick:
         plan = replace(plan, rounds=1, local=AdamW(steps=2))
-    made_of = "\0".join([fedfm.__version__, repr(plan), str(VOCABULARY), *texts])
+    made_of = "\0".join([VERSION, repr(plan), str(VOCABULARY), *texts])
     folder = root / hashlib.blake2b(made_of.encode(), digest_size=8).hexdigest()
     ran, model = folder / "run", folder / "run" / "model"
     if not (is_finished(ran) and (model / "config.json").is_file()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -76,9 +77,9 @@ def _read(reply: Reply, errand: Errand) -> Update:
         if value is None:
             raise MessageError(f"it does not tell its {leaf.name}.")
         number = words.number(value)
-        if number is None and not (leaf.nan and isinstance(value, float)):
+        if number is None and not (leaf.nan and isinstance(value, float) and math.isnan(value)):
             raise MessageError(f"its {leaf.name} is {value!r:.20}, not a finite number.")
-        numbers[leaf.name] = float("nan") if number is None else number
+        numbers[leaf.name] = math.nan if number is None else number
         leaf.require(numbers[leaf.name], "its answer")
     ticket = reply.meta.get(TICKET)
     if ticket is not None and (not isinstance(ticket, int) or isinstance(ticket, bool) or ticket < 0):

@@ -8,7 +8,6 @@ import re
 import textwrap
 from pathlib import Path
 
-import fedfm
 from fedfm.core import registry
 from fedfm.core.errors import ConfigError
 
@@ -63,7 +62,7 @@ def _brief(summary: str) -> str:
 def _source(module: str) -> Path:
     if module.startswith("fedfm."):
         # Found without importing the room, and with it torch.
-        return Path(fedfm.__file__).parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
+        return Path(__file__).parents[1].joinpath(*module.split(".")[1:]).with_suffix(".py")
     spec = importlib.util.find_spec(module)
     if spec is None or spec.origin is None:
         raise ConfigError(f"The source of {module} cannot be found.")

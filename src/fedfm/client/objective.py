@@ -109,6 +109,23 @@ class Step:
         return range(0, max(len(own) for own in self.index), self.size)
 
 
+@dataclass(frozen=True)
+class _Slices:
+    """A bank whose slices are examples.
+
+    Args:
+        owner_n: Client of each example.
+        grad_nd: Gradient of each example's own mean loss.
+        owner_q: Client of each target.
+        loss_q: Loss of each target.
+    """
+
+    owner_n: torch.Tensor
+    grad_nd: torch.Tensor
+    owner_q: torch.Tensor
+    loss_q: torch.Tensor
+
+
 class StepObjective(Objective):
     """The clients' mean losses in one step.
 
@@ -162,30 +179,28 @@ class StepObjective(Objective):
                 "The trainer asks for the gradient of each example, but this model runs one client at a time. "
                 "Use a tuning that banks (LoRA, IA3, BitFit, Head), on a base whose rows do not mix."
             )
-        slices, sums = [self._slice(theta_kd, *example) for example in self._examples()], torch.zeros(())
+        slices = [self._slices(theta_kd, *micro) for micro in self._examples()]
         if not self.reported:
-            sums = torch.zeros(2, self.num, dtype=self.learner.exact, device=self.learner.device)
-            for owner_q, loss_q, _, _ in slices:
-                sums[0].index_add_(0, owner_q, loss_q.to(self.learner.exact))
-                sums[1].index_add_(0, owner_q, torch.ones_like(loss_q, dtype=self.learner.exact))
-            self.tally.loss_k[: self.num] += sums[0] / sums[1].clamp(min=1)
+            loss_k, count_k = torch.zeros(2, self.num, dtype=self.learner.exact, device=self.learner.device)
+            for own in slices:
+                loss_k.index_add_(0, own.owner_q, own.loss_q.to(self.learner.exact))
+                count_k.index_add_(0, own.owner_q, torch.ones_like(own.loss_q, dtype=self.learner.exact))
+            self.tally.loss_k[: self.num] += loss_k / count_k.clamp(min=1)
             self.reported = True
-        return torch.cat([grad_nd for _, _, grad_nd, _ in slices]), torch.cat([owner_n for *_, owner_n in slices])
+        return torch.cat([own.grad_nd for own in slices]), torch.cat([own.owner_n for own in slices])
 
-    def _slice(
-        self, theta_kd: torch.Tensor, batch: Batch, owners: list[int], keys: list[Key]
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of a bank whose slices are examples: the owner and the loss of each target, the gradient and the owner of each example."""
+    def _slices(self, theta_kd: torch.Tensor, batch: Batch, owners: list[int], keys: list[Key]) -> _Slices:
+        """A micro-batch computed as a bank of its examples."""
         owner_n = torch.tensor(owners, device=self.learner.device)
         theta_nd = theta_kd.detach()[owner_n].requires_grad_(True)
         with torch.enable_grad():
             loss_q = self.learner.losses(theta_nd, batch, keys)
             (grad_nd,) = torch.autograd.grad((loss_q * _weights([batch], len(owners))[batch.owner_q]).sum(), theta_nd)
-        return owner_n[batch.owner_q], loss_q.detach(), grad_nd, owner_n
+        return _Slices(owner_n, grad_nd, owner_n[batch.owner_q], loss_q.detach())
 
     def _examples(self) -> list[tuple[Batch, list[int], list[Key]]]:
         """The micro-batches once more, each example a slice of its own: the batch, the examples' clients, and their keys for dropout."""
-        step, rngs, found = self.step, [key.numpy() for key in self.step.keys("rows")], []
+        step, rngs, batches = self.step, [key.numpy() for key in self.step.keys("rows")], []
         dropout = step.keys("dropout")
         for micro, first in enumerate(step.micro):
             cut = [(k, i, own[i : i + 1]) for k, own in enumerate(step.index) for i in range(first, min(first + step.size, len(own)))]
@@ -193,8 +208,8 @@ class StepObjective(Objective):
             owners, batch = [k for k, _, _ in cut], self.learner.batch(parts)
             if not self.reported:
                 self.tally.count(parts, owners, batch)
-            found.append((batch, owners, [dropout[k].fold(micro, "example", i) for k, i, _ in cut]))
-        return found
+            batches.append((batch, owners, [dropout[k].fold(micro, "example", i) for k, i, _ in cut]))
+        return batches
 
     @cached_property
     def _batches(self) -> list[Batch]:

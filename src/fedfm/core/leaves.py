@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 
 from fedfm.core.errors import MessageError
-from fedfm.core.tree import Spec, Tree, first_not_finite
+from fedfm.core.tree import Spec, Tree
 
 Reduce = Literal["mean", "sum", "each"]
-# A count that one owner tells: a thousandth of the sum that 2^38 allows, and more examples than anybody has.
+# A 256th of the sum that an aggregate can hold: more examples than anybody has, and longer than any honest delta.
 MOST = 2.0**30
 
 
@@ -39,7 +39,7 @@ class Leaf:
     shape: tuple[int, ...] = ()
     dtype: torch.dtype = torch.float32
     group: str = "delta"
-    bound: float = math.inf
+    bound: float = MOST
     reduce: Reduce = "mean"
     signed: bool = True
     nan: bool = False
@@ -55,7 +55,7 @@ class Leaf:
         return math.prod(self.shape)
 
     def require(self, value: torch.Tensor | float, whose: str) -> None:
-        """Refuses a value that is out of bounds. A type that holds no larger one needs no look.
+        """Refuses a value that is out of bounds.
 
         Raises:
             MessageError: with the value and the bound.
@@ -106,13 +106,8 @@ def require(leaves: Sequence[Leaf], tree: Tree, whose: str) -> None:
     """
     tensors = payload(leaves)
     spec_of(tensors).require_shapes(tree, whose)
-    bounded = {leaf.name for leaf in tensors if leaf.nan or leaf.bound < math.inf or not leaf.signed}
-    bad = first_not_finite({name: leaf for name, leaf in tree.items() if name not in bounded})
-    if bad is not None:
-        raise MessageError(f"{whose}: tensor {bad!r} holds NaN or infinity.")
     for leaf in tensors:
-        if leaf.name in bounded:
-            leaf.require(tree[leaf.name], whose)
+        leaf.require(tree[leaf.name], whose)
 
 
 def _ends(value: torch.Tensor) -> tuple[float, float]:

@@ -14,8 +14,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedfm.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedfm.core.parts import Part
 
 ROOMS: dict[str, str] = {
     "models": "a foundation model and its tokenizer",
@@ -52,10 +56,10 @@ class Entry:
     summary: str
     concerns: tuple[str, ...]
 
-    def load(self) -> type:
+    def load(self) -> type[Part]:
         """The class itself."""
-        found: type = getattr(importlib.import_module(self.module), self.name)
-        return found
+        cls: type[Part] = getattr(importlib.import_module(self.module), self.name)
+        return cls
 
 
 @cache

@@ -37,6 +37,9 @@ class Session(ABC):
     def abandon(self) -> None:
         """Waits no longer for those who still owe an answer."""
 
+    def settle(self) -> None:  # noqa: B027
+        """Makes the choices that hold for a whole run, before its first round; they are written down before they are used."""
+
     @abstractmethod
     def close(self) -> None:
         """Ends every client. Calling it twice is fine."""
@@ -87,6 +90,10 @@ class WrappedSession(Session):
     def abandon(self) -> None:
         """The inner session's."""
         self.inner.abandon()
+
+    def settle(self) -> None:
+        """The inner session's."""
+        self.inner.settle()
 
     def close(self) -> None:
         """Closes the inner session."""

@@ -99,13 +99,17 @@ class EmbeddedSession(Session):
         """Nothing runs outside this process."""
         self.abandon()
 
+    def settle(self) -> None:
+        """Chooses the bank's size."""
+        self.bank_size()
+
     def bank_size(self) -> int:
         """Clients per batch: what the recipe says or an earlier part of this run chose, else what the cohort, its tokens and the memory come to."""
         choices = self.house.choices
         if self.engine.bank == 1:
             return 1
         if not self.house.can_share():
-            if self.engine.bank != "auto" and not self._warned:
+            if self.engine.bank != "auto" and not self.house.tuned.banks and not self._warned:
                 name = type(self.house.plan.tuning).__name__
                 log.warning("%s cannot bank: clients run one by one instead of %d at a time", name, self.engine.bank)
                 self._warned = True

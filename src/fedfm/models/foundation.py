@@ -93,7 +93,8 @@ def max_context(config: Any) -> int | None:
         value = getattr(config, name, None)
         if isinstance(value, int):
             counts = getattr(config, "model_type", "") in _COUNT_FROM_PADDING
-            return value - 1 - (getattr(config, "pad_token_id", None) or 0) if counts else value
+            # MPNet counts from 1, whatever its config says.
+            return value - 1 - max(getattr(config, "pad_token_id", None) or 0, 1) if counts else value
     return None
 
 

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 
-import fedfm
 from fedfm.client.house import House
 from fedfm.core import check
 from fedfm.core.errors import RunError
@@ -27,6 +26,7 @@ from fedfm.core.messages import Failure, Reply
 from fedfm.core.parts import ServerState, Session
 from fedfm.core.roster import Roster
 from fedfm.core.round import Meter, RoundRecord, play, start
+from fedfm.core.version import VERSION
 from fedfm.federation import Federation
 from fedfm.models.foundation import device_of, flops_per_token
 from fedfm.observers.base import RunInfo, Watcher
@@ -125,7 +125,7 @@ def envelope(federation: Federation) -> dict[str, Any]:
     device = device_of(federation.engine.device)
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
-        "fedfm": fedfm.__version__,
+        "fedfm": VERSION,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": version("transformers"),
@@ -201,6 +201,9 @@ def _go(
         for finding in check.require(plan, len(simulation.clients), roster):
             if finding.level == "warning":
                 log.warning("%s: %s", finding.where, finding.text)
+        session.settle()
+        if folder is not None:
+            _note_choices(folder, house)
         state, ledger = restored or (start(plan, house.start), Ledger())
         game = _Game(simulation, session, folder, watch)
         watch.start(game.info(None if restored is None else state.round))
@@ -228,6 +231,12 @@ def _note_data(folder: RunFolder, simulation: Simulation) -> None:
         folder.note("data", fingerprint=owners.fingerprint, left_out=owners.left_out, dropped=owners.dropped, labels=owners.labels)
     elif before["fingerprint"] != owners.fingerprint:
         log.warning("The data is not what it was when %s began: it goes on, but not as an unbroken run would have.", folder.path)
+
+
+def _note_choices(folder: RunFolder, house: House) -> None:
+    """What was chosen for the whole run, before anything that was made with it counts."""
+    if house.choices != folder.choices():
+        folder.note("plan", **house.choices)
 
 
 def _roster(folder: RunFolder | None, simulation: Simulation, session: Session) -> Roster:
@@ -292,8 +301,7 @@ class _Game:
         ledger = ledger.add(record, flops_per_token(house.foundation.num_params, house.tuned.spec.size))
         if folder is not None:
             with _uninterrupted():
-                if house.choices != folder.choices():
-                    folder.note("plan", **house.choices)
+                _note_choices(folder, house)
                 folder.commit(state, record, ledger)
         self.watch.round(record)
         return ledger

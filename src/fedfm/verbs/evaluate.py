@@ -108,6 +108,8 @@ class Evaluation(Verb):
         for row, client in enumerate(sets):
             own = {name: value[row].cpu().clone() for name, value in sums.items()}
             numbers = {name: float(value) for name, value in own.items() if value.dim() == 0}
+            # A model that diverged has no loss; NaN says so.
+            numbers = {name: value if math.isfinite(value) else math.nan for name, value in numbers.items()}
             yield Contribution(Update({name: own[name] for name in own if name not in numbers}, 1.0, 1, client, numbers), leaves)
 
     def shrink(self, house: House) -> bool:
@@ -126,7 +128,7 @@ def declared(task: Task, classes: int) -> tuple[Leaf, ...]:
             shape=tuple(value.shape[1:]),
             dtype=value.dtype,
             group="told",
-            bound=2.0**37 if name != "loss" else math.inf,
+            bound=2.0**37,
             reduce="sum",
             signed=name == "loss",
             nan=name == "loss",

@@ -78,8 +78,6 @@ def prepare(
         raise ConfigError(
             f"The task's max_length is {task.max_length} tokens, but the model's context is {max_context}. Set max_length to at most {max_context}."
         )
-    if task.labels is not None or task.label_column is None:
-        classes = ()
     fingerprint = _fingerprint(data, task, tokenizer, key, source, test, classes)
     root = cache or disk.cache() / "data"
     folder = root / fingerprint

@@ -11,6 +11,7 @@ from parts import Pairs
 
 from fedfm.client.bank import Bank, Course, Job, Trained
 from fedfm.client.objective import StepObjective, Tally
+from fedfm.core.batch import Batch
 from fedfm.core.errors import ConfigError
 from fedfm.core.keys import Key
 from fedfm.core.parts import Cohort, LocalTrainer, Objective, Work
@@ -20,8 +21,9 @@ from fedfm.tasks import CausalLM, Classification, MaskedLM
 from fedfm.testing import check_local, tiny
 from fedfm.tuning import IA3, BitFit, Full, Head, LoRA, Peft
 from fedfm.tuning.base import Tuned, Tuning
+from fedfm.tuning.sites import Site
 
-TASKS: dict[str, Task] = {"Llama": CausalLM(), "GPT2": CausalLM(), "Bert": MaskedLM()}
+TASKS: dict[str, Task] = {"Llama": CausalLM(), "GPT2": CausalLM(), "Bert": MaskedLM(), "Roberta": Classification()}
 TUNINGS: dict[str, Tuning] = {
     "lora": LoRA(r=2),
     "lora-dropout": LoRA(r=2, dropout=0.3, targets=("all-linear",)),
@@ -69,7 +71,7 @@ def relative(a: list[Trained], b: list[Trained], of: str = "update") -> float:
 def test_bank_equals_one_client_at_a_time(shape: str, kind: str, optimizer: str) -> None:
     if shape == "Llama" and kind == "bitfit":
         pytest.skip("Llama has no biases")
-    classify = "head" in kind
+    classify = "head" in kind or shape == "Roberta"
     # Epochs over unequal owners: unequal steps. Partial batches, two micro-batches a step, ragged lengths.
     local: LocalTrainer = (
         SGD(lr=0.02, momentum=0.9, epochs=1, batch_size=2, accumulate=2)
@@ -86,6 +88,60 @@ def test_bank_equals_one_client_at_a_time(shape: str, kind: str, optimizer: str)
         assert relative(together, alone, of="parameters") < 1e-6
     assert relative(together, alone) < 1e-4
     assert all(t.finite for t in together)
+
+
+# Layers that get the positions of all rows one after the other, and a base that puts positions before rows.
+FLAT: dict[str, dict[str, object]] = {
+    "OPT": {"hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "word_embed_proj_dim": 32},
+    "Qwen2Moe": {
+        "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "moe_intermediate_size": 16, "shared_expert_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", list(FLAT))
+def test_dropout_in_a_bank_equals_one_client_at_a_time_where_rows_are_flattened(architecture: str) -> None:
+    from fedfm.models import Model, load
+
+    spec = Model(architecture=architecture, config=tuple(FLAT[architecture].items()), tokenizer=tiny.tokenizer_folder())
+    foundation = load(spec, "causal_lm", (), "cpu", Key.root(0))
+    tuned = LoRA(r=2, dropout=0.3, targets=("all-linear",)).attach(foundation)
+    bank = Bank(tuned, CausalLM(), SGD(lr=0.02, epochs=1, batch_size=2), 0, torch.device("cpu"), Key.root(1))
+    jobs, start = jobs_of([5, 12, 3, 8], 4, 11), start_of(bank.tuned)
+    assert bank.shares(start, [job.examples for job in jobs])
+    together = bank.train(start, jobs, round=3)
+    assert relative(together, [bank.train(start, [job], round=3)[0] for job in jobs]) < 1e-4
+
+
+def site_in(batch: Batch) -> Site:
+    """A LoRA site that trains on ``batch`` with a dropout of 0.3."""
+    tuned = LoRA(r=2, dropout=0.3).attach(tiny.foundation("Llama"))
+    site = tuned.sites[0]
+    site.batch, site.dropout = batch, [Key.root(k) for k in range(batch.num_clients)]
+    return site
+
+
+def test_a_mask_lies_on_the_same_tokens_however_they_are_laid_out() -> None:
+    batch = tiny.batch_of(tiny.foundation("Llama"), clients=3, rows=2, length=7)
+    batch.lengths, batch.real_rows = np.array([7, 3, 5]), np.array([2, 1, 2])
+    site, x = site_in(batch), torch.ones(6, 7, 32)
+    dropped = site._drop(x)
+    assert torch.equal(site._drop(x.flatten(0, 1)), dropped.flatten(0, 1))
+    assert torch.equal(site._drop(x.unsqueeze(2)), dropped.unsqueeze(2))
+    seen = torch.zeros(6, 7, dtype=torch.bool)
+    for row, length in enumerate((7, 7, 3, 0, 5, 5)):
+        seen[row, :length] = True
+    assert not dropped[~seen].any() and 0.6 < (dropped[seen] > 0).float().mean() < 0.8
+    for other in (x.transpose(0, 1), torch.ones(9, 32)):
+        with pytest.raises(RuntimeError, match="dropout sees no rows of 6 x 7 tokens"):
+            site._drop(other)
+
+
+@pytest.mark.parametrize("shape", [(7, 2, 32), (9, 32), (2, 4, 7, 8)], ids=str)
+def test_one_client_alone_drops_whatever_the_layout(shape: tuple[int, ...]) -> None:
+    site = site_in(tiny.batch_of(tiny.foundation("Llama"), clients=1, rows=2, length=7))
+    assert 0.55 < (site._drop(torch.ones(shape)) > 0).float().mean() < 0.85
 
 
 def test_who_shares_the_bank_does_not_matter() -> None:
@@ -119,8 +175,9 @@ def test_one_full_batch_step_per_client_is_one_central_step(shape: str, tuning: 
     if shape == "Bert":
         pytest.skip("a masked model draws different masks for different owners")
     bank = bank_of(shape, tuning, SGD(lr=0.5, steps=1, batch_size=None))
-    jobs, start = jobs_of([4, 4, 4], 9, 9), start_of(bank.tuned)
-    pooled = tiny.Memory([job.examples.ids(i) for job in jobs for i in range(4)])
+    jobs, start = jobs_of([4, 4, 4], 9, 9, shape == "Roberta"), start_of(bank.tuned)
+    places = [(job.examples, i) for job in jobs for i in range(4)]
+    pooled = tiny.Memory([own.ids(i) for own, i in places], labels=[own.label(i) for own, i in places])
     clients = [bank.train(start, [job], 1)[0] for job in jobs]
     (central,) = bank.train(start, [Job("all", pooled)], 1)
     mean = torch.stack([t.params_d for t in clients]).double().mean(0)

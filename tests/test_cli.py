@@ -8,6 +8,7 @@ import re
 import resource
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -222,6 +223,42 @@ def test_list_and_show_tell_what_there_is(call: Fedfm) -> None:
     assert "r: int = 8" in part and "lora.py" in part and "parameter-efficient" in part
     _, part, _ = call("show", "ClipByNorm")
     assert "max_norm: float   (must be given)" in part
+
+
+# --- the cache -----------------------------------------------------------------------------------------------------
+
+
+def test_the_cache_is_shown_and_cleared(call: Fedfm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = tmp_path / "cache"
+    monkeypatch.setenv("FEDFM_CACHE", str(root))
+    assert call("cache")[:2] == (0, f"{root}\n\nempty\n")
+    assert call("check", "recipe.yaml", "--data")[0] == 0
+    (prepared,) = (root / "data").iterdir()
+    # What is not ours stays, and what another process may be writing.
+    for name in ("data/photos", "quickstart/notes"):
+        (root / name).mkdir(parents=True)
+    old, young = root / "data" / f".{'0' * 24}-abc", root / "data" / f".{'1' * 24}-abc"
+    base = root / "quickstart" / ("a" * 16)
+    for folder in (old, young, base):
+        folder.mkdir()
+        (folder / "rows").write_bytes(b"x" * 5000)
+    for path in (old / "rows", old, base / "rows", base):
+        os.utime(path, (time.time() - 3 * 86400,) * 2)
+    (root / "quickstart" / "model").symlink_to(base)
+    code, out, _ = call("cache")
+    assert code == 0 and "photos" not in out and "notes" not in out and "in the clear" in out
+    assert re.search(rf"data/{prepared.name} .*now  prepared rows of ann, ", out)
+    assert re.search(r"quickstart/a{16} +5.00 kB +3 days  base model of the quickstart", out)
+    assert out.count("cut off while it was made") == 2
+
+    assert call("cache", "--older-than", 1)[0] == 2 and call("cache", "--clear", "--older-than", -1)[0] == 2
+    code, out, _ = call("cache", "--clear", "--older-than", 2)
+    assert code == 0 and "deleted 10.0 kB" in out and not old.exists() and not base.exists() and prepared.exists()
+    code, out, _ = call("cache", "--clear")
+    assert code == 0 and prepared.name in out
+    assert sorted(path.name for path in (root / "data").iterdir()) == [young.name, "photos"]
+    assert call("cache", "--clear")[1].endswith("nothing to delete\n")
+    assert call("check", "recipe.yaml", "--data")[0] == 0 and prepared.exists()
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------

@@ -529,3 +529,12 @@ def test_the_standard_library_is_prepared(tmp_path, made, monkeypatch):
     monkeypatch.setattr(stdlib, "rows", lambda rows=stdlib.rows: islice(rows(), 150))
     owners = made(Data("stdlib"), CausalLM())
     assert len(owners.ids) >= 1 and owners.picture()[0]["tokens"] > 10_000
+
+
+def test_prepared_rows_are_their_users_alone(tmp_path, made):
+    before = os.umask(0o000)
+    try:
+        owners = made(Data(jsonl(tmp_path / "rows.jsonl", answers({"ann": 4})), by="who"))
+    finally:
+        os.umask(before)
+    assert owners.folder.stat().st_mode & 0o777 == 0o700

@@ -55,7 +55,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
             task=CausalLM(max_length=16),
             tuning=LoRA(r=4, dropout=0.1),
             local=SGD(lr=0.1, steps=3, batch_size=2),
-            transforms=(ClipByNorm(max_norm=0.5), TopK(fraction=0.5)),
+            transforms=(TopK(fraction=0.5), ClipByNorm(max_norm=0.5)),
             engine=Embedded(bank=1, device="cpu"),
         )
 

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from fedfm.aggregators import CoordinateMedian, Mean
+from fedfm.core import tree
 from fedfm.core.check import check
 from fedfm.core.errors import ConfigError, PlanError
 from fedfm.core.parts import Cohort, GradientTrainer, LocalTrainer, ServerOptimizer, Transform, Update
+from fedfm.core.round import play, start
 from fedfm.data import Data
+from fedfm.engines import Embedded
 from fedfm.federation import Federation
 from fedfm.local import SGD, AdamW, FedProx
 from fedfm.methods import Scaffold
 from fedfm.methods.scaffold import CONTROL, ScaffoldLocal, ScaffoldServer
 from fedfm.models import Model
 from fedfm.server import FedAdam, FedAvg
-from fedfm.testing import check_part, check_server, examples
+from fedfm.simulation import Simulation
+from fedfm.tasks import CausalLM
+from fedfm.testing import check_part, check_server, examples, tiny
 from fedfm.testing.parts import context, parameters
 from fedfm.transforms import CastBF16, ClipByNorm, Int4, Int8, TopK
 
@@ -160,6 +167,26 @@ def test_a_round_without_clients_changes_nothing() -> None:
     empty = Mean(weights="uniform")([], context(params))
     after, state = server.step(params, empty, server.init(params), context(params))
     assert torch.equal(after["x"], params["x"]) and not state[CONTROL].any()
+
+
+def test_the_norm_of_a_round_is_that_of_its_deltas(tmp_path: Path) -> None:
+    rows = [{"owner": owner, "text": text} for owner in "ab" for text in tiny.TEXT[:4]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    plan = Federation(
+        model=tiny.spec("Llama"),
+        data=Data(str(tmp_path / "rows.jsonl"), by="owner", test_fraction=0.0),
+        task=CausalLM(max_length=16),
+        local=SGD(lr=0.1, steps=2, batch_size=2),
+        method=Scaffold(),
+        engine=Embedded(bank=1, device="cpu"),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDFM_CACHE", str(tmp_path / "cache"))
+        simulation = Simulation.build(plan)
+    state = start(simulation.federation, simulation.house.start)
+    with simulation.open() as session:
+        after, record = play(simulation.federation, state, session, simulation.clients, simulation.key)
+    assert record.metrics["update_norm"] == pytest.approx(tree.norm(tree.sub(after.params, state.params)), rel=1e-5)
 
 
 # Refusals

@@ -1,5 +1,7 @@
+import json
 import math
 from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +14,15 @@ from transformers import AutoTokenizer
 from fedfm.core import registry
 from fedfm.core.batch import IGNORE, Row, Shaping, collate
 from fedfm.core.errors import ConfigError, DataError, ModelError
+from fedfm.core.keys import Key
+from fedfm.core.task import Task
+from fedfm.data import Data, prepare
 from fedfm.data.sources import Record
+from fedfm.engines import Embedded
+from fedfm.federation import Federation
+from fedfm.models import Model, load_tokenizer
+from fedfm.models.foundation import save
+from fedfm.simulation import Simulation
 from fedfm.tasks import CausalLM, Classification, Instruct, MaskedLM
 from fedfm.testing import check_task, examples, tiny
 from fedfm.testing.tasks import Encoded
@@ -284,3 +294,45 @@ def test_the_room_lists_its_parts():
     assert set(registry.entries("tasks")) == {"CausalLM", "Classification", "Instruct", "MaskedLM"}
     for task in (CausalLM(), Instruct(), MaskedLM(), Classification()):
         assert eval(repr(task)) == task and {part.name for part in fields(task)} >= {"max_length"}
+
+
+@pytest.mark.parametrize("labels", [None, ("b", "a")], ids=str)
+def test_a_trained_classifier_keeps_its_accuracy_before_the_first_round(
+    labels: tuple[str, ...] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its classes are not in the order of the alphabet."""
+    monkeypatch.setenv("FEDFM_CACHE", str(tmp_path / "cache"))
+    base = tiny.foundation("Roberta", labels=("b", "a"))
+    with torch.no_grad():
+        base.model.classifier.out_proj.weight *= 50
+        logits = [base.model.eval()(**base.tokenizer(text, return_tensors="pt")).logits[0] for text in tiny.TEXT[:24]]
+        # Half of the texts are of each class.
+        middle = torch.stack(logits).diff(dim=1).median()
+        base.model.classifier.out_proj.bias[0] += middle
+        kinds = ["a" if x[1] > x[0] + middle else "b" for x in logits]
+    save(base, base.model, tmp_path / "base")
+    rows = [{"owner": "xy"[i % 2], "text": text, "label": kind} for i, (text, kind) in enumerate(zip(tiny.TEXT, kinds))]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    plan = Federation(
+        model=Model(str(tmp_path / "base")),
+        data=Data(str(tmp_path / "rows.jsonl"), by="owner", test_fraction=0.0),
+        task=Classification(max_length=24, labels=labels),
+        engine=Embedded(bank=1, device="cpu"),
+    )
+    house = Simulation.build(plan).house
+    assert house.labels == ("b", "a") and set(kinds) == {"a", "b"}
+    sums = house.bank.evaluate(house.tuned.spec.flatten(house.start).unsqueeze(0), [house.shard("x").train, house.shard("y").train])
+    assert plan.task.summarise({name: x.sum(0) for name, x in sums.items()})["accuracy"] == 1.0
+
+
+def test_classes_are_sorted_where_the_base_tells_others(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("\n".join(json.dumps({"who": "x", "text": text, "label": "ab"[i % 2]}) for i, text in enumerate(tiny.TEXT[:8])))
+    tokenizer = load_tokenizer(tiny.tokenizer_folder())
+
+    def labels(task: Task, *classes: str) -> tuple[str, ...]:
+        return prepare(Data(str(path), by="who"), task, tokenizer, key=Key.root(0), classes=classes, cache=tmp_path / "cache").labels
+
+    assert labels(Classification()) == labels(Classification(), "b", "c") == labels(Classification(), "b", "a", "c") == ("a", "b")
+    assert labels(Classification(), "b", "a") == ("b", "a")
+    assert labels(Classification(labels=("a", "b", "c")), "c", "b", "a") == ("a", "b", "c")

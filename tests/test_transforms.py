@@ -10,9 +10,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedfm.aggregators import CoordinateMedian, TrimmedMean
 from fedfm.core import tree
+from fedfm.core.check import check
 from fedfm.core.errors import ConfigError, MessageError, RunError
-from fedfm.core.parts import RoundContext, Spec, Transform, Update
+from fedfm.core.parts import Aggregator, Finding, RoundContext, Spec, Transform, Update
+from fedfm.data import Data
+from fedfm.federation import Federation
+from fedfm.local import SGD
+from fedfm.models import Model
 from fedfm.testing import check_transform, examples
 from fedfm.testing.parts import context, like, parameters, same
 from fedfm.transforms import CastBF16, ClipByNorm, Int4, Int8, TopK
@@ -262,3 +268,33 @@ def test_topk_refuses_a_parameter_sent_twice() -> None:
 def test_refusals(make, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         make()
+
+
+# In a plan
+
+BASE = Federation(Model(source="nowhere"), Data(source="stdlib"), local=SGD())
+
+
+def refusals(**parts) -> list[Finding]:
+    return [finding for finding in check(replace(BASE, **parts)) if finding.level == "refusal"]
+
+
+def test_a_bound_before_an_error_feedback_is_no_bound() -> None:
+    ctx, clip, topk = CTX, ClipByNorm(1.0), TopK(fraction=0.5)
+    memory, longest = {}, 0.0
+    for _ in range(20):
+        bounded, _ = clip.encode(Update(like(PARAMS, 0)), {}, ctx)
+        sent, memory = topk.encode(bounded, memory, ctx)
+        longest = max(longest, tree.norm(topk.decode(sent, ctx).payload))
+    assert longest > 1.05
+    (found,) = refusals(transforms=(clip, CastBF16(), topk))
+    assert found.where == "transforms.2" and "Put ClipByNorm after TopK" in found.text
+    assert not refusals(transforms=(clip, replace(topk, error_feedback=False))) and not refusals(transforms=(topk, clip))
+
+
+@pytest.mark.parametrize("rule", [CoordinateMedian(), TrimmedMean(trim=1)], ids=repr)
+@pytest.mark.parametrize("feedback", [True, False])
+def test_what_is_not_sent_is_no_vote(rule: Aggregator, feedback: bool) -> None:
+    (found,) = refusals(transforms=(TopK(fraction=0.1, error_feedback=feedback),), aggregator=rule)
+    assert found.where == "aggregator" and "needs every-value, which TopK (transforms.0) hides" in found.text
+    assert not refusals(transforms=(ClipByNorm(1.0),), aggregator=rule)

@@ -7,6 +7,7 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import parts
 import pytest
 import torch
 from parts import Hadamard, Personal, Ranks
@@ -21,8 +22,7 @@ from fedfm.core.parts import LocalTrainer
 from fedfm.core.tree import equal
 from fedfm.local import SGD, AdamW
 from fedfm.models import Foundation, Model, load
-from fedfm.models.foundation import device_of, save
-from fedfm.models.tokenizer import load_tokenizer
+from fedfm.models.foundation import classes_of, device_of, read_config, save
 from fedfm.tasks import CausalLM
 from fedfm.testing import check_tuning, examples, tiny
 from fedfm.testing.parts import same
@@ -58,6 +58,11 @@ def test_conformance(tuning: Tuning) -> None:
         "Head": lambda: tiny.foundation("Bert", "sequence_classification", ("a", "b", "c")),
     }
     check_tuning(tuning, make.get(type(tuning).__name__, tiny.foundation))
+
+
+@pytest.mark.parametrize("tuning", [LoRA(r=2, targets=("all-linear",)), IA3(), BitFit(), Head(), Full()], ids=repr)
+def test_conformance_with_a_head_of_two_layers(tuning: Tuning) -> None:
+    check_tuning(tuning, lambda: tiny.foundation("Roberta"))
 
 
 @pytest.mark.parametrize(
@@ -156,12 +161,12 @@ def test_we_load_what_peft_saves_and_give_the_same_logits(shape: str, kind: str,
     foundation = tiny.foundation(shape)
     batch = tiny.batch_of(foundation)
     config = (
-        LoraConfig(r=4, lora_alpha=7, target_modules=["c_attn" if shape == "GPT2" else "query" if shape == "Bert" else "q_proj"])
+        LoraConfig(r=4, lora_alpha=7, target_modules=["c_attn" if shape == "GPT2" else "q_proj" if shape == "Llama" else "query"])
         if kind == "lora"
         else IA3Config(target_modules=["c_attn", "mlp.c_proj"], feedforward_modules=["mlp.c_proj"])
         if shape == "GPT2"
         else IA3Config(target_modules=["key", "intermediate.dense"], feedforward_modules=[])
-        if shape == "Bert"
+        if shape != "Llama"
         else IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     )
     config.fan_in_fan_out = shape == "GPT2"
@@ -229,15 +234,14 @@ def test_a_new_head_is_saved_with_the_adapter_and_loads_in_peft(tmp_path: Path) 
 @pytest.mark.parametrize("architecture", ["Roberta", "XLMRoberta", "Electra", "DistilBert"])
 def test_a_head_of_several_layers_is_saved_with_the_adapter_and_loads_in_peft(architecture: str, kind: str, tmp_path: Path) -> None:
     config = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4} if architecture == "DistilBert" else tiny.CONFIGS["Bert"]
-    # RoBERTa counts positions from its padding token's id.
-    config = {**config, "pad_token_id": load_tokenizer(tiny.tokenizer_folder()).pad_token_id}
     spec = Model(architecture=architecture, config=tuple(config.items()), tokenizer=tiny.tokenizer_folder())
     foundation = load(spec, "sequence_classification", ("a", "b", "c"), "cpu", Key.root(0))
-    # Two modules side by side.
-    modules = ("pre_classifier", "classifier") if architecture == "DistilBert" else None
-    tuning = LoRA(r=2, modules_to_save=modules) if kind == "lora" else IA3(modules_to_save=modules)
+    tuning = LoRA(r=2) if kind == "lora" else IA3()
     batch = tiny.batch_of(foundation)
     mine, params = ours(tuning, foundation, batch)
+    # DistilBERT's are two modules side by side.
+    head = {name for name in params if "classifier" in name}
+    assert len(head) == 4
     tuning.save(foundation, params, tmp_path)
     theirs = PeftModel.from_pretrained(plain_copy(foundation), str(tmp_path)).eval()
     torch.testing.assert_close(mine, tiny.logits_of(theirs, batch), **TOLERANCE)
@@ -258,17 +262,19 @@ def test_lora_starts_from_the_base(shape: str) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_full_is_the_model_itself(shape: str, tmp_path: Path) -> None:
-    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+    import transformers
 
     foundation = tiny.foundation(shape)
     batch = tiny.batch_of(foundation)
     mine, params = ours(Full(), foundation, batch)
     Full().save(foundation, params, tmp_path)
-    auto = AutoModelForMaskedLM if shape == "Bert" else AutoModelForCausalLM
+    auto = getattr(
+        transformers, {"Bert": "AutoModelForMaskedLM", "Roberta": "AutoModelForSequenceClassification"}.get(shape, "AutoModelForCausalLM")
+    )
     torch.testing.assert_close(mine, tiny.logits_of(auto.from_pretrained(tmp_path).eval(), batch), **TOLERANCE)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "Roberta"])
 @pytest.mark.parametrize("kind", ["lora", "head"])
 def test_what_an_output_layer_learned_does_not_move_the_embeddings_tied_to_it(shape: str, kind: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
@@ -312,6 +318,74 @@ def test_a_causal_classifier_reads_the_last_token_whatever_the_checkpoint_pads_w
         ids = torch.nn.functional.pad(batch.inputs["input_ids"], (0, 4), value=foundation.tokenizer.pad_token_id)
         batch.inputs = {"input_ids": ids}
         torch.testing.assert_close(alone, tuned.logits(batch), **TOLERANCE)
+
+
+@pytest.mark.parametrize("architecture", ["Roberta", "XLMRoberta", "Longformer", "MPNet"])
+@pytest.mark.parametrize("pad", [1, 5])
+def test_positions_counted_from_the_padding_token_stay_where_they_were(architecture: str, pad: int, tmp_path: Path) -> None:
+    config = {**tiny.CONFIGS["Roberta"], "pad_token_id": pad, **({"attention_window": 4} if architecture == "Longformer" else {})}
+    spec = Model(architecture=architecture, config=tuple(config.items()), tokenizer=tiny.tokenizer_folder())
+    base = load(spec, "sequence_classification", ("a", "b"), "cpu", Key.root(0))
+    assert base.tokenizer.pad_token_id == 0
+    batch = tiny.batch_of(base)
+    expected = tiny.logits_of(base.model.eval(), batch)
+    torch.testing.assert_close(tiny.logits_of(plain_copy(base), batch), expected, **TOLERANCE)
+    save(base, base.model, tmp_path)
+    again = load(Model(str(tmp_path)), "sequence_classification", ("a", "b"), "cpu", Key.root(0))
+    assert again.model.config.pad_token_id == pad
+    torch.testing.assert_close(tiny.logits_of(again.model.eval(), batch), expected, **TOLERANCE)
+    torch.testing.assert_close(tiny.logits_of(plain_copy(again), batch), expected, **TOLERANCE)
+
+
+def test_a_model_from_scratch_pads_with_its_tokenizers_token() -> None:
+    foundation = tiny.foundation("Roberta")
+    assert foundation.model.config.pad_token_id == foundation.tokenizer.pad_token_id == 0
+    assert foundation.model.roberta.embeddings.padding_idx == 0
+
+
+@pytest.mark.parametrize("architecture", ["Roberta", "MPNet"])
+@pytest.mark.parametrize("pad", [None, 1, 5])
+def test_a_model_takes_rows_as_long_as_it_says(architecture: str, pad: int | None) -> None:
+    config = {**tiny.CONFIGS["Roberta"], "max_position_embeddings": 20, **({} if pad is None else {"pad_token_id": pad})}
+    spec = Model(architecture=architecture, config=tuple(config.items()), tokenizer=tiny.tokenizer_folder())
+    foundation = load(spec, "sequence_classification", ("a", "b"), "cpu", Key.root(0))
+    longest = foundation.max_context
+    assert longest is not None and 14 <= longest <= 18
+    assert tiny.logits_of(foundation.model, tiny.batch_of(foundation, length=longest)).isfinite().all()
+
+
+def test_an_encoder_is_no_causal_base() -> None:
+    for architecture in ("Bert", "Roberta"):
+        with pytest.raises(ModelError, match=f"{architecture} is an encoder .*is_decoder: false.*Use the task MaskedLM"):
+            tiny.foundation(architecture, "causal_lm")
+        assert tiny.foundation(architecture, "causal_lm", is_decoder=True).model.config.is_decoder
+
+
+@pytest.mark.parametrize("shape", ["Roberta", "Llama"])
+def test_a_trained_head_keeps_its_classes_or_is_a_new_one(shape: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    base = tiny.foundation(shape, "sequence_classification", ("b", "a"))
+    save(base, base.model, tmp_path)
+    (head,) = base.fresh
+    assert classes_of(read_config(Model(str(tmp_path)))) == ("b", "a")
+
+    def opened(*labels: str, seed: int = 1) -> tuple[Foundation, bool]:
+        again = load(Model(str(tmp_path)), "sequence_classification", labels, "cpu", Key.root(seed))
+        assert list(again.model.config.label2id) == list(labels)
+        mine, weights = base.model.state_dict(), again.model.state_dict()
+        assert all(torch.equal(weights[name], mine[name]) for name in weights if not name.startswith(head))
+        return again, all(name in mine and weights[name].equal(mine[name]) for name in weights if name.startswith(head))
+
+    kept, same_head = opened("b", "a")
+    assert same_head and kept.fresh == () and not caplog.records
+    for labels in (("no", "yes"), ("a", "b", "c")):
+        renewed, same_head = opened(*labels)
+        assert not same_head and renewed.fresh == (head,) and LoRA().attach(renewed).spec.names
+        assert "tells the classes b, a, and the owners have " + ", ".join(labels) in caplog.text
+        again, other = opened(*labels)[0], opened(*labels, seed=2)[0]
+        weights = [model.model.get_submodule(head).state_dict() for model in (renewed, again, other)]
+        assert equal(weights[0], weights[1]) and not equal(weights[0], weights[2])
+    with pytest.raises(ModelError, match=r"names the classes a, b, but the head of .* in the order b, a\. Leave out"):
+        opened("a", "b")
 
 
 def test_a_padding_token_that_also_ends_a_text_still_trains(tmp_path: Path) -> None:
@@ -426,6 +500,45 @@ def test_a_tuning_of_another_package_loads_its_own_adapters(monkeypatch: pytest.
     assert tuning == Hadamard(r=2) and len(params) == 8
 
 
+def test_a_package_that_is_broken_or_claims_our_kind_does_not_stand_in_the_way(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    foreign = {
+        "Broken": registry.Entry("tuning", "Broken", "nowhere.at.all", "from broken", ()),
+        "Claims": registry.Entry("tuning", "Claims", "parts", "from greedy", ()),
+    }
+    monkeypatch.setattr(parts, "Claims", type("Claims", (Hadamard,), {"peft_type": "LORA"}), raising=False)
+    monkeypatch.setattr(registry, "entries", lambda room, known=registry.entries: {**foreign, **known(room)})
+    saved_by_peft(LoraConfig(r=2, target_modules=["q_proj"]), tmp_path)
+    tuning, _ = load_adapter(tmp_path)
+    assert type(tuning) is LoRA
+    assert (
+        "Broken (from broken) is left out" in caplog.text
+        and "LoRA and Claims both load adapters of the kind LORA; LoRA is taken" in caplog.text
+    )
+
+
+MAMBA = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 4}
+STATE_SPACE = {"Mamba": MAMBA, "FalconMamba": MAMBA, "Mamba2": {**MAMBA, "head_dim": 8, "num_heads": 8, "n_groups": 1}}
+
+
+@pytest.mark.parametrize("architecture", list(STATE_SPACE))
+def test_an_adapter_that_peft_would_not_load_is_refused_before_training(architecture: str, tmp_path: Path) -> None:
+    def base() -> Foundation:
+        config = tuple(STATE_SPACE[architecture].items())
+        return load(Model(architecture=architecture, config=config, tokenizer=tiny.tokenizer_folder()), "causal_lm", (), "cpu", Key.root(0))
+
+    for targets in (("all-linear",), ("in_proj", "out_proj")):
+        with pytest.raises(ConfigError, match=r"targets: peft would not load an adapter.*'out_proj' is incompatible"):
+            LoRA(targets=targets).attach(base())
+    foundation = base()
+    tuning, batch = LoRA(r=2, targets=("in_proj",)), tiny.batch_of(foundation)
+    mine, params = ours(tuning, foundation, batch)
+    tuning.save(foundation, params, tmp_path)
+    theirs = PeftModel.from_pretrained(plain_copy(foundation), str(tmp_path)).eval()
+    torch.testing.assert_close(mine, tiny.logits_of(theirs, batch), **TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", ["LOHA", "PROMPT_TUNING"])
 @pytest.mark.parametrize("shape", ["Llama", "Bert"])
 def test_a_foreign_adapter_brings_the_base_that_exists_nowhere_else(shape: str, kind: str, tmp_path: Path) -> None:
@@ -467,6 +580,8 @@ def test_refusals() -> None:
         LoRA(targets=("q_prj",)).attach(foundation)
     with pytest.raises(ConfigError, match=r"no 'VERRA'.*Did you mean 'VERA'"):
         Peft("VERRA").attach(foundation)
+    with pytest.raises(ConfigError, match=r"ADALORA moves its ranks between layers.* never allocate\. Use LoRA"):
+        Peft("ADALORA", {"target_modules": ["q_proj"], "total_step": 10})  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="PROMPT_TUNING does not fit a masked lm model"):
         Peft("PROMPT_TUNING", {"num_virtual_tokens": 3}).attach(tiny.foundation("Bert"))  # type: ignore[arg-type]
     for device in ("gpu", "cuda:99", "meta"):

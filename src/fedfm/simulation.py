@@ -14,7 +14,7 @@ from fedfm.core.session import Session
 from fedfm.data import Owners, prepare
 from fedfm.federation import Federation
 from fedfm.models import load_tokenizer
-from fedfm.models.foundation import max_context, read_config
+from fedfm.models.foundation import classes_of, configured, max_context
 
 Progress = Callable[[str, int], None]
 
@@ -56,8 +56,16 @@ class Simulation:
         plan, key = federation.resolved(), Key.root(federation.seed)
         if owners is None:
             tokenizer = load_tokenizer(plan.model.tokenizer or plan.model.source or "")
-            limit = max_context(read_config(plan.model))
-            owners = prepare(plan.data, plan.task, tokenizer, key=key.fold("data"), max_context=limit, progress=progress)
+            config = configured(plan.model, plan.task.head, tokenizer)
+            owners = prepare(
+                plan.data,
+                plan.task,
+                tokenizer,
+                key=key.fold("data"),
+                max_context=max_context(config),
+                classes=classes_of(config),
+                progress=progress,
+            )
         house = House(
             plan=plan.client_plan(),
             shards={client: owners.path(client) for client in owners.ids},

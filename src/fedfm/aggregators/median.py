@@ -23,8 +23,8 @@ class CoordinateMedian(Aggregator):
     concerns = ("robustness",)
 
     def traits(self) -> Traits:
-        """Compares clients, and is no weighted sum of them."""
-        return traits(needs=["single-updates"], hides=["weighted-sum"])
+        """Compares clients value by value, and is no weighted sum of them."""
+        return traits(needs=["single-updates", "every-value"], hides=["weighted-sum"])
 
     def uniform(self) -> bool:
         """Weights are ignored."""

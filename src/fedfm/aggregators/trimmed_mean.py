@@ -38,8 +38,8 @@ class TrimmedMean(Aggregator):
             raise ConfigError(f"TrimmedMean.trim is {self.trim}; it must be 0 or more.")
 
     def traits(self) -> Traits:
-        """Compares clients, and is no weighted sum of them."""
-        return traits(needs=["single-updates"], hides=["weighted-sum"])
+        """Compares clients value by value, and is no weighted sum of them."""
+        return traits(needs=["single-updates", "every-value"], hides=["weighted-sum"])
 
     def min_updates(self) -> int:
         """One more than are dropped."""

@@ -1,4 +1,4 @@
-"""``fedfm``: run, resume, compare, check, list, show, report, export, generate, quickstart, and commands of other packages.
+"""``fedfm``: run, resume, compare, check, list, show, report, export, generate, cache, quickstart, and commands of other packages.
 
 Only what ``--help`` needs is imported here; a command imports the rest when it runs.
 """
@@ -130,6 +130,17 @@ def generate(
     from fedfm.cli import commands
 
     commands.generate(run, prompt, max_new_tokens, temperature, seed)
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete it; a run that needs it makes it again.")] = False,
+    older_than: Annotated[float | None, typer.Option(metavar="DAYS", help="With --clear: only what is older.")] = None,
+) -> None:
+    """Show the prepared rows and base models that are kept, or delete them."""
+    from fedfm.cli import cache as kept
+
+    kept.show(clear, older_than)
 
 
 @app.command()

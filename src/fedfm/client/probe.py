@@ -43,12 +43,13 @@ def probe_rows(learner: Learner, start_d: torch.Tensor, examples: Examples, key:
     ]
     turned = [rows[0], [row._replace(ids=row.ids[::-1]) for row in rows[1]]]
     try:
+        _drop(learner, torch.stack([theta_0d, theta_1d]), learner.batch(rows), key)
         usual = _numbers(learner, torch.stack([theta_0d, theta_1d]), learner.batch(rows))
         changed = _numbers(learner, torch.stack([theta_0d, other_1d]), learner.batch(turned))
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        # A site that cannot divide its activations among clients.
+        # A site that cannot divide its activations, or its dropout, among clients.
         return f"two clients do not fit into one batch ({str(error).splitlines()[0]})"
     for k, grad_kd in enumerate(usual.grads):
         # Exact: what a loss does not depend on has a gradient of zero, whatever the type.
@@ -138,6 +139,13 @@ def _numbers(learner: Learner, theta_kd: torch.Tensor, batch: Batch) -> _Numbers
         grads = [torch.autograd.grad(loss_q[batch.owner_q == k].sum(), theta_kd, retain_graph=k == 0)[0] for k in (0, 1)]
     row_p = batch.pick_p if batch.per_row else batch.pick_p // batch.shape[1]
     return _Numbers(logits_pc[row_p < batch.shape[0] // 2].detach(), grads)
+
+
+@torch.no_grad()
+def _drop(learner: Learner, theta_kd: torch.Tensor, batch: Batch, key: Key) -> None:
+    """A forward pass with dropout: a site that cannot place each client's mask says so."""
+    learner.tuned.bind(theta_kd, [key.fold("probe", "dropout", k) for k in range(len(theta_kd))])
+    learner.tuned.logits(batch)
 
 
 def _cut(row: Row, per_row: bool) -> Row:

@@ -123,12 +123,14 @@ class Traits:
 
     A part that needs what another hides is refused before anything runs. Words in use:
     ``single-updates`` (each client's update, one by one), ``float-leaves`` (tensors that can still be computed with),
-    ``named-leaves`` (one tensor per parameter), ``deltas`` (an aggregate that holds a change of each parameter), ``stateful-clients`` (a client's memory from its last round),
-    ``uniform-weights``, ``weighted-sum`` (a mean of some kind), ``counts`` (the owners tell how many examples they have).
+    ``named-leaves`` (one tensor per parameter), ``deltas`` (an aggregate that holds a change of each parameter), ``all-parameters`` (none of them
+    stays at home), ``stateful-clients`` (a client's memory from its last round), ``uniform-weights``, ``weighted-sum`` (a mean of some kind),
+    ``counts`` (the owners tell how many examples they have), ``every-value`` (each client's own value of each parameter: a sparse update leaves
+    most of them out, and a rule that compares clients would count a zero as a vote).
 
     What a part *is* lets others ask for a property instead of a class: ``plain-step`` (the new parameters are the mean of the clients'),
-    ``gradient-steps`` (a client moves by its gradients and nothing else), ``linear`` (decoding commutes with addition), ``private``
-    (a privacy promise, which every leaf that leaves must be covered by).
+    ``gradient-steps`` (a client moves by its gradients and nothing else), ``linear`` (decoding commutes with addition), ``bounds``
+    (no update leaves it longer than its bound), ``private`` (a privacy promise, which every leaf that leaves must be covered by).
     """
 
     needs: frozenset[str] = frozenset()

@@ -30,7 +30,7 @@ class RoundRecord:
         cohort: Who was asked.
         failures: Who failed, where and why; one entry for each attempt.
         clients: What each client told about its work; empty where the channel shows sums alone.
-        metrics: Of the round: ``train_loss`` (weighted), ``update_norm``, and what observers add under ``eval``.
+        metrics: Of the round: ``train_loss`` (weighted), ``update_norm`` (of the parameters' deltas), and what observers add under ``eval``.
         bytes_up: Bytes of all replies.
         bytes_down: Bytes of all requests.
     """
@@ -112,7 +112,7 @@ def play(
         cohort=tuple(cohort),
         failures=tuple(arrivals.failures),
         clients={client: arrivals.told[client] for client in cohort if client in arrivals.told},
-        metrics=_metrics(aggregate, arrivals, cohort),
+        metrics=_metrics(aggregate, errand, arrivals, cohort),
         bytes_up=meter.bytes_up,
         bytes_down=meter.bytes_down,
         seconds={"train": session.clock.now() - began},
@@ -163,8 +163,11 @@ def finish(plan: Plan, aggregate: Update, state: ServerState, errand: Errand, ct
     return aggregate, states
 
 
-def _metrics(aggregate: Update, arrivals: Arrivals, cohort: Sequence[ClientId]) -> dict[str, float]:
-    metrics = {"update_norm": norm(aggregate.payload), "num_clients": aggregate.num_clients, "weight": aggregate.weight}
+def _metrics(aggregate: Update, errand: Errand, arrivals: Arrivals, cohort: Sequence[ClientId]) -> dict[str, float]:
+    # What a method adds (a control variate) is no change of the model.
+    deltas = {leaf.name for leaf in errand.leaves if leaf.group == "delta"}
+    update_norm = norm({name: leaf for name, leaf in aggregate.payload.items() if name in deltas})
+    metrics = {"update_norm": update_norm, "num_clients": aggregate.num_clients, "weight": aggregate.weight}
     losses = [(told["weight"], told["loss"]) for told in (arrivals.told[c] for c in cohort if c in arrivals.told) if "loss" in told]
     total = sum(weight for weight, _ in losses)
     if total > 0:

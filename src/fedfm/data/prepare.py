@@ -48,6 +48,7 @@ def prepare(
     *,
     key: Key,
     max_context: int | None = None,
+    classes: tuple[str, ...] = (),
     cache: Path | None = None,
     progress: Callable[[str, int], None] | None = None,
 ) -> Owners:
@@ -57,6 +58,7 @@ def prepare(
         tokenizer: A ``PreTrainedTokenizerFast``.
         key: Draws the partition and what is held out.
         max_context: The longest sequence that the model takes.
+        classes: Those that the base already tells, in its order, which is kept where the owners' rows show the same ones.
         cache: Where prepared data is kept; default ``$FEDFM_CACHE/data``, else ``~/.cache/fedfm/data``.
         progress: Told what is being done, and how many rows it has seen.
 
@@ -76,7 +78,7 @@ def prepare(
         raise ConfigError(
             f"The task's max_length is {task.max_length} tokens, but the model's context is {max_context}. Set max_length to at most {max_context}."
         )
-    fingerprint = _fingerprint(data, task, tokenizer, key, source, test)
+    fingerprint = _fingerprint(data, task, tokenizer, key, source, test, classes)
     root = cache or disk.cache() / "data"
     folder = root / fingerprint
     if not (folder / "owners.json").exists():
@@ -84,7 +86,8 @@ def prepare(
             root.mkdir(parents=True, exist_ok=True)
             temporary = Path(tempfile.mkdtemp(prefix=f".{fingerprint}-", dir=root))
             try:
-                _Build(data, task, tokenizer, key, temporary, fingerprint, progress or (lambda stage, rows: None)).run(source, test)
+                build = _Build(data, task, tokenizer, key, temporary, fingerprint, progress or (lambda stage, rows: None), classes)
+                build.run(source, test)
                 temporary.replace(folder)
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
@@ -100,7 +103,7 @@ def prepare(
     return owners
 
 
-def _fingerprint(data: Data, task: Task, tokenizer: Any, key: Key, source: Source, test: Source | None) -> str:
+def _fingerprint(data: Data, task: Task, tokenizer: Any, key: Key, source: Source, test: Source | None, classes: tuple[str, ...]) -> str:
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
     # Left over from the last call, not part of what the tokenizer is.
     backend.update(truncation=None, padding=None)
@@ -108,7 +111,7 @@ def _fingerprint(data: Data, task: Task, tokenizer: Any, key: Key, source: Sourc
     rules = {part.name: repr(getattr(data, part.name)) for part in fields(data) if part.name not in ("source", "test")}
     stamps = [source.stamp, test.stamp if test else None]
     words = [backend, tokenizer.special_tokens_map, tokenizer.chat_template]
-    known = [layout.VERSION, rules, repr(task), stamps, words, key.digest.hex()]
+    known = [layout.VERSION, rules, repr(task), stamps, words, key.digest.hex(), *classes]
     return hashlib.blake2b(json.dumps(known, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()
 
 
@@ -158,9 +161,17 @@ class _Owner:
 
 class _Build:
     def __init__(
-        self, data: Data, task: Task, tokenizer: Any, key: Key, folder: Path, fingerprint: str, progress: Callable[[str, int], None]
+        self,
+        data: Data,
+        task: Task,
+        tokenizer: Any,
+        key: Key,
+        folder: Path,
+        fingerprint: str,
+        progress: Callable[[str, int], None],
+        classes: tuple[str, ...],
     ) -> None:
-        self.data, self.task, self.tokenizer, self.key = data, task, tokenizer, key
+        self.data, self.task, self.tokenizer, self.key, self.classes = data, task, tokenizer, key, classes
         self.folder, self.fingerprint, self.progress = folder, fingerprint, progress
         self.owners: dict[str, _Owner] = {}
         self.codes: dict[str, int] = {}
@@ -293,7 +304,7 @@ class _Build:
         if self.data.test is None:
             training += [owner.test.labels for owner in usable.values()]
         found = {label for labels in training for label in labels}
-        known = list(self.task.labels) if self.task.labels is not None else sorted(found)
+        known = list(self.task.labels) if self.task.labels is not None else self._in_order(found)
         for name, owner in usable.items():
             unknown = sorted((set(owner.train.labels) | set(owner.test.labels)) - set(known))
             if unknown:
@@ -304,6 +315,10 @@ class _Build:
                     f"{', ...' if len(known) > 8 else ''}). Remove these rows or add the class."
                 )
         return known
+
+    def _in_order(self, labels: set[str]) -> list[str]:
+        """As the base's own head has them, where it tells the same classes; else sorted."""
+        return list(self.classes) if set(self.classes) == labels else sorted(labels)
 
     def _number(self, usable: dict[str, _Owner], labels: list[str]) -> None:
         """Replaces the numbers given to labels as they appeared by their places in ``labels``."""

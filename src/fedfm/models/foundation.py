@@ -28,6 +28,12 @@ _AUTO = {
     "masked_lm": "AutoModelForMaskedLM",
     "sequence_classification": "AutoModelForSequenceClassification",
 }
+# Their first position is the one after the padding token's id.
+_COUNT_FROM_PADDING = frozenset(
+    ("camembert", "data2vec-text", "ibert", "lilt", "longformer", "luke", "markuplm", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta",
+     "xlm-roberta-xl", "xmod")
+)  # fmt: skip
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -86,8 +92,9 @@ def max_context(config: Any) -> int | None:
     for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
         value = getattr(config, name, None)
         if isinstance(value, int):
-            # RoBERTa-like models lose two positions to padding.
-            return value - 2 if getattr(config, "model_type", "") in ("roberta", "xlm-roberta", "camembert") else value
+            counts = getattr(config, "model_type", "") in _COUNT_FROM_PADDING
+            # MPNet counts from 1, whatever its config says.
+            return value - 1 - max(getattr(config, "pad_token_id", None) or 0, 1) if counts else value
     return None
 
 
@@ -135,59 +142,75 @@ def read_config(spec: Model) -> Any:
         raise ModelError(f"The config of {spec.architecture} is not valid: {error}") from error
 
 
-def load(spec: Model, head: Head, labels: Sequence[str] = (), device: str = "auto", key: Key | None = None) -> Foundation:
-    """Loads or builds the model.
-
-    Args:
-        head: What it must compute.
-        labels: Class names, for ``sequence_classification``.
-        device: ``auto`` takes CUDA, then MPS, then the CPU.
-        key: Where weights that no checkpoint has are drawn from.
+def configured(spec: Model, head: Head, tokenizer: Any) -> Any:
+    """The config with which the model is built: read, and fitted to its tokenizer.
 
     Raises:
-        ModelError: if it does not load, does not fit its tokenizer, or has no such head.
+        ModelError: if there is none, it has fewer tokens than the tokenizer, or an encoder is asked to be causal.
     """
-    import transformers
-
     config = read_config(spec)
-    tokenizer = load_tokenizer(spec.tokenizer or spec.source or "")
-    dropout = _without_dropout(config)
-    if head == "sequence_classification":
-        if len(labels) < 2:
-            raise ModelError(f"Classification needs at least 2 classes; the owners' rows show {list(labels)}.")
-        config.num_labels = len(labels)
-        config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
-    if getattr(config, "pad_token_id", None) is None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+    if head == "causal_lm":
+        _require_causal(spec, config)
+    given = dict(spec.config)
+    # An embedding takes its padding row out of training, so a token that also ends texts is not set here.
+    if tokenizer.pad_token_id != tokenizer.eos_token_id and (
+        getattr(config, "pad_token_id", None) is None or (spec.architecture is not None and "pad_token_id" not in given)
+    ):
         config.pad_token_id = tokenizer.pad_token_id
     for name in ("bos", "eos"):
         if spec.architecture is not None:
             setattr(config, f"{name}_token_id", getattr(tokenizer, f"{name}_token_id"))
-    if spec.architecture is not None and "vocab_size" not in dict(spec.config):
+    if spec.architecture is not None and "vocab_size" not in given:
         config.vocab_size = len(tokenizer)
     if len(tokenizer) > config.vocab_size:
         raise ModelError(
             f"The tokenizer has {len(tokenizer)} tokens and the model only {config.vocab_size}: they do not fit. "
             "Use the tokenizer the model was trained with, or set vocab_size for a model from scratch."
         )
+    return config
+
+
+def classes_of(config: Any) -> tuple[str, ...]:
+    """The classes that a checkpoint's head was trained to tell, in the order of their indices; empty where it has no such head.
+
+    A class without a name is its index.
+    """
+    if not any(name.endswith("ForSequenceClassification") for name in getattr(config, "architectures", None) or ()):
+        return ()
+    return tuple(str(i) if name == f"LABEL_{i}" else str(name) for i, name in sorted(config.id2label.items()))
+
+
+def _require_causal(spec: Model, config: Any) -> None:
+    from transformers import MODEL_FOR_MASKED_LM_MAPPING
+
+    # An architecture with both heads is an encoder, which transformers also runs as a decoder where its config says so.
+    both = type(config) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_encoder_decoder", False)
+    if both and not getattr(config, "is_decoder", getattr(config, "causal", False)):
+        raise ModelError(
+            f"{spec.source or spec.architecture} is an encoder (its config has is_decoder: false): as a causal model it would look ahead and "
+            "train on its own answers. Use the task MaskedLM, or a causal base (is_decoder: true in its config makes it one)."
+        )
+
+
+def load(spec: Model, head: Head, labels: Sequence[str] = (), device: str = "auto", key: Key | None = None) -> Foundation:
+    """Loads or builds the model.
+
+    Args:
+        head: What it must compute.
+        labels: Class names, for ``sequence_classification``. A checkpoint that was trained for the same keeps its head.
+        device: ``auto`` takes CUDA, then MPS, then the CPU.
+        key: Where weights that no checkpoint has are drawn from.
+
+    Raises:
+        ModelError: if it does not load, does not fit its tokenizer, or has no such head.
+    """
+    tokenizer = load_tokenizer(spec.tokenizer or spec.source or "")
+    config = configured(spec, head, tokenizer)
+    dropout = _without_dropout(config)
+    renew = head == "sequence_classification" and _name_classes(config, spec, tuple(labels))
     key = key or Key.root(0)
-    dtype = getattr(torch, spec.dtype)
     where = device_of(device)
-    auto = getattr(transformers, _AUTO[head])
-    # New weights are drawn inside a fork of the global generator: the caller's stream stays as it was.
-    with torch.random.fork_rng(devices=[]), _quiet():
-        torch.manual_seed(key.fold("model").seed())
-        try:
-            if spec.source is None:
-                model, fresh = auto.from_config(config, dtype=dtype, trust_remote_code=False), set()
-            else:
-                model, info = auto.from_pretrained(
-                    locate(spec.source), config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True, use_safetensors=True
-                )
-                fresh = {name.rpartition(".")[0] for name in info["missing_keys"]}
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise ModelError(
-                f"The model {spec.source or spec.architecture!r} could not be loaded as a {head.replace('_', ' ')} model: {error}"
-            ) from error
+    model, fresh = _build(spec, head, config, key, renew)
     if head != "sequence_classification" and fresh:
         raise ModelError(
             f"The model at {spec.source!r} has no weights for {sorted(fresh)[:4]}: it is not a {head.replace('_', ' ')} model."
@@ -197,7 +220,9 @@ def load(spec: Model, head: Head, labels: Sequence[str] = (), device: str = "aut
     model.config.use_cache = False
     # Not before: an embedding takes its padding row, here the end of a text, out of training.
     # Causal models find a row's last token by the id that pads it, so it must be the one that rows are padded with.
-    if head == "sequence_classification" or getattr(model.config, "pad_token_id", None) is None:
+    # Not at all where positions are counted from that id: a copy built with another would count from elsewhere.
+    needed = head == "sequence_classification" or getattr(model.config, "pad_token_id", None) is None
+    if needed and model.config.model_type not in _COUNT_FROM_PADDING:
         model.config.pad_token_id = tokenizer.pad_token_id
     if spec.gradient_checkpointing:
         model.activation_checkpointing_enable()
@@ -208,10 +233,78 @@ def load(spec: Model, head: Head, labels: Sequence[str] = (), device: str = "aut
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-    if head == "sequence_classification" and spec.source is None:
-        fresh = {name for name, _ in model.named_children() if name in ("score", "classifier")}
     num_params = sum(p.numel() for p in model.parameters())
     return Foundation(model, tokenizer, spec, head, tuple(labels), num_params, key, tuple(sorted(fresh)), dropout)
+
+
+def _name_classes(config: Any, spec: Model, labels: tuple[str, ...]) -> bool:
+    """Writes the classes into a config; says whether a head that was trained for others must be a new one."""
+    if len(labels) < 2:
+        raise ModelError(f"Classification needs at least 2 classes; the owners' rows show {list(labels)}.")
+    known = classes_of(config)
+    if set(known) == set(labels) and known != labels:
+        raise ModelError(
+            f"The recipe names the classes {', '.join(labels)}, but the head of {spec.source!r} has them in the order {', '.join(known)}. "
+            "Leave out the task's labels, or give them in that order."
+        )
+    if known and known != labels:
+        log.warning(
+            "%s tells the classes %s, and the owners have %s: a new head is trained. To keep the head, give its classes in the task's labels.",
+            spec.source, ", ".join(known[:8]), ", ".join(labels[:8]),
+        )  # fmt: skip
+    config.num_labels = len(labels)
+    config.id2label, config.label2id = dict(enumerate(labels)), {label: i for i, label in enumerate(labels)}
+    return bool(known) and known != labels
+
+
+def _build(spec: Model, head: Head, config: Any, key: Key, renew: bool) -> tuple[Any, set[str]]:
+    """The model, and the modules that no checkpoint had.
+
+    Args:
+        renew: Whether the checkpoint's head is left out.
+    """
+    import transformers
+
+    dtype = getattr(torch, spec.dtype)
+    auto = getattr(transformers, _AUTO[head])
+    # New weights are drawn inside a fork of the global generator: the caller's stream stays as it was.
+    with torch.random.fork_rng(devices=[]), _quiet():
+        torch.manual_seed(key.fold("model").seed())
+        try:
+            if spec.source is None:
+                model = auto.from_config(config, dtype=dtype, trust_remote_code=False)
+                return model, _head_of(model) if head == "sequence_classification" else set()
+            model, info = auto.from_pretrained(
+                locate(spec.source), config=config, dtype=dtype, trust_remote_code=False, output_loading_info=True, use_safetensors=True,
+                ignore_mismatched_sizes=renew,
+            )  # fmt: skip
+            fresh = {name.rpartition(".")[0] for name in info["missing_keys"]}
+            if renew:
+                fresh |= (beside := _head_of(model))
+                wrong = [name for name, *_ in info["mismatched_keys"] if name.partition(".")[0] not in beside]
+                if wrong:
+                    raise ModelError(f"The weights at {spec.source!r} do not fit its config: {wrong[0]}.")
+                _draw(model, beside)
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            raise ModelError(
+                f"The model {spec.source or spec.architecture!r} could not be loaded as a {head.replace('_', ' ')} model: {error}"
+            ) from error
+    return model, fresh
+
+
+def _draw(model: Any, names: set[str]) -> None:
+    """Draws the weights of these modules as the model draws those of a new one."""
+    for name in sorted(names):
+        for module in model.get_submodule(name).modules():
+            for parameter in module.parameters(recurse=False):
+                # What transformers has loaded it does not draw.
+                parameter._is_hf_initialized = False
+            model._init_weights(module)
+
+
+def _head_of(model: Any) -> set[str]:
+    """The modules with weights beside the base."""
+    return {name for name, module in model.named_children() if name != model.base_model_prefix and any(True for _ in module.parameters())}
 
 
 def _not_about_padding(record: logging.LogRecord) -> bool:

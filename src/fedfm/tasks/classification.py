@@ -25,7 +25,8 @@ class Classification(Task):
         text: Column that holds the text.
         label: Column that holds the class, as text or a number.
         max_length: Tokens of an example with its special tokens, at least 2; longer texts are cut.
-        labels: The classes in the order of their indices; ``None`` takes all that occur in training, sorted.
+        labels: The classes in the order of their indices; ``None`` takes all that occur in training, sorted, or in the base's
+            own order where its head tells the same classes.
 
     Raises:
         ConfigError: if a value is out of range or a class is named twice.

@@ -1,4 +1,5 @@
-"""Models, tokenizers and examples small enough to build in a test, in the three shapes that matter: Llama, GPT-2, BERT."""
+"""Models, tokenizers and examples small enough to build in a test, in the shapes that matter: Llama, GPT-2, BERT, and a RoBERTa classifier,
+whose head has two layers and which counts positions from its padding token's id."""
 
 from __future__ import annotations
 
@@ -20,8 +21,10 @@ CONFIGS: dict[str, dict[str, int]] = {
     "Llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
     "GPT2": {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "Bert": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
+    "Roberta": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
-HEADS: dict[str, Head] = {"Llama": "causal_lm", "GPT2": "causal_lm", "Bert": "masked_lm"}
+HEADS: dict[str, Head] = {"Llama": "causal_lm", "GPT2": "causal_lm", "Bert": "masked_lm", "Roberta": "sequence_classification"}
+LABELS = ("a", "b", "c")
 TEXT = [
     f"the {a} {b} {c} the {d}."
     for a in ("small", "old", "red", "quiet")
@@ -44,13 +47,14 @@ def tokenizer_folder() -> str:
 
 
 def spec(architecture: str, **config: object) -> Model:
-    """A model from scratch: ``Llama``, ``GPT2`` or ``Bert``, 2 layers of width 32."""
+    """A model from scratch: ``Llama``, ``GPT2``, ``Bert`` or ``Roberta``, 2 layers of width 32."""
     return Model(architecture=architecture, config=tuple({**CONFIGS[architecture], **config}.items()), tokenizer=tokenizer_folder())
 
 
 def foundation(architecture: str = "Llama", head: Head | None = None, labels: tuple[str, ...] = (), **config: object) -> Foundation:
-    """It, loaded, on the CPU; the same weights each time."""
-    return load(spec(architecture, **config), head or HEADS[architecture], labels, "cpu", Key.root(0))
+    """It, loaded, on the CPU; the same weights each time. A classifier without labels tells :data:`LABELS`."""
+    head = head or HEADS[architecture]
+    return load(spec(architecture, **config), head, labels or (LABELS if head == "sequence_classification" else ()), "cpu", Key.root(0))
 
 
 class Memory:

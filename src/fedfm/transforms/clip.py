@@ -43,7 +43,7 @@ class ClipByNorm(Transform):
 
     def traits(self) -> Traits:
         """Computes with the values; there is nothing to decode."""
-        return traits(needs=["float-leaves"], is_=["linear"])
+        return traits(needs=["float-leaves"], is_=["linear", "bounds"])
 
     def encode(self, update: Update, memory: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """Shortens the payload where it is too long."""

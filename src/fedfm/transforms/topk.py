@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from fedfm.core.errors import ConfigError, MessageError, RunError
-from fedfm.core.parts import Finding, Plan, RoundContext, Spec, Traits, Transform, Tree, Update, traits, warn
+from fedfm.core.parts import Finding, Plan, RoundContext, Spec, Traits, Transform, Tree, Update, refuse, traits, warn
 
 _VALUES, _INDICES, _RESIDUAL = "topk::values", "topk::indices", "topk.residual"
 
@@ -49,13 +49,22 @@ class TopK(Transform):
             raise ConfigError(f"TopK.k is {self.k}; at least 1 value must be sent.")
 
     def traits(self) -> Traits:
-        """Compares values across parameters, and leaves one vector of values in their place."""
+        """Compares values across parameters, and leaves one vector of a few values in their place."""
         needs = ["float-leaves", "named-leaves", *(["stateful-clients"] if self.error_feedback else [])]
-        return traits(needs=needs, hides=["named-leaves"])
+        return traits(needs=needs, hides=["named-leaves", "every-value"])
 
     def check(self, plan: Plan) -> Iterator[Finding]:
-        """What changes values after it is outside its feedback. A quantiser has no other place, and is unbiased."""
-        after = plan.transforms[plan.transforms.index(self) + 1 :]
+        """What changes values after it is outside its feedback, and what bounds them before it is undone by its feedback. A quantiser has no
+        other place than after, and is unbiased."""
+        place = plan.transforms.index(self)
+        before, after = plan.transforms[:place], plan.transforms[place + 1 :]
+        bounds = [type(part).__name__ for part in before if "bounds" in part.traits().is_]
+        if self.error_feedback and bounds:
+            yield refuse(
+                f"transforms.{place}",
+                f"TopK adds what the client kept from earlier rounds to an update that {' and '.join(bounds)} has bounded, so what leaves has no "
+                f"bound. Put {' and '.join(bounds)} after TopK (what it cuts off is lost), or set TopK's error_feedback to false.",
+            )
         later = [type(part).__name__ for part in after if "float-leaves" not in part.traits().hides]
         if self.error_feedback and later:
             yield warn(

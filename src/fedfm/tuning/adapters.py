@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from fedfm.core import registry
 from fedfm.core.errors import MessageError, ModelError
 from fedfm.models import Foundation
 from fedfm.tuning.base import Tuned, Tuning
+
+log = logging.getLogger(__name__)
 
 
 def load_adapter(folder: str | Path) -> tuple[Tuning, dict[str, torch.Tensor]]:
@@ -61,6 +64,20 @@ def attach_adapter(folder: str | Path, foundation: Foundation) -> tuple[Tuning, 
 
 
 def _kinds() -> dict[str, type[Tuning]]:
-    """The tunings that PEFT has a layout for, by its name of them."""
-    parts = (entry.load() for entry in registry.entries("tuning").values())
-    return {part.peft_type: part for part in parts if issubclass(part, Tuning) and part.peft_type is not None}
+    """The tunings that PEFT has a layout for, by its name of them. Of two with one name ours is taken, then the first by its own name."""
+    kinds: dict[str, type[Tuning]] = {}
+    found = registry.entries("tuning").values()
+    for entry in sorted(found, key=lambda entry: (not entry.module.startswith("fedfm."), entry.name)):
+        try:
+            part = entry.load()
+        except Exception as error:  # whatever another package raises when it is imported
+            log.warning("the tuning %s (%s) is left out, for it cannot be imported: %r", entry.name, entry.summary, error)
+            continue
+        if not issubclass(part, Tuning) or part.peft_type is None:
+            continue
+        taken = kinds.setdefault(part.peft_type, part)
+        if taken is not part:
+            log.warning(
+                "%s and %s both load adapters of the kind %s; %s is taken", taken.__name__, entry.name, part.peft_type, taken.__name__
+            )
+    return kinds

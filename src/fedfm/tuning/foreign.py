@@ -28,11 +28,11 @@ class Peft(Tuning):
     """A tuning method of ``peft`` by its type; runs unbanked.
 
     Args:
-        type: ``peft``'s name of it: ``VERA``, ``ADALORA``, ``LOHA``, ``OFT``, ``PROMPT_TUNING``, ``P_TUNING``...
+        type: ``peft``'s name of it: ``VERA``, ``LOHA``, ``OFT``, ``PROMPT_TUNING``, ``P_TUNING``...
         config: Its configuration, name and value.
 
     Raises:
-        ConfigError: if ``peft`` does not know the type or refuses the configuration.
+        ConfigError: if ``peft`` does not know the type or refuses the configuration, or the type needs a loop of its own (``ADALORA``).
     """
 
     concerns = ("parameter-efficient",)
@@ -41,6 +41,11 @@ class Peft(Tuning):
     config: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
+        if self.type == "ADALORA":
+            raise ConfigError(
+                "tuning.Peft: ADALORA moves its ranks between layers after each step of one training loop, from gradients that stay with the "
+                "clients here; it would train at its first ranks and never allocate. Use LoRA."
+            )
         if isinstance(self.config, Mapping):
             object.__setattr__(self, "config", tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in self.config.items())))
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from fedfm.core.errors import ModelError
+from fedfm.core.errors import ConfigError, ModelError
 from fedfm.core.tree import Tree
 from fedfm.models import Foundation
 from fedfm.models.foundation import save as save_model
@@ -93,6 +93,27 @@ def require_names(tensors: Tree, leaves: tuple[str, ...], saved: tuple[str, ...]
         raise ModelError(f"It holds tensors that this {what} would not make: {', '.join(extra[:3])}.")
     if missing or not modules:
         raise ModelError(f"It lacks tensors that this {what} would make: {', '.join(missing[:3] or leaves)}.")
+
+
+def require_loads(foundation: Foundation, targets: Sequence[str], where: str) -> None:
+    """Refuses targets of a LoRA adapter that PEFT would not load. It is asked with a copy of the base that has no weights.
+
+    Raises:
+        ConfigError: with PEFT's reason.
+    """
+    # PEFT takes seconds to import. What it refuses are layers of state-space models, which have a convolution beside them.
+    if not any(isinstance(module, nn.Conv1d) for module in foundation.model.modules()):
+        return
+    import peft
+
+    with torch.device("meta"):
+        outline = type(foundation.model)._from_config(copy.deepcopy(foundation.model.config))
+    try:
+        peft.get_peft_model(outline, peft.LoraConfig(target_modules=list(targets)))
+    except ValueError as error:
+        raise ConfigError(
+            f"{where}: peft would not load an adapter with these layers, so what was trained could not be used. Name others. It says: {error}"
+        ) from error
 
 
 def refuse(used: Sequence[str], what: str) -> None:

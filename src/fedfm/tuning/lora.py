@@ -15,6 +15,7 @@ from typing import Self
 import torch
 from torch import nn
 
+from fedfm.core.batch import Batch
 from fedfm.core.errors import ConfigError, ModelError
 from fedfm.core.keys import Key
 from fedfm.core.parts import Finding, Plan, warn
@@ -88,8 +89,13 @@ class LoRA(Tuning):
             )
 
     def attach(self, foundation: Foundation) -> BankedModel:
-        """One site for each target."""
+        """One site for each target.
+
+        Raises:
+            ConfigError: if a target matches nothing, or PEFT would not load the adapter.
+        """
         targets = match(foundation, self.targets or query_value(foundation), "tuning.LoRA.targets")
+        layout.require_loads(foundation, [name for name, _ in targets], "tuning.LoRA.targets")
         sites: list[Site] = [_LoRASite(name, module, self) for name, module in targets]
         return BankedModel(
             foundation, [*sites, *head_sites(foundation, self.modules_to_save, "tuning.LoRA.modules_to_save", prefix=layout.PREFIX)]
@@ -174,14 +180,30 @@ class _LoRASite(Site):
     def _drop(self, x: torch.Tensor) -> torch.Tensor:
         """Drops inputs. A client's mask is drawn over its own rows and length, so it does not depend on who shares the batch."""
         assert self.dropout is not None and self.batch is not None
-        if x.dim() == 2 and len(x) == self.batch.num_slots:
-            # Some layers see tokens as rows (OPT's feed-forward ones).
-            return self._drop(x.view(*self.batch.shape, -1)).view_as(x)
         keep = 1 - self.lora.dropout
-        mask = torch.zeros(len(self.dropout), x.shape[0] // len(self.dropout), *x.shape[1:], dtype=x.dtype, device=x.device)
+        axes, rest = self._axes(x, self.batch)
+        mask = torch.zeros(len(self.dropout), *axes, *rest, dtype=x.dtype, device=x.device)
         for k, key in enumerate(self.dropout):
-            # A pooled row has no positions.
-            seen = (int(self.batch.real_rows[k]), int(self.batch.lengths[k]))[: x.dim() - 1]
-            drawn = torch.rand(*seen, x.shape[-1], generator=key.fold(self.name).generator(x.device), device=x.device)
+            seen = (int(self.batch.real_rows[k]), int(self.batch.lengths[k]))[: len(axes)]
+            drawn = torch.rand(*seen, *rest, generator=key.fold(self.name).generator(x.device), device=x.device)
             mask[k][tuple(slice(n) for n in seen)] = (drawn < keep).to(x.dtype) / keep
         return x * mask.view_as(x)
+
+    def _axes(self, x: torch.Tensor, batch: Batch) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Sizes of one client's axes that are rows and positions of the batch, and of those that are not.
+
+        Raises:
+            RuntimeError: if more than one client shares activations in which no rows are seen.
+        """
+        num, (rows, width) = batch.num_clients, batch.shape
+        if x.shape[:2] == (rows, width) and x.dim() > 2:
+            return (rows // num, width), tuple(x.shape[2:])
+        if x.shape[0] == rows * width and x.dim() == 2:
+            # Positions of all rows one after the other (OPT, experts).
+            return (rows // num, width), tuple(x.shape[1:])
+        if x.shape[0] == rows and x.dim() == 2:
+            # A pooled row has no positions.
+            return (rows // num,), tuple(x.shape[1:])
+        if num > 1:
+            raise RuntimeError(f"the input of {self.name} is {list(x.shape)}, where dropout sees no rows of {rows} x {width} tokens")
+        return (), tuple(x.shape)

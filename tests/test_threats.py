@@ -5,24 +5,34 @@ from __future__ import annotations
 import json
 import os
 import re
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from fedfm import notation
+from fedfm.aggregators import Mean
+from fedfm.client.house import Policy
+from fedfm.client.plan import ClientPlan
 from fedfm.core.check import check
 from fedfm.core.errors import ModelError
-from fedfm.core.messages import Reply, Request
+from fedfm.core.messages import Reply
+from fedfm.core.parts import RoundContext
+from fedfm.core.roster import Holding
+from fedfm.core.round import start
 from fedfm.data import Data
-from fedfm.engines import Embedded
+from fedfm.engines import Embedded, Process
+from fedfm.engines.process import ProcessSession
 from fedfm.federation import Federation
 from fedfm.local import AdamW
 from fedfm.models import Model, load
 from fedfm.simulation import Simulation
-from fedfm.tasks import CausalLM
+from fedfm.tasks import CausalLM, Classification
 from fedfm.testing import tiny
+from fedfm.transforms import TopK
 from fedfm.tuning import BitFit, Full, LoRA
+from fedfm.verbs import Describe, Evaluation
 
 ROOT = Path(__file__).parent.parent
 
@@ -38,23 +48,81 @@ def test_every_test_that_is_named_exists() -> None:
     assert named > 20
 
 
-def test_what_leaves_a_client_is_its_payload_and_six_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Federation:
+    """Two owners with classes."""
     monkeypatch.setenv("FEDFM_CACHE", str(tmp_path / "cache"))
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("\n".join(json.dumps({"owner": "ab"[i % 2], "text": text}) for i, text in enumerate(tiny.TEXT[:40])))
-    plan = Federation(
-        tiny.spec("Llama"), Data(str(rows), by="owner"), task=CausalLM(max_length=16), local=AdamW(steps=1), engine=Embedded(device="cpu")
-    )
-    site = Simulation.build(plan)
-    params = site.house.start
-    with site.open() as session:
-        for answer in session.exchange(dict.fromkeys(site.clients, Request.of("train", 1, params))):
-            assert isinstance(answer, Reply)
-            assert {name: (leaf.shape, leaf.dtype) for name, leaf in answer.tensors.items()} == {
-                name: (leaf.shape, torch.float32) for name, leaf in params.items()
-            }
-            assert set(answer.meta) == {"weight", "loss", "steps", "examples", "tokens", "padding"}
-            assert all(isinstance(value, float) for value in answer.meta.values())
+    rows = [{"owner": "ab"[i % 2], "text": text, "label": "xyz"[i % 3]} for i, text in enumerate(tiny.TEXT[:40])]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = Data(str(tmp_path / "rows.jsonl"), by="owner", test_fraction=0.3)
+    return Federation(tiny.spec("Llama"), data, task=CausalLM(max_length=16), local=AdamW(steps=1), engine=Embedded(device="cpu"))
+
+
+SIX = {"weight", "loss", "steps", "examples", "tokens", "padding"}
+
+
+def trained(simulation: Simulation) -> list[Reply]:
+    """What each client answers in the first round."""
+    plan = simulation.federation
+    state = start(plan, simulation.house.start)
+    errand = plan.work(state, simulation.clients, RoundContext(1, simulation.key, state.params, len(simulation.clients)))
+    with simulation.open() as session:
+        answers = list(session.exchange({client: errand.request(client) for client in simulation.clients}))
+    assert answers
+    return [answer for answer in answers if isinstance(answer, Reply) or pytest.fail(f"{answer}")]
+
+
+def test_what_leaves_a_client_is_its_payload_and_six_numbers(plan: Federation) -> None:
+    simulation = Simulation.build(plan)
+    params = simulation.house.start
+    for answer in trained(simulation):
+        assert {name: (leaf.shape, leaf.dtype) for name, leaf in answer.tensors.items()} == {
+            name: (leaf.shape, torch.float32) for name, leaf in params.items()
+        }
+        assert set(answer.meta) == SIX
+        assert all(isinstance(value, float) for value in answer.meta.values())
+
+
+def test_a_client_that_remembers_adds_its_ticket(plan: Federation) -> None:
+    for answer in trained(Simulation.build(replace(plan, transforms=(TopK(fraction=0.5),)))):
+        assert set(answer.meta) == SIX | {"ticket"} and answer.meta["ticket"] == 1
+
+
+def test_what_a_client_is_told_is_its_plan(plan: Federation) -> None:
+    own = plan.client_plan()
+    assert {item.name for item in fields(own)} == {"model", "task", "tuning", "local", "transforms", "channel"}
+    assert notation.build(ClientPlan, notation.write(own), "plan") == own
+    words = notation.write(own)
+    assert all(word not in words for word in (plan.data.source, "sampler", "aggregator", "server", "seed", "rounds"))
+
+
+def test_a_process_is_told_its_own_client_and_the_runs_key(plan: Federation) -> None:
+    simulation = Simulation.build(replace(plan, engine=Process(device="cpu")))
+    with simulation.open() as session:
+        assert isinstance(session, ProcessSession)
+        told = session._hello("a", Path("home")).meta
+    assert told["key"] == simulation.key.digest.hex() and told["client"] == "a"
+    assert set(told) == {
+        "client", "plan", "data", "folder", "key", "device", "threads", "choices", "num_clients", "withhold", "max_bytes",
+    }  # fmt: skip
+    assert str(simulation.house.shards["b"]) not in str(told)
+
+
+def test_a_policy_withholds_counts_and_labels_and_not_an_evaluation(plan: Federation) -> None:
+    plan = replace(plan, task=Classification(max_length=16), model=tiny.spec("Bert", num_hidden_layers=1))
+    silent = {"a": Policy(frozenset({"counts", "labels"}))}
+    simulation = Simulation.build(replace(plan, aggregator=Mean(weights="uniform")), policies=silent)
+    house, uniform = simulation.house, simulation.federation
+    with simulation.open() as session:
+        roster = Describe().roster(uniform.channel, session, house.clients, house.labels, house.key)
+        report = Evaluation().report(uniform, start(uniform, house.start), session, house.clients, house.key, len(house.labels))
+    assert roster.holdings["a"] == Holding() and roster.holdings["b"].train and roster.withholds("labels") == ["a"]
+    assert [f.where for f in check(plan, 2, roster) if f.level == "refusal"] == ["aggregator"]
+    assert not [f for f in check(uniform, 2, roster) if f.level == "refusal"]
+    meta = {answer.client: answer.meta for answer in trained(simulation)}
+    assert {name: meta["a"][name] for name in SIX - {"loss"}} == {**dict.fromkeys(SIX - {"loss"}, 0.0), "weight": 1.0}
+    assert meta["b"]["weight"] == roster.holdings["b"].train
+    assert set(report["owners"]) == {"a", "b"}, "an evaluation tells its sums whatever the policy says"
 
 
 def test_embeddings_travel_only_with_full_tuning_and_the_check_says_so() -> None:

@@ -1,8 +1,8 @@
 """What a client has spent for good: privacy, mask contexts, quotas. Append-only, synced before anything leaves, never rolled back.
 
 On disk it is ``<folder>/clients/<slug>/spent.jsonl``, a line for each expense, each with a digest of all before it. A line that a crash cut
-short was never synced, so nothing left on its account, and it is dropped. Covered here: damage, and lines that were taken out or put in.
-Not covered: an owner who puts back an older copy of the whole file.
+short was never synced, so nothing left on its account, and it is dropped. Covered here: damage, and lines that were changed, moved,
+put in, or taken out from among others. Not covered: an owner who puts back an older copy of the file, cuts off its last lines or deletes it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Everything that leaves a house is declared: a name, a shape, a type, a bound, and how many become one.
 
-The boundary, an exact sum, the ring of a secure sum, the sensitivity of a noise and the owner's policy read this one declaration.
+The boundary, an exact sum and the plan check read this one declaration; so can the ring of a secure sum and the sensitivity of a noise.
 """
 
 from __future__ import annotations

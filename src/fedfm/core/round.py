@@ -1,6 +1,6 @@
 """A round is one sentence: sample, work, encode, collect, decode, aggregate, finish, step, record.
 
-*Work* and *encode* happen where the client is (:mod:`fedfm.client.runtime`); the rest is here.
+*Work* and *encode* happen where the client is (:mod:`fedfm.verbs.train`), *collect* and *decode* in the channel; the rest is here.
 Updates stream: the server holds the aggregate and one update, never a cohort (robust rules excepted).
 """
 

@@ -25,7 +25,7 @@ _LABELS = "labels"
 
 @dataclass(frozen=True)
 class Describe(Verb):
-    """Asks owners what they have. An owner's policy may withhold the counts, the labels or both, which reads NaN here."""
+    """Asks owners what they have. An owner's policy may withhold the counts, the labels or both; a number that is withheld is NaN."""
 
     name = "describe"
 

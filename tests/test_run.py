@@ -209,10 +209,10 @@ def test_a_state_comes_back_in_its_order_and_bits(
 ) -> None:
     params = {name: torch.arange(n).to(dtype) for name, dtype, n in leaves}
     path = tmp_path_factory.mktemp("state") / "s.safetensors"
-    path.write_bytes(_state_bytes(ServerState(7, params, params)))
+    path.write_bytes(_state_bytes(ServerState(7, params, {"server": params})))
     found = load_state(path)
-    assert found.round == 7 and list(found.params) == list(found.server) == list(params)
-    assert tree.equal(found.params, params) and tree.equal(found.server, params)
+    assert found.round == 7 and list(found.params) == list(found.of("server")) == list(params)
+    assert tree.equal(found.params, params) and tree.equal(found.of("server"), params)
 
 
 def test_the_ledger_adds_up(tmp_path: Path) -> None:
@@ -230,7 +230,15 @@ def test_the_ledger_adds_up(tmp_path: Path) -> None:
 def test_what_a_run_leaves(tmp_path: Path) -> None:
     out = tmp_path / "out"
     list(run(small(tmp_path), out=out))
-    assert [line["event"] for line in read_lines(out / "journal.jsonl")] == ["start", "recipe", "data", *["round"] * 4, "end"]
+    assert [line["event"] for line in read_lines(out / "journal.jsonl")] == [
+        "start",
+        "recipe",
+        "data",
+        "base",
+        "roster",
+        *["round"] * 4,
+        "end",
+    ]
     assert sorted(path.name for path in (out / "state").iterdir()) == ["round-000002.safetensors", "round-000003.safetensors"]
     assert {row["owner"]: row["train"] + row["test"] for row in json.loads((out / "split.json").read_text())} == {
         "ann": 30,
@@ -402,7 +410,7 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="gone or damaged"):
         next(resume(out))
     (out / "journal.jsonl").write_text("{}\nnot JSON\n{}\n")
-    with pytest.raises(RunError, match=r"journal\.jsonl:2 is not JSON"):
+    with pytest.raises(RunError, match=r"journal\.jsonl:1 is damaged: it does not end in a digest"):
         next(resume(out))
     with pytest.raises(RunError, match="is not the state of a run"):
         load_state(out / "recipe.yaml")

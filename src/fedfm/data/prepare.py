@@ -26,7 +26,7 @@ from fedfm.core import disk
 from fedfm.core.batch import IntArray
 from fedfm.core.errors import ConfigError, DataError
 from fedfm.core.keys import Key
-from fedfm.core.task import Encoder, Example, Task
+from fedfm.core.task import Encoder, Example, Task, tokenizer_words
 from fedfm.data import owners as layout
 from fedfm.data.owners import Owners
 from fedfm.data.sources import Record, Source, name_in, open_source, value_in
@@ -101,14 +101,10 @@ def prepare(
 
 
 def _fingerprint(data: Data, task: Task, tokenizer: Any, key: Key, source: Source, test: Source | None) -> str:
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Left over from the last call, not part of what the tokenizer is.
-    backend.update(truncation=None, padding=None)
     # Where the files lie does not change what they hold.
     rules = {part.name: repr(getattr(data, part.name)) for part in fields(data) if part.name not in ("source", "test")}
     stamps = [source.stamp, test.stamp if test else None]
-    words = [backend, tokenizer.special_tokens_map, tokenizer.chat_template]
-    known = [layout.VERSION, rules, repr(task), stamps, words, key.digest.hex()]
+    known = [layout.VERSION, rules, repr(task), stamps, tokenizer_words(tokenizer), key.digest.hex()]
     return hashlib.blake2b(json.dumps(known, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()
 
 

@@ -17,7 +17,7 @@ from fedfm.federation import Federation
 from fedfm.models import Foundation, load
 from fedfm.models.foundation import save
 from fedfm.recipe import read
-from fedfm.run.folder import JOURNAL, RECIPE, latest_state, read_lines
+from fedfm.run.folder import RECIPE, latest_state, read_journal
 from fedfm.tasks import Instruct
 
 
@@ -38,7 +38,7 @@ class Result:
         """
         state = latest_state(path)
         federation = read(path / RECIPE).resolved()
-        data = next((line for line in read_lines(path / JOURNAL) if line["event"] == "data"), {})
+        data = read_journal(path).first.get("data", {})
         # On the CPU, where the model is merged and saved: a result must open on machines that could not have trained it.
         return Result(
             federation, load(federation.model, federation.task.head, data.get("labels", ()), "cpu", Key.root(federation.seed)), state

@@ -13,6 +13,7 @@ import os
 import shutil
 import sys
 import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _GROUP = 256  # rows that one owner's tokenizer call takes
 _WAITING = 8_000_000  # characters that may wait over all owners
+_WRITTEN = 8192  # examples that are written at once
 _REPORT = 1000
 
 OwnerOf = Callable[[Record], str]
@@ -126,8 +128,11 @@ class _Split:
         self._write(found + self.encoder.flush() if end else found, codes)
 
     def _write(self, found: list[Example], codes: dict[str, int]) -> None:
-        if not found:
-            return
+        # A long row gives so many examples that they are written in parts.
+        for first in range(0, len(found), _WRITTEN):
+            self._write_part(found[first : first + _WRITTEN], codes)
+
+    def _write_part(self, found: list[Example], codes: dict[str, int]) -> None:
         labels = [example.label for example in found if example.label is not None]
         self.labels.update(labels)
         ends = self.tokens + np.cumsum([len(example.ids) for example in found])
@@ -193,19 +198,18 @@ class _Build:
         if partition.needs_label and label is None:
             raise ConfigError(f"{partition!r} divides rows by label, but the task {self.task!r} has none. Set its 'label' to a column.")
         use = label if partition.needs_label else None
-        labels = [name_in(record, use) if use else None for record in self._watched(source, "Dividing rows among owners")]
-        client_n = partition.assign(labels, self.key.fold("partition").numpy())
+        label_n, known = _labels(self._watched(source, "Dividing rows among owners"), use)
+        client_n = partition.assign(label_n, self.key.fold("partition").numpy()).astype(np.int32)
         names = [f"client{k:0{len(str(partition.clients - 1))}d}" for k in range(partition.clients)]
         for client in names:
             self._owner(client)
         # A test row goes to a client with the probability with which a training row of its label did, so both have one distribution.
-        codes = {found: code for code, found in enumerate(dict.fromkeys(labels))}
-        counts_lk = np.zeros((len(codes), partition.clients), dtype=np.int64)
-        np.add.at(counts_lk, (np.array([codes[found] for found in labels]), client_n), 1)
+        counts_lk = np.zeros((len(known), partition.clients), dtype=np.int64)
+        np.add.at(counts_lk, (label_n, client_n), 1)
         rng, rows = self.key.fold("partition", "test").numpy(), iter(client_n)
 
         def of_test(record: Record) -> str:
-            code = codes.get(name_in(record, use) if use else None)
+            code = known.get(name_in(record, use) if use else "")
             share_k = counts_lk.sum(0) if code is None else counts_lk[code]
             return names[int(rng.choice(partition.clients, p=share_k / share_k.sum()))]
 
@@ -312,6 +316,17 @@ class _Build:
                     index = np.load(f"{split.stem}.index.npy", mmap_mode="r+", allow_pickle=False)
                     index[:, 2] = place_c[index[:, 2]]
                     index.flush()
+
+
+def _labels(rows: Iterator[Record], column: str | None) -> tuple[IntArray, dict[str, int]]:
+    """The label of each row as a number, int32, and the number of each label, in the order in which they sort."""
+    seen: dict[str, int] = {}
+    codes = array("i")
+    for record in rows:
+        codes.append(seen.setdefault(name_in(record, column) if column else "", len(seen)))
+    place = {label: i for i, label in enumerate(sorted(seen))}
+    place_c = np.array([place[label] for label in seen], dtype=np.int32)
+    return place_c[np.frombuffer(codes, dtype=np.int32)], place
 
 
 def _held_out(rng: np.random.Generator, fraction: float) -> Iterator[int]:

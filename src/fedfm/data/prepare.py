@@ -294,8 +294,9 @@ class _Build:
             training += [owner.test.labels for owner in usable.values()]
         found = {label for labels in training for label in labels}
         known = list(self.task.labels) if self.task.labels is not None else sorted(found)
+        expected = set(known)
         for name, owner in usable.items():
-            unknown = sorted((set(owner.train.labels) | set(owner.test.labels)) - set(known))
+            unknown = sorted((owner.train.labels.keys() | owner.test.labels.keys()) - expected)
             if unknown:
                 what = "test label" if unknown[0] not in found else "label"
                 source = "the task's labels" if self.task.labels is not None else "the training data"
@@ -309,7 +310,8 @@ class _Build:
         """Replaces the numbers given to labels as they appeared by their places in ``labels``."""
         if not self.codes:
             return
-        place_c = np.array([labels.index(label) if label in labels else -1 for label in self.codes])
+        place = {label: i for i, label in enumerate(labels)}
+        place_c = np.array([place.get(label, -1) for label in self.codes])
         for owner in usable.values():
             for split in (owner.train, owner.test):
                 if split.examples:

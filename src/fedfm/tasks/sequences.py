@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,8 @@ OVERLAP = 1 << 12
 """Characters that two pieces of a longer text share."""
 _AGREE = 16  # fewest tokens on which two pieces must agree
 _SPARE = 512  # more tokens of a text's beginning than are used, so that its last words may be cut anywhere
+_FEW = 1 << 15  # characters that are tokenized in one thread
+_PARALLEL = "TOKENIZERS_PARALLELISM"
 
 
 def require_length(task: object, max_length: int, least: int) -> None:
@@ -69,17 +73,32 @@ def tokenize(tokenizer: Any, texts: Sequence[str], special: bool = False, max_le
 def _together(tokenizer: Any, texts: Sequence[str], special: bool, max_length: int | None) -> list[IntArray]:
     if not texts:
         return []
-    encoded = tokenizer(
-        list(texts),
-        add_special_tokens=special,
-        truncation=max_length is not None,
-        max_length=max_length,
-        padding=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
+    with _one_thread() if sum(map(len, texts)) < _FEW else nullcontext():
+        encoded = tokenizer(
+            list(texts),
+            add_special_tokens=special,
+            truncation=max_length is not None,
+            max_length=max_length,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
     return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tokenizes in this thread: to wake others takes longer than a few short texts do, and there is a call for each of many owners."""
+    before = os.environ.get(_PARALLEL)
+    os.environ[_PARALLEL] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_PARALLEL]
+        else:
+            os.environ[_PARALLEL] = before
 
 
 def long_ids(tokenizer: Any, text: str) -> Iterator[IntArray]:

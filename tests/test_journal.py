@@ -256,6 +256,8 @@ def test_a_base_that_changed_under_a_run_is_refused(what: str, tmp_path: Path) -
         (base / "tokenizer.json").write_text(json.dumps(tokens))
     with pytest.raises(RunError, match=rf"its {what} changed.*Put that one back"):
         list(resume(tmp_path / "run", 3))
+    with pytest.raises(RunError, match=rf"its {what} changed"):
+        Result.open(tmp_path / "run")
     assert read_journal(tmp_path / "run").rounds[-1].round == 2
 
 

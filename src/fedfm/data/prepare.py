@@ -17,7 +17,7 @@ from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ _GROUP = 256  # rows that one owner's tokenizer call takes
 _WAITING = 8_000_000  # characters that may wait over all owners
 _WRITTEN = 8192  # examples that are written at once
 _REPORT = 1000
+_NAMED = 20  # owners left out who are named in a warning
 
 OwnerOf = Callable[[Record], str]
 
@@ -95,8 +96,10 @@ def prepare(
             if not (folder / "owners.json").exists():
                 raise disk.cannot_write(folder, error) from error
     owners = Owners.open(folder)
-    for owner, reason in owners.left_out.items():
+    for owner, reason in islice(owners.left_out.items(), _NAMED):
         log.warning("owner %s is left out: %s", owner, reason)
+    if len(owners.left_out) > _NAMED:
+        log.warning("%d more owners are left out; the journal names them all", len(owners.left_out) - _NAMED)
     if owners.dropped:
         log.info("%d rows gave nothing to learn from", owners.dropped)
     return owners

@@ -24,48 +24,45 @@ _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
 def weights_digest(foundation: Foundation) -> str:
-    """Of the files that the weights were loaded from, every byte; of the tensors themselves where they were drawn and not loaded.
+    """Of the files that the weights were loaded from, every byte; of the tensors themselves where there are none, because they were drawn.
 
     Raises:
         ModelError: if a file cannot be read.
     """
-    spec = foundation.spec
-    if spec.source is None:
-        digest = hashlib.blake2b(digest_size=16)
-        for name, leaf in sorted(foundation.model.state_dict().items()):
-            digest.update(json.dumps([name, str(leaf.dtype), list(leaf.shape)]).encode())
-            digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
     known = []
-    for path in weight_files(spec):
+    for path in weight_files(foundation.spec):
         try:
             state = path.stat()
             known.append([path.name, file_digest(path, state.st_size, state.st_mtime_ns)])
         except OSError as error:
             raise ModelError(f"{path} cannot be read: {error.strerror}.") from error
-    return hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
+    if known:
+        return hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
+    digest = hashlib.blake2b(digest_size=16)
+    for name, leaf in sorted(foundation.model.state_dict().items()):
+        digest.update(json.dumps([name, str(leaf.dtype), list(leaf.shape)]).encode())
+        digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def weight_files(spec: Model) -> list[Path]:
-    """The safetensors files of a model that is loaded from a folder or the hub, sorted, on this machine.
-
-    Raises:
-        ModelError: if there are none.
-    """
+    """The safetensors files that a model was loaded from, sorted; none where it was built from a config."""
     from transformers.utils import cached_file
 
-    place = locate(spec.source or "")
+    if spec.source is None:
+        return []
+    place = locate(spec.source)
 
     def local(name: str) -> Path | None:
-        found = cached_file(place, name, _raise_exceptions_for_missing_entries=False, _raise_exceptions_for_connection_errors=False)
-        return None if found is None else Path(found)
+        # It is loaded already, so its files are on this machine and no hub is asked.
+        path = cached_file(place, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        return None if path is None else Path(path)
 
-    single = local(_SINGLE)
+    single, index = local(_SINGLE), local(_INDEX)
     if single is not None:
         return [single]
-    index = local(_INDEX)
     if index is None:
-        raise ModelError(f"The model at {spec.source!r} has no {_SINGLE}.")
+        return []
     names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     return [index.with_name(name) for name in names]
 

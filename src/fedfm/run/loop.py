@@ -28,10 +28,10 @@ from fedfm.core.parts import ServerState, Session
 from fedfm.core.roster import Roster
 from fedfm.core.round import Meter, RoundRecord, play, start
 from fedfm.federation import Federation
-from fedfm.models.digest import tokenizer_digest, weights_digest
 from fedfm.models.foundation import device_of, flops_per_token
 from fedfm.observers.base import RunInfo, Watcher
 from fedfm.recipe import dump, load, located, read
+from fedfm.run.base import digests, require_base
 from fedfm.run.folder import COMPARE, MODEL, RECIPE, SPLIT, RunFolder
 from fedfm.run.ledger import Ledger
 from fedfm.simulation import Simulation
@@ -195,7 +195,9 @@ def _go(
         if folder is not None:
             house.choices.update(folder.choices())
             _note_data(folder, simulation)
-            _note_base(folder, house)
+            require_base(folder.first("base"), house.foundation, folder.path)
+            if folder.first("base") is None:
+                folder.note("base", **digests(house.foundation))
         check.require(plan, len(simulation.clients))
         watch.stage("Starting the engine")
         session = stack.enter_context(simulation.open())
@@ -230,26 +232,6 @@ def _note_data(folder: RunFolder, simulation: Simulation) -> None:
         folder.note("data", fingerprint=owners.fingerprint, left_out=owners.left_out, dropped=owners.dropped, labels=owners.labels)
     elif before["fingerprint"] != owners.fingerprint:
         log.warning("The data is not what it was when %s began: it goes on, but not as an unbroken run would have.", folder.path)
-
-
-def _note_base(folder: RunFolder, house: House) -> None:
-    """Which base the run began with.
-
-    Raises:
-        RunError: if another is there when it goes on; the adapter that was trained so far belongs to the first.
-    """
-    now = {"weights": weights_digest(house.foundation), "tokenizer": tokenizer_digest(house.foundation.tokenizer)}
-    before = folder.first("base")
-    if before is None:
-        folder.note("base", **now)
-        return
-    changed = [name for name, digest in now.items() if before[name] != digest]
-    if changed:
-        base = house.foundation.spec.source or house.foundation.spec.architecture
-        raise RunError(
-            f"The base model {base!r} is not the one that {folder.path} began with: its {' and '.join(changed)} changed. "
-            "What was trained so far fits the base before. Put that one back, or start the run again in a new folder."
-        )
 
 
 def _roster(folder: RunFolder | None, simulation: Simulation, session: Session) -> Roster:

@@ -28,7 +28,7 @@ from fedfm.core.batch import IntArray
 from fedfm.core.errors import DataError
 from fedfm.core.task import Vocabulary
 
-VERSION = 1
+VERSION = 2
 POOLED = "all"
 _MAX_OPEN_FILES = 256
 

@@ -20,7 +20,7 @@ from fedfm.core.tree import norm, sub
 from fedfm.data import plan
 from fedfm.federation import Federation
 from fedfm.models import Foundation, load
-from fedfm.run.folder import JOURNAL, read_lines
+from fedfm.run.folder import read_journal
 from fedfm.run.loop import run
 from fedfm.simulation import Simulation
 
@@ -44,7 +44,7 @@ class Bench:
     @property
     def bank(self) -> int:
         """Clients in a batch: what the recipe says, or what the engine chose."""
-        return next((int(line["bank"]) for line in read_lines(self.out / JOURNAL) if "bank" in line), self.shape.clients)
+        return read_journal(self.out).choices.get("bank", self.shape.clients)
 
     def foundation(self) -> Foundation:
         """The base, once more: each rival has its own."""

@@ -105,6 +105,10 @@ def _seconds(name: str) -> Callable[[Row], str]:
     return lambda row: "not measured" if row[name] is None else f"{row[name]:.3g} s"
 
 
+def _stage(name: str) -> Callable[[Row], str]:
+    return lambda row: f"{row['per_stage'][name]:.3g} s"
+
+
 def _size(name: str) -> Callable[[Row], str]:
     return lambda row: words.size(row[name])
 
@@ -150,6 +154,14 @@ COLUMNS: Mapping[str, Mapping[str, Callable[[Row], str]]] = {
         "update": _size("update"),
         "peak": _size("peak"),
         "peak / smallest": _ratio,
+    },
+    "owners": {
+        "registered": _plain("registered"),
+        "evaluated": _plain("evaluated"),
+        **{name: _stage(name) for name in ("prepare", "start", "round", "evaluate", "resume")},
+        "libraries": _size("libraries"),
+        "prepared": _size("prepared"),
+        "peak": _size("peak"),
     },
     "start": {
         "command": _plain("command"),

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedfm.core.errors import RunError
+from fedfm.core.journal import Journal
 from fedfm.reports import comparison_lines, comparison_table, render, svg, table
 
 JSON = st.recursive(
@@ -82,6 +83,13 @@ def write(folder: Path, rounds: list[dict[str, Any]] | None = None, **files: Any
     return folder
 
 
+def begun(folder: Path, **told: Any) -> Journal:
+    """A journal with its first line."""
+    journal = Journal(folder / "journal.jsonl")
+    journal.add("start", time="2026-01-01", fedfm="1", torch="2", threads=2, recipe="0", **told)
+    return journal
+
+
 def page(folder: Path) -> Page:
     return Page(render(folder).read_text(encoding="utf-8"))
 
@@ -118,9 +126,10 @@ def test_a_whole_run_reads_from_the_headline_to_the_recipe(tmp_path: Path) -> No
         "epsilon": 1.5,
     }
     folder = write(tmp_path / "run", rounds, split=split, ledger=ledger, compare=comparison())
-    (folder / "journal.jsonl").write_text(
-        '{"event": "start", "versions": {"torch": "2.13.0"}, "threads": 2}\n{"event": "plan", "bank": 16}\n{"event": "rou'
-    )
+    journal = begun(folder, versions={"torch": "2.13.0"})
+    journal.add("plan", bank=16)
+    with journal.path.open("a") as file:
+        file.write('{"event": "rou')
     found = page(folder)
     for part in (
         "2 rounds across 2 owners brought the held\u2011out loss down from 4.500 to 2.500 (-44.4 %).", "federating closes 80 % of the gap", "from 50.0 %", "Worst owner", "2 answers failed; 4 updates were asked for", "test data unreadable",
@@ -140,7 +149,7 @@ def test_all_text_from_data_is_escaped(tmp_path: Path) -> None:
         split=[{"owner": evil, "train": 1, "test": 1, "tokens": 5, "labels": {evil: 1, "other": 2}}], compare=rows, ledger={evil: evil},
     )  # fmt: skip
     (folder / "recipe.yaml").write_text(f"name: {json.dumps(evil)}\n{evil}: {evil}\n# {evil}\n")
-    (folder / "journal.jsonl").write_text(json.dumps({evil: {evil: evil}}) + "\n")
+    begun(folder, **{evil: {evil: evil}})
     found = page(folder)
     assert found.text.count('<script>alert("1")</script>') >= 6 and "{{ 7*7 }}" in found.text
     assert "\x1b[31m" not in found.text.split("The recipe")[0]
@@ -207,7 +216,7 @@ def test_a_resumed_round_counts_once_and_a_torn_line_not_at_all(tmp_path: Path) 
 def test_any_json_makes_a_page(lines: list[Any], split: Any, ledger: Any, compare: Any, journal: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = write(Path(folder), lines, split=split, ledger=ledger, compare=compare)
-        (path / "journal.jsonl").write_text(json.dumps(journal) + "\n")
+        begun(path, told=json.loads(json.dumps(journal), parse_constant=str))
         page(path)
 
 
@@ -229,6 +238,10 @@ def test_not_a_run(tmp_path: Path) -> None:
     folder = write(tmp_path, [line(0, {"ana": 3.0})])
     (folder / "metrics.jsonl").write_text('{"round": 0}\n{oops\n{"round": 1}\n')
     with pytest.raises(RunError, match=r"metrics.jsonl, line 2, is not JSON"):
+        render(folder)
+    (folder / "metrics.jsonl").write_text('{"round": 0}\n')
+    (folder / "journal.jsonl").write_text('{"event":"start"}\n')
+    with pytest.raises(RunError, match=r"journal.jsonl:1 is damaged"):
         render(folder)
 
 

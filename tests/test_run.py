@@ -235,6 +235,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
         "start",
         "recipe",
         "data",
+        "base",
         "roster",
         *["round"] * 4,
         "end",
@@ -410,7 +411,7 @@ def test_what_cannot_be_resumed(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="gone or damaged"):
         next(resume(out))
     (out / "journal.jsonl").write_text("{}\nnot JSON\n{}\n")
-    with pytest.raises(RunError, match=r"journal\.jsonl:2 is not JSON"):
+    with pytest.raises(RunError, match=r"journal\.jsonl:1 is damaged: it does not end in a digest"):
         next(resume(out))
     with pytest.raises(RunError, match="is not the state of a run"):
         load_state(out / "recipe.yaml")

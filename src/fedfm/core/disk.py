@@ -11,7 +11,7 @@ import errno
 import hashlib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from fedfm.core.errors import RunError
@@ -41,12 +41,25 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         RunError: if the disk is full or the folder cannot be written; what was there before is untouched.
     """
+    _replace(path, [data])
+
+
+def write_lines(path: Path, lines: Iterable[str]) -> None:
+    """Replaces ``path`` with these lines, durably, holding one at a time.
+
+    Raises:
+        RunError: if the disk is full or the folder cannot be written; what was there before is untouched.
+    """
+    _replace(path, (line.encode() + b"\n" for line in lines))
+
+
+def _replace(path: Path, parts: Iterable[bytes]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         make_folder(path.parent)
         step(f"before {path.name}")
         with temporary.open("wb") as file:
-            file.write(data)
+            file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())
         step(f"written {path.name}")
@@ -76,6 +89,28 @@ def append(path: Path, line: str) -> None:
         if is_new:
             sync(path.parent)
         step(f"appended {path.name}")
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cut(path: Path, size: int, end: bytes = b"") -> None:
+    """Cuts ``path`` to ``size`` bytes followed by ``end``, durably; what a crash left behind a complete part goes away.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
+    try:
+        with path.open("r+b") as file:
+            file.seek(size)
+            if file.read() == end:
+                return
+            step(f"before cut {path.name}")
+            file.seek(size)
+            file.write(end)
+            file.truncate()
+            file.flush()
+            os.fsync(file.fileno())
+        step(f"cut {path.name}")
     except OSError as error:
         raise cannot_write(path, error) from error
 
@@ -129,4 +164,4 @@ def cache() -> Path:
 def slug(name: str) -> str:
     """A file name for any owner's name: readable, short, without separators, and different for different names."""
     readable = re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:40] or "owner"
-    return f"{readable}-{hashlib.blake2b(name.encode(), digest_size=4).hexdigest()}"
+    return f"{readable}-{hashlib.blake2b(name.encode(), digest_size=8).hexdigest()}"

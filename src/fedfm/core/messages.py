@@ -66,6 +66,11 @@ class Body:
         return _blob(self.tensors)
 
     @cached_property
+    def size(self) -> int:
+        """Bytes of :attr:`blob`, without making it."""
+        return _blob_size(self.tensors)
+
+    @cached_property
     def digest(self) -> str:
         """Names the body: 32 hexadecimal digits that differ where anything in it does."""
         digest = hashlib.blake2b(json.dumps([self.verb, self.round, dict(self.meta)], sort_keys=True).encode(), digest_size=16)
@@ -183,7 +188,9 @@ def pack_parts(message: Message) -> list[bytes]:
 def size(message: Message) -> int:
     """``len(pack(message))`` without copying a tensor."""
     own = _blob_size(message.own_tensors) if isinstance(message, Request) and message.own_tensors else 0
-    return 4 + len(_header_bytes(message, own)) + own + _blob_size(_tensors(message))
+    # A body is the same for many, who may be thousands.
+    shared = message.body.size if isinstance(message, Request) else _blob_size(_tensors(message))
+    return 4 + len(_header_bytes(message, own)) + own + shared
 
 
 def _tensors(message: Message) -> Tree:

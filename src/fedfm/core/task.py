@@ -7,6 +7,7 @@ time they are used (:meth:`Task.rows`), and rows into named tensors (:meth:`Task
 
 from __future__ import annotations
 
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,14 @@ class Vocabulary:
     size: int
     special: tuple[int, ...] = ()
     mask: int | None = None
+
+
+def tokenizer_words(tokenizer: Any) -> list[Any]:
+    """What a tokenizer is made of, as JSON."""
+    backend = json.loads(tokenizer.backend_tokenizer.to_str())
+    # Left over from the last call, not part of what the tokenizer is.
+    backend.update(truncation=None, padding=None)
+    return [backend, tokenizer.special_tokens_map, tokenizer.chat_template]
 
 
 class Examples(Protocol):

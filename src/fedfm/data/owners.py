@@ -28,7 +28,7 @@ from fedfm.core.batch import IntArray
 from fedfm.core.errors import DataError
 from fedfm.core.task import Vocabulary
 
-VERSION = 1
+VERSION = 2
 POOLED = "all"
 _MAX_OPEN_FILES = 256
 
@@ -83,6 +83,7 @@ class Shard:
         vocabulary: Of the tokenizer that made the ids.
         train: Its training examples.
         test: Its held-out examples.
+        tokens: Tokens of its training examples.
     """
 
     def __init__(
@@ -91,6 +92,7 @@ class Shard:
         self.owner, self.labels, self.vocabulary = owner, labels, vocabulary
         self.train = Encoded([(str(folder / "train"), head["train"]) for folder, head in folders], vocabulary)
         self.test = Encoded([(str(folder / "test"), head["test"]) for folder, head in folders], vocabulary)
+        self.tokens: int = sum(head["tokens"] for _, head in folders)
         self._histogram = _total(head["histogram"] for _, head in folders)
 
     @staticmethod

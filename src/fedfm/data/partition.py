@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -40,8 +39,12 @@ class Partitioner(Part, ABC):
     label: str | None = None
 
     @abstractmethod
-    def assign(self, labels: Sequence[str | None], rng: np.random.Generator) -> IntArray:
-        """The client of each row, ``(N,)``."""
+    def assign(self, label_n: IntArray, rng: np.random.Generator) -> IntArray:
+        """The client of each row, ``(N,)``.
+
+        Args:
+            label_n: The label of each row as a number, in the order in which labels sort; 0 where the rule does not look at labels.
+        """
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,10 @@ class IID(Partitioner):
     def __post_init__(self) -> None:
         _require_clients(self)
 
-    def assign(self, labels: Sequence[str | None], rng: np.random.Generator) -> IntArray:
+    def assign(self, label_n: IntArray, rng: np.random.Generator) -> IntArray:
         """The client of each row."""
-        _require_rows(self, len(labels), self.clients)
-        return rng.permutation(np.arange(len(labels)) % self.clients)
+        _require_rows(self, len(label_n), self.clients)
+        return rng.permutation(np.arange(len(label_n)) % self.clients)
 
 
 @dataclass(frozen=True)
@@ -95,19 +98,18 @@ class Dirichlet(Partitioner):
         if self.min_size < 0:
             raise ConfigError(f"{self!r}: min_size must be 0 or more.")
 
-    def assign(self, labels: Sequence[str | None], rng: np.random.Generator) -> IntArray:
+    def assign(self, label_n: IntArray, rng: np.random.Generator) -> IntArray:
         """The client of each row."""
-        _require_rows(self, len(labels), self.clients * self.min_size)
-        _, label_n = np.unique(np.array([str(label) for label in labels]), return_inverse=True)
+        _require_rows(self, len(label_n), self.clients * self.min_size)
         groups = [np.flatnonzero(label_n == label) for label in range(label_n.max(initial=-1) + 1)]
-        client_n = np.zeros(len(labels), dtype=np.int64)
+        client_n = np.zeros(len(label_n), dtype=np.int64)
         for _ in range(_ATTEMPTS):
             for rows in groups:
                 client_n[rng.permutation(rows)] = _divide(len(rows), rng.dirichlet(np.full(self.clients, self.alpha)))
             if np.bincount(client_n, minlength=self.clients).min() >= self.min_size:
                 return client_n
         raise ConfigError(
-            f"{self!r}: {_ATTEMPTS} draws over {len(labels)} rows left a client with fewer than min_size={self.min_size}. "
+            f"{self!r}: {_ATTEMPTS} draws over {len(label_n)} rows left a client with fewer than min_size={self.min_size}. "
             "Raise alpha, lower min_size or ask for fewer clients."
         )
 
@@ -130,9 +132,9 @@ class QuantitySkew(Partitioner):
         _require_clients(self)
         _require_alpha(self, self.alpha)
 
-    def assign(self, labels: Sequence[str | None], rng: np.random.Generator) -> IntArray:
+    def assign(self, label_n: IntArray, rng: np.random.Generator) -> IntArray:
         """The client of each row."""
-        return rng.permutation(_divide(len(labels), rng.dirichlet(np.full(self.clients, self.alpha))))
+        return rng.permutation(_divide(len(label_n), rng.dirichlet(np.full(self.clients, self.alpha))))
 
 
 @dataclass(frozen=True)
@@ -159,15 +161,15 @@ class Shards(Partitioner):
         if self.shards_per_client < 1:
             raise ConfigError(f"{self!r}: shards_per_client must be 1 or more.")
 
-    def assign(self, labels: Sequence[str | None], rng: np.random.Generator) -> IntArray:
+    def assign(self, label_n: IntArray, rng: np.random.Generator) -> IntArray:
         """The client of each row."""
         num_shards = self.clients * self.shards_per_client
-        _require_rows(self, len(labels), num_shards)
-        shuffled = rng.permutation(len(labels))
-        order = shuffled[np.argsort(np.array([str(label) for label in labels])[shuffled], kind="stable")]
+        _require_rows(self, len(label_n), num_shards)
+        shuffled = rng.permutation(len(label_n))
+        order = shuffled[np.argsort(label_n[shuffled], kind="stable")]
         owner_of_shard = rng.permutation(np.arange(num_shards) % self.clients)
-        client_n = np.empty(len(labels), dtype=np.int64)
-        client_n[order] = owner_of_shard[np.arange(len(labels)) * num_shards // len(labels)]
+        client_n = np.empty(len(label_n), dtype=np.int64)
+        client_n[order] = owner_of_shard[np.arange(len(label_n)) * num_shards // len(label_n)]
         return client_n
 
 

@@ -13,10 +13,11 @@ import os
 import shutil
 import sys
 import tempfile
+from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from fedfm.core import disk
 from fedfm.core.batch import IntArray
 from fedfm.core.errors import ConfigError, DataError
 from fedfm.core.keys import Key
-from fedfm.core.task import Encoder, Example, Task
+from fedfm.core.task import Encoder, Example, Task, tokenizer_words
 from fedfm.data import owners as layout
 from fedfm.data.owners import Owners
 from fedfm.data.sources import Record, Source, name_in, open_source, value_in
@@ -36,7 +37,9 @@ log = logging.getLogger(__name__)
 
 _GROUP = 256  # rows that one owner's tokenizer call takes
 _WAITING = 8_000_000  # characters that may wait over all owners
+_WRITTEN = 8192  # examples that are written at once
 _REPORT = 1000
+_NAMED = 20  # owners left out who are named in a warning
 
 OwnerOf = Callable[[Record], str]
 
@@ -96,22 +99,20 @@ def prepare(
             if not (folder / "owners.json").exists():
                 raise disk.cannot_write(folder, error) from error
     owners = Owners.open(folder)
-    for owner, reason in owners.left_out.items():
+    for owner, reason in islice(owners.left_out.items(), _NAMED):
         log.warning("owner %s is left out: %s", owner, reason)
+    if len(owners.left_out) > _NAMED:
+        log.warning("%d more owners are left out; the journal names them all", len(owners.left_out) - _NAMED)
     if owners.dropped:
         log.info("%d rows gave nothing to learn from", owners.dropped)
     return owners
 
 
 def _fingerprint(data: Data, task: Task, tokenizer: Any, key: Key, source: Source, test: Source | None, classes: tuple[str, ...]) -> str:
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Left over from the last call, not part of what the tokenizer is.
-    backend.update(truncation=None, padding=None)
     # Where the files lie does not change what they hold.
     rules = {part.name: repr(getattr(data, part.name)) for part in fields(data) if part.name not in ("source", "test")}
     stamps = [source.stamp, test.stamp if test else None]
-    words = [backend, tokenizer.special_tokens_map, tokenizer.chat_template]
-    known = [layout.VERSION, rules, repr(task), stamps, words, key.digest.hex(), *classes]
+    known = [layout.VERSION, rules, repr(task), stamps, tokenizer_words(tokenizer), key.digest.hex(), *classes]
     return hashlib.blake2b(json.dumps(known, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()
 
 
@@ -133,8 +134,11 @@ class _Split:
         self._write(found + self.encoder.flush() if end else found, codes)
 
     def _write(self, found: list[Example], codes: dict[str, int]) -> None:
-        if not found:
-            return
+        # A long row gives so many examples that they are written in parts.
+        for first in range(0, len(found), _WRITTEN):
+            self._write_part(found[first : first + _WRITTEN], codes)
+
+    def _write_part(self, found: list[Example], codes: dict[str, int]) -> None:
         labels = [example.label for example in found if example.label is not None]
         self.labels.update(labels)
         ends = self.tokens + np.cumsum([len(example.ids) for example in found])
@@ -208,19 +212,18 @@ class _Build:
         if partition.needs_label and label is None:
             raise ConfigError(f"{partition!r} divides rows by label, but the task {self.task!r} has none. Set its 'label' to a column.")
         use = label if partition.needs_label else None
-        labels = [name_in(record, use) if use else None for record in self._watched(source, "Dividing rows among owners")]
-        client_n = partition.assign(labels, self.key.fold("partition").numpy())
+        label_n, known = _labels(self._watched(source, "Dividing rows among owners"), use)
+        client_n = partition.assign(label_n, self.key.fold("partition").numpy()).astype(np.int32)
         names = [f"client{k:0{len(str(partition.clients - 1))}d}" for k in range(partition.clients)]
         for client in names:
             self._owner(client)
         # A test row goes to a client with the probability with which a training row of its label did, so both have one distribution.
-        codes = {found: code for code, found in enumerate(dict.fromkeys(labels))}
-        counts_lk = np.zeros((len(codes), partition.clients), dtype=np.int64)
-        np.add.at(counts_lk, (np.array([codes[found] for found in labels]), client_n), 1)
+        counts_lk = np.zeros((len(known), partition.clients), dtype=np.int64)
+        np.add.at(counts_lk, (label_n, client_n), 1)
         rng, rows = self.key.fold("partition", "test").numpy(), iter(client_n)
 
         def of_test(record: Record) -> str:
-            code = codes.get(name_in(record, use) if use else None)
+            code = known.get(name_in(record, use) if use else "")
             share_k = counts_lk.sum(0) if code is None else counts_lk[code]
             return names[int(rng.choice(partition.clients, p=share_k / share_k.sum()))]
 
@@ -305,8 +308,9 @@ class _Build:
             training += [owner.test.labels for owner in usable.values()]
         found = {label for labels in training for label in labels}
         known = list(self.task.labels) if self.task.labels is not None else self._in_order(found)
+        expected = set(known)
         for name, owner in usable.items():
-            unknown = sorted((set(owner.train.labels) | set(owner.test.labels)) - set(known))
+            unknown = sorted((owner.train.labels.keys() | owner.test.labels.keys()) - expected)
             if unknown:
                 what = "test label" if unknown[0] not in found else "label"
                 source = "the task's labels" if self.task.labels is not None else "the training data"
@@ -324,13 +328,25 @@ class _Build:
         """Replaces the numbers given to labels as they appeared by their places in ``labels``."""
         if not self.codes:
             return
-        place_c = np.array([labels.index(label) if label in labels else -1 for label in self.codes])
+        place = {label: i for i, label in enumerate(labels)}
+        place_c = np.array([place.get(label, -1) for label in self.codes])
         for owner in usable.values():
             for split in (owner.train, owner.test):
                 if split.examples:
                     index = np.load(f"{split.stem}.index.npy", mmap_mode="r+", allow_pickle=False)
                     index[:, 2] = place_c[index[:, 2]]
                     index.flush()
+
+
+def _labels(rows: Iterator[Record], column: str | None) -> tuple[IntArray, dict[str, int]]:
+    """The label of each row as a number, int32, and the number of each label, in the order in which they sort."""
+    seen: dict[str, int] = {}
+    codes = array("i")
+    for record in rows:
+        codes.append(seen.setdefault(name_in(record, column) if column else "", len(seen)))
+    place = {label: i for i, label in enumerate(sorted(seen))}
+    place_c = np.array([place[label] for label in seen], dtype=np.int32)
+    return place_c[np.frombuffer(codes, dtype=np.int32)], place
 
 
 def _held_out(rng: np.random.Generator, fraction: float) -> Iterator[int]:

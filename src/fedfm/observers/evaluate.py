@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ class Evaluate(Part):
     Args:
         every: Rounds between evaluations; the last round is always one. 0 never evaluates.
         max_examples: Of each owner, evenly spread over its test set; ``None`` takes all.
+        owners: How many owners are evaluated, evenly spread over all and the same ones each time; ``None`` takes all. What is pooled is theirs alone.
 
     Raises:
         ConfigError: if a number is out of range.
@@ -33,12 +34,21 @@ class Evaluate(Part):
 
     every: int = 1
     max_examples: int | None = None
+    owners: int | None = None
 
     def __post_init__(self) -> None:
         if self.every < 0:
             raise ConfigError(f"Evaluate.every is {self.every}; it must be 0 (never) or more.")
         if self.max_examples is not None and self.max_examples < 1:
             raise ConfigError(f"Evaluate.max_examples is {self.max_examples}; it must be 1 or more.")
+        if self.owners is not None and self.owners < 1:
+            raise ConfigError(f"Evaluate.owners is {self.owners}; it must be 1 or more, or null for all.")
+
+    def chosen(self, clients: Sequence[ClientId]) -> Sequence[ClientId]:
+        """The owners that are evaluated, of all in their fixed order."""
+        if self.owners is None or self.owners >= len(clients):
+            return clients
+        return [clients[i * len(clients) // self.owners] for i in range(self.owners)]
 
     def due(self, round: int, last: int) -> bool:
         """Whether round ``round`` of ``last`` is evaluated."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfm.core.errors import RunError
+from fedfm.core.journal import Journal
 from fedfm.core.words import number
 
 
@@ -66,7 +67,7 @@ class Run:
         split: A row per owner: ``owner``, ``train``, ``test``, ``tokens``, ``labels``.
         compare: The comparison table, where ``fedfm compare`` has filled it.
         envelope: The journal's first line: versions, threads, platform.
-        plan: What was chosen by measuring.
+        plan: What was chosen for the whole run.
     """
 
     name: str
@@ -93,7 +94,7 @@ def read(folder: Path) -> Run:
     if not (folder / "recipe.yaml").is_file() and not (folder / "metrics.jsonl").is_file():
         raise RunError(f"{folder} is not a run's folder: it has neither recipe.yaml nor metrics.jsonl. Give the folder named by --out.")
     recipe = _text(folder / "recipe.yaml")
-    journal = _lines(folder / "journal.jsonl")
+    journal = Journal.read(folder / "journal.jsonl")
     rounds = {item.round: item for item in map(_round, _lines(folder / "metrics.jsonl"))}
     split = _json(folder / "split.json")
     compare = _json(folder / "compare.json")
@@ -104,8 +105,8 @@ def read(folder: Path) -> Run:
         ledger=_mapping(_json(folder / "ledger.json")),
         split=[row for row in split if isinstance(row, dict)] if isinstance(split, list) else [],
         compare=compare if isinstance(compare, dict) else None,
-        envelope=journal[0] if journal else {},
-        plan=next((line for line in reversed(journal) if line.get("event") == "plan"), {}),
+        envelope={name: value for name, value in journal.first.get("start", {}).items() if name != "event"},
+        plan=journal.choices,
     )
 
 

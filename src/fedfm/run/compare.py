@@ -24,7 +24,6 @@ from fedfm.federation import Federation
 from fedfm.observers.base import Watcher
 from fedfm.observers.evaluate import summary
 from fedfm.run.folder import COMPARE, RECIPE, RunFolder, latest_state
-from fedfm.run.ledger import Ledger
 from fedfm.run.loop import resume, run
 from fedfm.server import FedAvg
 from fedfm.simulation import Simulation
@@ -97,8 +96,7 @@ class _Ends:
         self.house, self.plan = self.simulation.house, self.simulation.federation
         self.house.choices.update(folder.choices())
         self.start = self.house.start
-        last = next(line for line in reversed(folder.journal) if line["event"] == "round")
-        self.ledger = Ledger.from_json(last["ledger"])
+        self.ledger = folder.ledger(folder.journal.rounds[-1])
         self.after = latest_state(folder.path)
         # What the server sends beside the parameters, such as SCAFFOLD's control variate.
         travelling = self.plan.travelling(self.start)

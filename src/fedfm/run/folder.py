@@ -12,7 +12,7 @@
 
 A round is written in this order: its state, its line in the journal, its line in the metrics, the ledger.
 Only the journal decides: its last line whose state file is intact is where a run goes on, and whatever
-else is in the folder is brought to agree with that.
+else is in the folder is brought to agree with that. A journal that is damaged, or gone, or behind what lies beside it, is refused.
 """
 
 from __future__ import annotations
@@ -22,9 +22,10 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -33,6 +34,7 @@ from safetensors.torch import save
 
 from fedfm.core import disk
 from fedfm.core.errors import RunError
+from fedfm.core.journal import Journal, Mark
 from fedfm.core.parts import ServerState
 from fedfm.core.round import RoundRecord
 from fedfm.run.ledger import Ledger
@@ -41,11 +43,51 @@ RECIPE, JOURNAL, METRICS, LEDGER, SPLIT, COMPARE, MODEL = (
     "recipe.yaml", "journal.jsonl", "metrics.jsonl", "ledger.json", "split.json", "compare.json", "model",
 )  # fmt: skip
 _KEEP = 2
+_ROUND = re.compile(rb'\{"round":(\d{1,9}),')
 
 
 def is_finished(path: Path) -> bool:
-    """Whether the run in ``path`` has played its rounds and written its model."""
-    return any(line.get("event") == "end" for line in read_lines(path / JOURNAL))
+    """Whether the run in ``path`` has played its rounds and written its model.
+
+    Raises:
+        RunError: if its journal is damaged.
+    """
+    return (path / RECIPE).is_file() and read_journal(path).ended
+
+
+def read_journal(path: Path) -> Journal:
+    """The journal of the run in ``path``, checked line by line, and against the states and metrics beside it.
+
+    Raises:
+        RunError: if it is damaged, or missing, or lacks rounds that were completed.
+    """
+    # A run that is being played adds to its journal last, so what lies beside it is looked at first.
+    states = [int(file.stem.removeprefix("round-")) for file in path.glob("state/round-*.safetensors") if file.stem[6:].isdigit()]
+    measured = _last_measured(path / METRICS)
+    journal = Journal.read(path / JOURNAL)
+    last = len(journal.rounds) - 1
+    remedy = "Restore the journal from a copy, or start the run again in a new folder."
+    if not journal.num_lines and (states or measured is not None):
+        raise RunError(f"{path} has states or metrics of a run, but no {JOURNAL} that says what they are. {remedy}")
+    # A state is written before its line, and the line before its metrics.
+    if max(states, default=-1) > last + 1:
+        raise RunError(f"{path} has a state of round {max(states)}, but its {JOURNAL} ends after round {last}: lines are missing. {remedy}")
+    if measured is not None and measured > last:
+        raise RunError(
+            f"{path} has metrics of round {measured}, but its {JOURNAL} ends after round {last}: lines are missing. {remedy} "
+            f"If it is {METRICS} that was changed, delete it: it is made again from the journal."
+        )
+    return journal
+
+
+def _last_measured(path: Path) -> int | None:
+    """The highest round of which there are metrics; lines that cannot be read tell nothing."""
+    rounds = []
+    if path.is_file():
+        with path.open("rb") as file:
+            # The number stands first in a line, so that a line need not be parsed, which may tell of many owners.
+            rounds = [int(match[1]) for match in (_ROUND.match(line) for line in file if line.endswith(b"\n")) if match]
+    return max(rounds, default=None)
 
 
 @dataclass
@@ -53,11 +95,11 @@ class RunFolder:
     """An open run folder, locked against every other process until it is closed.
 
     Attributes:
-        journal: Its lines so far.
+        journal: What happened so far.
     """
 
     path: Path
-    journal: list[dict[str, Any]] = field(default_factory=list)
+    journal: Journal
     _lock: int = -1
 
     @classmethod
@@ -78,9 +120,13 @@ class RunFolder:
             path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise disk.cannot_write(path, error) from error
-        folder = cls(path)
+        folder = cls(path, Journal(path / JOURNAL))
         folder._acquire()
-        disk.write_atomic(path / RECIPE, recipe.encode())
+        try:
+            disk.write_atomic(path / RECIPE, recipe.encode())
+        except BaseException:
+            folder.close()
+            raise
         return folder
 
     @classmethod
@@ -88,13 +134,17 @@ class RunFolder:
         """The folder of a run that goes on.
 
         Raises:
-            RunError: if there is none, or another process has it open.
+            RunError: if there is none, another process has it open, or its journal is damaged.
         """
         if not (path / RECIPE).is_file():
             raise RunError(f"{path} holds no run (there is no {RECIPE} in it). Start one: fedfm run RECIPE --out {path}")
-        folder = cls(path)
+        folder = cls(path, Journal(path / JOURNAL))
         folder._acquire()
-        folder.journal = read_lines(path / JOURNAL)
+        try:
+            folder.journal = read_journal(path)
+        except BaseException:
+            folder.close()
+            raise
         return folder
 
     def close(self) -> None:
@@ -124,9 +174,7 @@ class RunFolder:
 
     def note(self, event: str, **what: Any) -> None:
         """Adds a line to the journal, durably."""
-        line = {"event": event, **what}
-        disk.append(self.path / JOURNAL, _json(line))
-        self.journal.append(line)
+        self.journal.add(event, **what)
 
     def commit(self, state: ServerState, record: RoundRecord, ledger: Ledger) -> None:
         """Makes a round last. Once the journal has its line the round is never played again.
@@ -134,10 +182,10 @@ class RunFolder:
         Raises:
             RunError: if it cannot be written; the rounds before it are intact.
         """
-        data = _state_bytes(state)
+        data, told = _state_bytes(state), record_json(record)
         disk.write_atomic(self._state_file(state.round), data)
-        self.note("round", round=state.round, state=_digest(data), record=record_json(record), ledger=ledger.to_json())
-        disk.append(self.path / METRICS, _json(record_json(record)))
+        self.note("round", round=state.round, state=_digest(data), record=told, ledger=ledger.to_json())
+        disk.append(self.path / METRICS, _json(told))
         disk.write_atomic(self.path / LEDGER, _pretty(ledger.to_json()))
         for old in sorted((self.path / "state").glob("round-*.safetensors"))[:-_KEEP]:
             old.unlink()
@@ -188,37 +236,46 @@ class RunFolder:
 
     # --- going on --------------------------------------------------------------------------------------------------
 
-    def first(self, event: str) -> dict[str, Any] | None:
-        """The first line of this kind."""
-        return next((line for line in self.journal if line["event"] == event), None)
+    def first(self, event: str) -> Mapping[str, Any] | None:
+        """The first line of a kind that is written once."""
+        return self.journal.first.get(event)
 
     def choices(self) -> dict[str, int]:
-        """What was chosen by measuring, so that a resumed run need not measure again."""
-        return {name: value for line in self.journal if line["event"] == "plan" for name, value in line.items() if name != "event"}
+        """What was chosen for the whole run, so that a resumed one goes on with it."""
+        return dict(self.journal.choices)
+
+    def ledger(self, mark: Mark) -> Ledger:
+        """What the run had cost after a round.
+
+        Raises:
+            RunError: if it is not a ledger of this version.
+        """
+        try:
+            return Ledger.from_json(self.journal.line(mark)["ledger"])
+        except TypeError as error:
+            raise RunError(f"{self.path / JOURNAL}: the ledger of round {mark.round} is of another version of fedfm ({error}).") from error
 
     def restore(self) -> tuple[ServerState, Ledger] | None:
         """The state after the last committed round, with the folder brought to agree with it; ``None`` if no round was committed.
 
+        The journal stays as it is, but for half a line that a crash left: the ``resume`` line that follows says from which round on it holds.
+
         Raises:
             RunError: if rounds were committed but none of their states is intact.
         """
-        rounds = [i for i, line in enumerate(self.journal) if line["event"] == "round"]
-        found = next(((i, state) for i in reversed(rounds) if (state := self._load(self.journal[i])) is not None), None)
+        rounds = self.journal.rounds
+        found = next(((mark, state) for mark in reversed(rounds[-_KEEP:]) if (state := self._load(mark)) is not None), None)
         if rounds and found is None:
-            kept = [self._state_file(self.journal[i]["round"]).name for i in rounds[-_KEEP:]]
+            kept = [self._state_file(mark.round).name for mark in rounds[-_KEEP:]]
             raise RunError(
                 f"{self.path}: rounds were completed, but their states ({', '.join(kept)}) are gone or damaged. Start again with another --out."
             )
-        last = -1 if found is None else found[0]
-        ledger = Ledger() if found is None else Ledger.from_json(self.journal[last]["ledger"])
-        # Half a line from a crash, or rounds whose state did not survive, must not stand before what follows; what was measured stays.
-        self.journal = [
-            line for i, line in enumerate(self.journal) if i <= last or line["event"] in ("start", "recipe", "data", "roster", "plan")
-        ]
-        records = [line["record"] for line in self.journal if line["event"] == "round"]
-        disk.write_atomic(self.path / JOURNAL, "".join(_json(line) + "\n" for line in self.journal).encode())
-        disk.write_atomic(self.path / METRICS, "".join(_json(record) + "\n" for record in records).encode())
+        ledger = Ledger() if found is None else self.ledger(found[0])
+        # Metrics are never ahead of the journal, so they are cut before a line of it is made void.
+        records = self.journal.records(-1 if found is None else found[0].round)
+        disk.write_lines(self.path / METRICS, (_json(record) for record in records))
         disk.write_atomic(self.path / LEDGER, _pretty(ledger.to_json()))
+        self.journal.mend()
         for stray in (*self.path.glob(".*.tmp"), *self.path.glob("state/.*.tmp")):
             stray.unlink()
         return None if found is None else (found[1], ledger)
@@ -226,12 +283,14 @@ class RunFolder:
     def _state_file(self, round: int) -> Path:
         return self.path / "state" / f"round-{round:06d}.safetensors"
 
-    def _load(self, line: Mapping[str, Any]) -> ServerState | None:
-        """The state that a journal line commits to, if its file is there and intact."""
-        path = self._state_file(line["round"])
+    def _load(self, mark: Mark) -> ServerState | None:
+        """The state that a line of the journal commits to, if its file is there and intact."""
+        path = self._state_file(mark.round)
         try:
-            return load_state(path) if _digest(path.read_bytes()) == line["state"] else None
-        except FileNotFoundError:
+            with path.open("rb") as file:
+                intact = hashlib.file_digest(file, _new_digest).hexdigest() == mark.state
+            return load_state(path) if intact else None
+        except OSError:
             return None
 
 
@@ -260,9 +319,9 @@ def latest_state(path: Path) -> ServerState:
     """
     if not (path / RECIPE).is_file():
         raise RunError(f"{path} holds no run (there is no {RECIPE} in it).")
-    folder = RunFolder(path, read_lines(path / JOURNAL))
-    for line in reversed(folder.journal):
-        if line["event"] == "round" and (state := folder._load(line)) is not None:
+    folder = RunFolder(path, read_journal(path))
+    for mark in reversed(folder.journal.rounds[-_KEEP:]):
+        if (state := folder._load(mark)) is not None:
             return state
     raise RunError(f"The run in {path} has no completed round yet. Go on with it: fedfm resume {path}")
 
@@ -305,6 +364,10 @@ def _json(value: Any) -> str:
 
 def _pretty(value: Any) -> bytes:
     return (json.dumps(_finite(value), allow_nan=False, indent=1) + "\n").encode()
+
+
+def _new_digest() -> hashlib.blake2b:
+    return hashlib.blake2b(digest_size=16)
 
 
 def _digest(data: bytes) -> str:

@@ -31,6 +31,7 @@ from fedfm.federation import Federation
 from fedfm.models.foundation import device_of, flops_per_token
 from fedfm.observers.base import RunInfo, Watcher
 from fedfm.recipe import dump, load, located, read
+from fedfm.run.base import digests, require_base
 from fedfm.run.folder import COMPARE, MODEL, RECIPE, SPLIT, RunFolder
 from fedfm.run.ledger import Ledger
 from fedfm.simulation import Simulation
@@ -68,7 +69,7 @@ def run(
             yield from _go(federation, folder, watchers)
         except Exception:
             # A run that did not get as far as its first evaluation leaves nothing worth going on with.
-            if folder.first("round") is None:
+            if not folder.journal.rounds:
                 folder.discard()
             raise
 
@@ -104,7 +105,7 @@ def resume(
                     ", ".join(changed),
                 )
         check.require(federation.resolved())
-        done = max((line["round"] for line in folder.journal if line["event"] == "round"), default=0)
+        done = max(len(folder.journal.rounds) - 1, 0)
         if done > federation.rounds:
             raise RunError(
                 f"{path} has completed {done} rounds, more than the {federation.rounds} asked for. Ask for rounds={done} or more."
@@ -194,6 +195,9 @@ def _go(
         if folder is not None:
             house.choices.update(folder.choices())
             _note_data(folder, simulation)
+            require_base(folder.first("base"), house.foundation, folder.path)
+            if folder.first("base") is None:
+                folder.note("base", **digests(house.foundation))
         check.require(plan, len(simulation.clients))
         watch.stage("Starting the engine")
         session = stack.enter_context(simulation.open())

@@ -17,7 +17,8 @@ from fedfm.federation import Federation
 from fedfm.models import Foundation, load
 from fedfm.models.foundation import save
 from fedfm.recipe import read
-from fedfm.run.folder import JOURNAL, RECIPE, latest_state, read_lines
+from fedfm.run.base import require_base
+from fedfm.run.folder import RECIPE, latest_state, read_journal
 from fedfm.tasks import Instruct
 
 
@@ -34,15 +35,16 @@ class Result:
         """The result of the run in ``path``, finished or not.
 
         Raises:
-            RunError: if there is no run, or no round was completed.
+            RunError: if there is no run, no round was completed, or the base has changed since.
         """
         state = latest_state(path)
         federation = read(path / RECIPE).resolved()
-        data = next((line for line in read_lines(path / JOURNAL) if line["event"] == "data"), {})
+        known = read_journal(path).first
         # On the CPU, where the model is merged and saved: a result must open on machines that could not have trained it.
-        return Result(
-            federation, load(federation.model, federation.task.head, data.get("labels", ()), "cpu", Key.root(federation.seed)), state
-        )
+        labels, key = known.get("data", {}).get("labels", ()), Key.root(federation.seed)
+        foundation = load(federation.model, federation.task.head, labels, "cpu", key)
+        require_base(known.get("base"), foundation, path)
+        return Result(federation, foundation, state)
 
     def export(self, to: Path, merge: bool = False) -> None:
         """Writes the adapter in PEFT's layout, or with ``merge`` a whole model in Hugging Face's, and the tokenizer.

@@ -11,7 +11,7 @@ import numpy as np
 from fedfm.core.batch import IntArray, Row
 from fedfm.core.task import Encoder, Example, Examples, RawRow, Task
 from fedfm.core.tree import Tree
-from fedfm.tasks.sequences import ends, language_metrics, require_length, shifted, texts_of, tokenize
+from fedfm.tasks.sequences import LONG, ends, head, language_metrics, require_length, shifted, texts_of, tokenize
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class CausalLM(Task):
 
     Packed, the texts of an owner are joined, each opened by BOS (where the tokenizer has one) and closed by EOS, and cut into blocks of
     ``max_length``: no padding, nothing lost but a last block of one token. A block may span texts, and then attends across them.
-    Not packed, each text is one example, cut to ``max_length``.
+    Not packed, each text is one example, cut to ``max_length``. A text of more than 262,144 characters is tokenized in pieces.
 
     Args:
         text: Column that holds the text.
@@ -60,15 +60,16 @@ class _Encoder(Encoder):
     def __init__(self, task: CausalLM, tokenizer: Any) -> None:
         self.task, self.tokenizer = task, tokenizer
         self.bos, self.eos = ends(tokenizer, "CausalLM")
-        self.rest = np.zeros(0, dtype=np.int32)
+        self.rest, self.closing = np.zeros(0, dtype=np.int32), np.array([self.eos], dtype=np.int32)
 
     def add(self, rows: Sequence[RawRow]) -> list[Example]:
         texts = texts_of(rows, self.task.text)
         self.dropped += len(rows) - len(texts)
-        closed = [np.array([*self.bos, *ids, self.eos], dtype=np.int32) for ids in tokenize(self.tokenizer, texts)]
-        size = self.task.max_length
+        size, opened = self.task.max_length, np.array(self.bos, dtype=np.int32)
         if not self.task.packed:
-            return [Example(ids[:size]) for ids in closed]
+            heads = [head(self.tokenizer, text, size) if len(text) > LONG else text for text in texts]
+            return [Example(np.array([*opened, *ids[:size], self.eos], dtype=np.int32)[:size]) for ids in tokenize(self.tokenizer, heads)]
+        closed = [part for ids in tokenize(self.tokenizer, texts) for part in (opened, ids, self.closing)]
         stream = np.concatenate([self.rest, *closed])
         full = len(stream) // size * size
         self.rest = stream[full:].copy()

@@ -91,4 +91,4 @@ class _Encoder(Encoder):
         used = [(words, label) for words, label in pairs if words.strip()]
         self.dropped += len(pairs) - len(used)
         encoded = tokenize(self.tokenizer, [words for words, _ in used], special=True, max_length=self.task.max_length)
-        return [Example(np.array(ids, dtype=np.int32), label=label) for ids, (_, label) in zip(encoded, used)]
+        return [Example(ids, label=label) for ids, (_, label) in zip(encoded, used)]

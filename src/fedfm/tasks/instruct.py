@@ -17,7 +17,7 @@ from fedfm.core.errors import ConfigError, DataError, ModelError
 from fedfm.core.task import Encoder, Example, Examples, RawRow, Task
 from fedfm.core.tree import Tree
 from fedfm.data.sources import text_in, value_in, where
-from fedfm.tasks.sequences import ends, language_metrics, require_length, shifted, tokenize
+from fedfm.tasks.sequences import LONG, both_ends, ends, language_metrics, require_length, shifted, tokenize
 
 _ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 _ALPACA_INPUT = (
@@ -120,10 +120,16 @@ class _Encoder(Encoder):
             prompts.append(self.task.prompt(self.tokenizer, instruction, context))
             responses.append(self._response(instruction, context, response, prompts[-1]))
         # Tokenized apart, as the prompt stands alone when the model is asked.
-        pairs = zip(tokenize(self.tokenizer, prompts), tokenize(self.tokenizer, responses))
+        pairs = zip(self._ids(prompts), self._ids(responses))
         found = [self._example([*self.bos, *prompt], self._closed(response)) for prompt, response in pairs]
         self.dropped += found.count(None)
         return [example for example in found if example is not None]
+
+    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text; of a long one only its two ends, which are more than an example takes of it."""
+        short = tokenize(self.tokenizer, [text for text in texts if len(text) <= LONG])
+        whole = iter(short)
+        return [(next(whole) if len(text) <= LONG else both_ends(self.tokenizer, text, self.task.max_length)).tolist() for text in texts]
 
     def _context(self, row: RawRow) -> str:
         if self.task.input is None:

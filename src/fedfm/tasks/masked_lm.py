@@ -92,6 +92,6 @@ class _Encoder(Encoder):
 
     def add(self, rows: Sequence[RawRow]) -> list[Example]:
         encoded = tokenize(self.tokenizer, texts_of(rows, self.task.text), special=True, max_length=self.task.max_length)
-        found = [Example(np.array(ids, dtype=np.int32)) for ids in encoded if not self.special.issuperset(ids)]
+        found = [Example(ids) for ids in encoded if not self.special.issuperset(ids.tolist())]
         self.dropped += len(rows) - len(found)
         return found

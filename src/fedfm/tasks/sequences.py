@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,15 @@ from fedfm.core.errors import ConfigError, ModelError
 from fedfm.core.task import RawRow
 from fedfm.core.tree import Tree
 from fedfm.data.sources import text_in
+
+LONG = 1 << 18
+"""Characters of a text that is tokenized whole, and of all texts that are tokenized at once."""
+OVERLAP = 1 << 12
+"""Characters that two pieces of a longer text share."""
+_AGREE = 16  # fewest tokens on which two pieces must agree
+_SPARE = 512  # more tokens of a text's beginning than are used, so that its last words may be cut anywhere
+_FEW = 1 << 15  # characters that are tokenized in one thread
+_PARALLEL = "TOKENIZERS_PARALLELISM"
 
 
 def require_length(task: object, max_length: int, least: int) -> None:
@@ -34,22 +45,145 @@ def texts_of(rows: Sequence[RawRow], column: str) -> list[str]:
     return [found for found in (text_in(row, column) for row in rows) if found.strip()]
 
 
-def tokenize(tokenizer: Any, texts: Sequence[str], special: bool = False, max_length: int | None = None) -> list[list[int]]:
-    """Ids of each text in one call, cut to ``max_length``, with the model's own special tokens around them if ``special``."""
+def tokenize(tokenizer: Any, texts: Sequence[str], special: bool = False, max_length: int | None = None) -> list[IntArray]:
+    """Ids of each text, int32, cut to ``max_length``, with the model's own special tokens around them if ``special``.
+
+    A text of at most :data:`LONG` characters is tokenized whole. A longer one is tokenized in pieces (:func:`long_ids`), of which a cut one
+    needs only the first.
+    """
+    ids: list[IntArray] = []
+    waiting: list[str] = []
+    size = 0
+    for text in texts:
+        if len(text) > LONG and max_length is None:
+            ids += [*_together(tokenizer, waiting, special, max_length), np.concatenate([*long_ids(tokenizer, text)])]
+            waiting, size = [], 0
+            continue
+        if len(text) > LONG and max_length is not None:
+            text = head(tokenizer, text, max_length)
+        # What the tokenizer makes of a text takes some 100 bytes for each character, of all texts of a call at once.
+        if size + len(text) > LONG:
+            ids += _together(tokenizer, waiting, special, max_length)
+            waiting, size = [], 0
+        waiting.append(text)
+        size += len(text)
+    return ids + _together(tokenizer, waiting, special, max_length)
+
+
+def _together(tokenizer: Any, texts: Sequence[str], special: bool, max_length: int | None) -> list[IntArray]:
     if not texts:
         return []
+    with _one_thread() if sum(map(len, texts)) < _FEW else nullcontext():
+        encoded = tokenizer(
+            list(texts),
+            add_special_tokens=special,
+            truncation=max_length is not None,
+            max_length=max_length,
+            padding=False,
+            return_attention_mask=False,
+            return_token_type_ids=False,
+            verbose=False,
+        )
+    return [np.array(ids, dtype=np.int32) for ids in encoded["input_ids"]]
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tokenizes in this thread: to wake others takes longer than a few short texts do, and there is a call for each of many owners."""
+    before = os.environ.get(_PARALLEL)
+    os.environ[_PARALLEL] = "false"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_PARALLEL]
+        else:
+            os.environ[_PARALLEL] = before
+
+
+def long_ids(tokenizer: Any, text: str) -> Iterator[IntArray]:
+    """The ids of a long text, without special tokens, a piece at a time: memory does not grow with the text.
+
+    Pieces of :data:`LONG` characters overlap by :data:`OVERLAP`, and are joined in the middle of the longest stretch in which they agree token by
+    token. The ids are those of the whole text wherever a tokenizer looks less than half an overlap far, as byte-level BPE, WordPiece,
+    SentencePiece's BPE and Unigram do with text that has words. Where two pieces agree nowhere (a text without any word), the later one
+    begins where the earlier one ends.
+    """
+    first, held = 0, _piece(tokenizer, text, 0)
+    while first + LONG < len(text):
+        following = first + LONG - OVERLAP
+        later = _piece(tokenizer, text, following)
+        joint = _joint(held, later)
+        if joint is None and len(held):
+            # The last token may be half of one.
+            cut = max(len(held) - 1, 1)
+            following = int(held[cut - 1, 2]) if held[cut - 1, 2] > first else first + LONG
+            later = _piece(tokenizer, text, following)
+            joint = cut, 0
+        cut, begin = joint or (0, 0)
+        yield held[:cut, 0].astype(np.int32)
+        first, held = following, later[begin:]
+    yield held[:, 0].astype(np.int32)
+
+
+def _piece(tokenizer: Any, text: str, first: int) -> IntArray:
+    """The tokens of the piece at ``first``: id, first character and the one after its last, ``(n, 3)``."""
     encoded = tokenizer(
-        list(texts),
-        add_special_tokens=special,
-        truncation=max_length is not None,
-        max_length=max_length,
-        padding=False,
+        text[first : first + LONG],
+        add_special_tokens=False,
+        return_offsets_mapping=True,
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
     )
-    ids: list[list[int]] = encoded["input_ids"]
-    return ids
+    span_n2 = np.array(encoded["offset_mapping"], dtype=np.int64).reshape(-1, 2) + first
+    return np.column_stack([np.array(encoded["input_ids"], dtype=np.int64), span_n2])
+
+
+def _joint(earlier: IntArray, later: IntArray) -> tuple[int, int] | None:
+    """Where to leave the earlier piece and to enter the later one: tokens before the first number, tokens from the second on.
+
+    ``None`` where they agree nowhere.
+    """
+    if not len(earlier) or not len(later):
+        return None
+    skipped = int(np.searchsorted(earlier[:, 1], later[0, 1]))
+    shared = later[: int(np.searchsorted(later[:, 1], earlier[-1, 2]))]
+    # A token is known by its place; where both pieces agree, both go on by one.
+    place = {tuple(token): i for i, token in enumerate(shared.tolist())}
+    at_n = np.array([place.get(tuple(token), -2 * i - 2) for i, token in enumerate(earlier[skipped:].tolist())], dtype=np.int64)
+    begins = np.flatnonzero(np.diff(at_n, prepend=-9) != 1)
+    if not len(begins):
+        return None
+    lengths = np.diff(begins, append=len(at_n))
+    longest = int(lengths.argmax())
+    if lengths[longest] < _AGREE:
+        return None
+    middle = int(begins[longest] + lengths[longest] // 2)
+    return skipped + middle, int(at_n[middle])
+
+
+def head(tokenizer: Any, text: str, tokens: int) -> str:
+    """The beginning of a long text that holds so many tokens and some more; the whole text where it has fewer."""
+    piece = _piece(tokenizer, text, 0)
+    if len(piece) > tokens + _SPARE:
+        return text[: int(piece[tokens + _SPARE, 2])]
+    size, counted = LONG, 0
+    for ids in long_ids(tokenizer, text):
+        counted += len(ids)
+        if counted > tokens + _SPARE:
+            break
+        size += LONG
+    return text[:size]
+
+
+def both_ends(tokenizer: Any, text: str, tokens: int) -> IntArray:
+    """The first and the last ``tokens`` ids of a long text, or all that it has, without what is between them."""
+    first, last = _piece(tokenizer, text, 0), _piece(tokenizer, text, len(text) - LONG)
+    if min(len(first), len(last)) > tokens + _SPARE:
+        return np.concatenate([first[:tokens, 0], last[-tokens:, 0]]).astype(np.int32)
+    ids = np.concatenate([*long_ids(tokenizer, text)])
+    return ids if len(ids) < 2 * tokens else np.concatenate([ids[:tokens], ids[-tokens:]])
 
 
 def ends(tokenizer: Any, why: str) -> tuple[list[int], int]:

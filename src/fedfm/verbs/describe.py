@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from fedfm.client.house import House
@@ -74,7 +73,7 @@ def _declared(num_labels: int) -> tuple[Leaf, ...]:
 
 def _answer(client: ClientId, house: House) -> Update:
     shard, withhold = house.shard(client), house.policy(client).withhold
-    counts = (len(shard.train), len(shard.test), int(np.asarray(shard.train.lengths).sum()))
+    counts = (len(shard.train), len(shard.test), shard.tokens)
     numbers = {name: math.nan if "counts" in withhold else float(value) for name, value in zip(_COUNTS, counts, strict=True)}
     payload: dict[str, torch.Tensor] = {}
     if house.labels:

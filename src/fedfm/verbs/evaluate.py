@@ -64,16 +64,19 @@ class Evaluation(Verb):
     def report(
         self, plan: EvaluationPlan, state: ServerState, session: Session, clients: Sequence[ClientId], key: Key, classes: int = 2
     ) -> dict[str, Any]:
-        """Asks everyone, through the channel that all answers pass; see :func:`fedfm.observers.evaluate.summary` for what comes back.
+        """Asks the owners that ``plan.evaluate`` chooses, through the channel that all answers pass.
+
+        See :func:`fedfm.observers.evaluate.summary` for what comes back.
 
         An answer that is not what was declared is its client's failure.
         """
-        errand = self.errand(plan, state, clients, classes)
+        asked = plan.evaluate.chosen(clients)
+        errand = self.errand(plan, state, asked, classes)
         ctx = RoundContext(state.round, key, errand.params, len(clients), leaves=errand.leaves)
         sums: dict[ClientId, Tree] = {}
         failed: dict[ClientId, str] = {}
         pooled: Partial | None = None
-        for item in plan.channel.collect(session, errand, clients, plan.deadline, ctx):
+        for item in plan.channel.collect(session, errand, asked, plan.deadline, ctx):
             if isinstance(item, Failure):
                 failed[item.client] = item.reason
             elif isinstance(item, Partial):
@@ -81,7 +84,7 @@ class Evaluation(Verb):
             elif item.client is not None:
                 numbers = {name: torch.tensor(value, dtype=torch.float64) for name, value in item.metrics.items()}
                 sums[item.client] = {**numbers, **item.payload}
-        report = summary(plan.task, {client: sums[client] for client in clients if client in sums})
+        report = summary(plan.task, {client: sums[client] for client in asked if client in sums})
         if pooled is not None:
             report["pooled"] = plan.task.summarise(pooled.totals())
         return report | ({"failed": failed} if failed else {})

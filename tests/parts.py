@@ -45,7 +45,7 @@ from fedfm.core.parts import (
 from fedfm.core.session import Answer
 from fedfm.core.task import Encoder, Example, Examples, RawRow, Task
 from fedfm.core.tree import Spec, Tree
-from fedfm.data.sources import text_in
+from fedfm.data.records import text_in
 from fedfm.tasks.sequences import ratio, tokenize
 from fedfm.tuning.base import Tuning, WrappedTuning
 from fedfm.verbs.train import number

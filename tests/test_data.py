@@ -21,7 +21,8 @@ from fedfm.core.errors import ConfigError, DataError, MissingExtra, RunError
 from fedfm.core.keys import Key
 from fedfm.data import IID, Data, Dirichlet, Owners, QuantitySkew, Shard, Shards, prepare, public_text, stdlib
 from fedfm.data import owners as layout
-from fedfm.data.sources import PIECE, open_source, stamp
+from fedfm.data.records import PIECE
+from fedfm.data.sources import open_source, stamp
 from fedfm.tasks import CausalLM, Classification, Instruct, MaskedLM
 from fedfm.testing.tiny import tokenizer_folder
 

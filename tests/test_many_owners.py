@@ -61,7 +61,7 @@ def test_nobodys_examples_are_opened_to_say_how_many_there_are(tmp_path: Path, m
 
     monkeypatch.setattr(layout, "_mapped", refuse)
     list(run(federation, out=tmp_path / "run"))
-    told = {row["owner"]: row for row in read_journal(tmp_path / "run").first["roster"]["owners"]}
+    told = read_journal(tmp_path / "run").first["roster"]["holdings"]
     monkeypatch.undo()
     monkeypatch.setenv("FEDFM_CACHE", str(tmp_path / "cache"))
     house = Simulation.build(federation).house
@@ -83,7 +83,7 @@ def test_labels_are_numbers_while_rows_are_divided(tmp_path: Path) -> None:
     import tracemalloc
 
     from fedfm.data.prepare import _labels
-    from fedfm.data.sources import Record
+    from fedfm.data.records import Record
 
     num = 200_000
     rows = (Record({"label": f"{'class' * 10} {i % 77}"}, "here") for i in range(num))

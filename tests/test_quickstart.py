@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -67,7 +68,8 @@ def test_a_base_whose_writing_was_cut_off_is_written_again(cache: Path) -> None:
     model = quickstart.base_model(quick=True)
     weights, journal = (model / "model.safetensors").read_bytes(), model.parent / "journal.jsonl"
     (model / "model.safetensors").write_bytes(weights[:100])
-    journal.write_text("".join(line + "\n" for line in journal.read_text().splitlines() if '"event":"end"' not in line))
+    lines = journal.read_text().splitlines(keepends=True)
+    journal.write_text("".join(takewhile(lambda line: '"event":"end"' not in line, lines)))
     assert (quickstart.base_model(quick=True) / "model.safetensors").read_bytes() == weights
 
 

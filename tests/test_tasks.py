@@ -17,7 +17,7 @@ from fedfm.core.errors import ConfigError, DataError, ModelError
 from fedfm.core.keys import Key
 from fedfm.core.task import Task
 from fedfm.data import Data, prepare
-from fedfm.data.sources import Record
+from fedfm.data.records import Record
 from fedfm.engines import Embedded
 from fedfm.federation import Federation
 from fedfm.models import Model, load_tokenizer

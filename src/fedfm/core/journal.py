@@ -271,13 +271,13 @@ _RECORD = _fields(
     bytes_down=_count,
     seconds=_dict(_maybe(_number)),
 )
-_OWNER = _fields(owner=_text, train=_maybe(_count), test=_maybe(_count), tokens=_maybe(_count), labels=_maybe(_dict(_count)))
+_HOLDING = _fields(train=_maybe(_count), test=_maybe(_count), tokens=_maybe(_count), labels=_maybe(_dict(_count)))
 EVENTS: Mapping[str, Mapping[str, Test]] = {
     "start": {**_ENVELOPE, "recipe": _text},
     "recipe": {"text": _text},
     "base": {"weights": _text, "tokenizer": _text},
     "data": {"fingerprint": _text, "left_out": _dict(_text), "dropped": _count, "labels": _list(_text)},
-    "roster": {"owners": _list(_OWNER)},
+    "roster": {"ids": _list(_text), "holdings": _dict(_HOLDING), "totals": _HOLDING},
     "plan": {},
     "round": {"round": _count, "state": lambda value: _text(value) and bool(_HEX.fullmatch(value)), "record": _RECORD, "ledger": _LEDGER},
     "resume": {**_ENVELOPE, "round": _count, "rounds": _count},

@@ -30,7 +30,8 @@ from fedfm.core.keys import Key
 from fedfm.core.task import Encoder, Example, Task, tokenizer_words
 from fedfm.data import owners as layout
 from fedfm.data.owners import Owners
-from fedfm.data.sources import Record, Source, name_in, open_source, value_in
+from fedfm.data.records import Record, name_in, value_in
+from fedfm.data.sources import Source, open_source
 from fedfm.data.spec import Data
 
 log = logging.getLogger(__name__)
@@ -82,30 +83,41 @@ def prepare(
             f"The task's max_length is {task.max_length} tokens, but the model's context is {max_context}. Set max_length to at most {max_context}."
         )
     fingerprint = _fingerprint(data, task, tokenizer, key, source, test, classes)
-    root = cache or disk.cache() / "data"
-    folder = root / fingerprint
+    folder = (cache or disk.cache() / "data") / fingerprint
     if not (folder / "owners.json").exists():
-        try:
-            root.mkdir(parents=True, exist_ok=True)
-            temporary = Path(tempfile.mkdtemp(prefix=f".{fingerprint}-", dir=root))
-            try:
-                build = _Build(data, task, tokenizer, key, temporary, fingerprint, progress or (lambda stage, rows: None), classes)
-                build.run(source, test)
-                temporary.replace(folder)
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-        except OSError as error:
-            # Another process may have built the same meanwhile; its result is as good.
-            if not (folder / "owners.json").exists():
-                raise disk.cannot_write(folder, error) from error
+
+        def build(temporary: Path) -> None:
+            _Build(data, task, tokenizer, key, temporary, fingerprint, progress or (lambda stage, rows: None), classes).run(source, test)
+
+        _make(folder, build)
     owners = Owners.open(folder)
+    _tell(owners)
+    return owners
+
+
+def _make(folder: Path, build: Callable[[Path], None]) -> None:
+    """Has ``build`` fill the folder, which is there whole or not at all."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+        try:
+            build(temporary)
+            temporary.replace(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    except OSError as error:
+        # Another process may have built the same meanwhile; its result is as good.
+        if not (folder / "owners.json").exists():
+            raise disk.cannot_write(folder, error) from error
+
+
+def _tell(owners: Owners) -> None:
     for owner, reason in islice(owners.left_out.items(), _NAMED):
         log.warning("owner %s is left out: %s", owner, reason)
     if len(owners.left_out) > _NAMED:
         log.warning("%d more owners are left out; the journal names them all", len(owners.left_out) - _NAMED)
     if owners.dropped:
         log.info("%d rows gave nothing to learn from", owners.dropped)
-    return owners
 
 
 def _fingerprint(data: Data, task: Task, tokenizer: Any, key: Key, source: Source, test: Source | None, classes: tuple[str, ...]) -> str:

@@ -7,79 +7,16 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
 
 from fedfm.core.errors import ConfigError, DataError, MissingExtra
 from fedfm.core.registry import suggest
-from fedfm.core.task import RawRow
+from fedfm.data.records import Record, pieces, shown
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
-PIECE = 4000
-"""Characters of a row cut from a longer text."""
 _HASHED = 256_000_000  # bytes of the largest file that is read for its stamp
-
-
-class Record(dict[str, Any]):
-    """A row, and where it was read (``path:line``)."""
-
-    def __init__(self, row: Mapping[str, Any] | Iterable[tuple[str, Any]], where: str) -> None:
-        super().__init__(row)
-        self.where = where
-
-
-def where(row: RawRow) -> str:
-    """Where a row was read, for messages."""
-    return row.where if isinstance(row, Record) else "a row"
-
-
-def value_in(row: RawRow, column: str) -> Any:
-    """The row's entry in ``column``.
-
-    Raises:
-        DataError: if it has no such column.
-    """
-    try:
-        return row[column]
-    except KeyError:
-        raise DataError(f"{where(row)} has no column {column!r}.{suggest(column, row)} Its columns: {', '.join(row)}.") from None
-
-
-def text_in(row: RawRow, column: str) -> str:
-    """The row's text in ``column``.
-
-    Raises:
-        DataError: if it is absent or not text.
-    """
-    found = value_in(row, column)
-    if not isinstance(found, str):
-        raise DataError(f"{where(row)}: column {column!r} holds {_show(found)}, which is not text.")
-    return _whole(row, column, found)
-
-
-def name_in(row: RawRow, column: str) -> str:
-    """The row's owner or label in ``column``: text, or a number as text.
-
-    Raises:
-        DataError: if it is absent, empty or neither.
-    """
-    found = value_in(row, column)
-    if found is None or found == "" or not isinstance(found, str | int | float):
-        raise DataError(f"{where(row)}: column {column!r} holds {_show(found)}, where a name or a number is needed.")
-    return _whole(row, column, str(found))
-
-
-def _whole(row: RawRow, column: str, text: str) -> str:
-    """The text, if it can be written down: JSON may hold one half of a character that takes two."""
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where(row)}: column {column!r} holds half a character ({text[error.start]!a}), so its text was cut. Mend or drop this row."
-        ) from error
-    return text
 
 
 @dataclass(frozen=True)
@@ -163,21 +100,6 @@ def stamp(files: Iterable[Path], folder: Path) -> str:
     return digest.hexdigest()
 
 
-def pieces(file: TextIO) -> Iterator[tuple[int, str]]:
-    """A long text as pieces of about :data:`PIECE` characters that end where a line does, each with the number of its first line."""
-    first, line, held, size = 1, 1, list[str](), 0
-    # The bound on readline keeps memory flat where a file is one endless line.
-    while part := file.readline(PIECE):
-        held.append(part)
-        size += len(part)
-        line += part.endswith("\n")
-        if size >= PIECE:
-            yield first, "".join(held)
-            first, held, size = line, [], 0
-    if held:
-        yield first, "".join(held)
-
-
 def text_files(folder: Path) -> list[Path]:
     """The text files below ``folder``, sorted; hidden ones are not data.
 
@@ -222,7 +144,7 @@ def _jsonl(path: Path) -> Iterator[Record]:
                         f"{path}:{number} is not valid JSON: {error}. A .jsonl file has one JSON object on each line."
                     ) from error
                 if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number} holds {_show(row)}, not a JSON object with columns.")
+                    raise DataError(f"{path}:{number} holds {shown(row)}, not a JSON object with columns.")
                 yield Record(row, f"{path}:{number}")
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read beyond line {number}: {error}.") from error
@@ -296,8 +218,3 @@ def _hub(location: str) -> Source:
             raise DataError(f"{location} cannot be read beyond row {number}: {error}") from error
 
     return Source(location, read, dataset._fingerprint)
-
-
-def _show(found: Any) -> str:
-    short = repr(found)
-    return f"{type(found).__name__} {short if len(short) <= 40 else short[:37] + '...'}"

@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 
 from fedfm.core.errors import DataError
-from fedfm.data.sources import Record, pieces
+from fedfm.data.records import Record, pieces
 
 MIN_BYTES = 100_000
 """Fewest bytes of source that make a package an owner."""

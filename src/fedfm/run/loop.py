@@ -205,10 +205,11 @@ def _go(
         for finding in check.require(plan, len(simulation.clients), roster):
             if finding.level == "warning":
                 log.warning("%s: %s", finding.where, finding.text)
-        session.settle()
+        state, ledger = restored or (start(plan, house.start), Ledger())
+        if state.round < plan.rounds:
+            session.settle()
         if folder is not None:
             _note_choices(folder, house)
-        state, ledger = restored or (start(plan, house.start), Ledger())
         game = _Game(simulation, session, folder, watch)
         watch.start(game.info(None if restored is None else state.round))
 

@@ -13,7 +13,7 @@ from fedfm.core.batch import Batch, IntArray, Row
 from fedfm.core.errors import ConfigError
 from fedfm.core.task import Encoder, Example, Examples, RawRow, Task
 from fedfm.core.tree import Tree
-from fedfm.data.sources import name_in, text_in
+from fedfm.data.records import name_in, text_in
 from fedfm.tasks.sequences import ratio, require_length, tokenize
 
 

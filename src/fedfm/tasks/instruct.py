@@ -16,7 +16,7 @@ from fedfm.core.batch import IntArray, Row
 from fedfm.core.errors import ConfigError, DataError, ModelError
 from fedfm.core.task import Encoder, Example, Examples, RawRow, Task
 from fedfm.core.tree import Tree
-from fedfm.data.sources import text_in, value_in, where
+from fedfm.data.records import text_in, value_in, where
 from fedfm.tasks.sequences import LONG, both_ends, ends, language_metrics, require_length, shifted, tokenize
 
 _ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"

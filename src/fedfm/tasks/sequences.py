@@ -14,7 +14,7 @@ from fedfm.core.batch import IGNORE, IntArray
 from fedfm.core.errors import ConfigError, ModelError
 from fedfm.core.task import RawRow
 from fedfm.core.tree import Tree
-from fedfm.data.sources import text_in
+from fedfm.data.records import text_in
 
 LONG = 1 << 18
 """Characters of a text that is tokenized whole, and of all texts that are tokenized at once."""

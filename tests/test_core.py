@@ -204,7 +204,7 @@ def test_parts_of_a_sum_are_the_sum_in_any_order(seeds, cut: int, uniform: bool,
     first, second = total(shuffled[:cut], uniform), total(shuffled[cut:], uniform)
     second.merge(first)
     assert same(second.mean(), whole.mean()) and second.mean_numbers() == whole.mean_numbers() and second.weight == whole.weight
-    assert sorted(second.clients) == sorted(whole.clients) and second.told == whole.told
+    assert sorted(second.clients) == sorted(whole.clients) and second.by_client == whole.by_client
 
 
 @given(st.lists(st.integers(0, 10**6), min_size=1, max_size=6, unique=True), st.booleans())

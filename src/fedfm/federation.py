@@ -106,8 +106,8 @@ class Federation:
 
     def client_plan(self) -> ClientPlan:
         """What a client is told of it, its method applied."""
-        own = self.resolved()
-        return ClientPlan(own.model, own.task, own.tuning, own.local, own.transforms, own.channel)
+        plan = self.resolved()
+        return ClientPlan(plan.model, plan.task, plan.tuning, plan.local, plan.transforms, plan.channel)
 
     def travelling(self, params: Tree) -> Tree:
         """The parameters that leave their house; the others stay at home."""

@@ -127,15 +127,15 @@ def _refuse_duplicates(node: Node) -> None:
         for item in node.value:
             _refuse_duplicates(item)
     elif isinstance(node, MappingNode):
-        seen: dict[str, Node] = {}
+        keys: dict[str, Node] = {}
         for key, value in node.value:
             if not isinstance(key, ScalarNode):
                 raise ConfigError(f"{_mark(key)}: a key must be a name, not a list or a mapping.")
-            if key.value in seen:
+            if key.value in keys:
                 raise ConfigError(
-                    f"{_mark(key)}: the key {key.value!r} stands here and at {_mark(seen[key.value])}; which of the two holds? Remove one."
+                    f"{_mark(key)}: the key {key.value!r} stands here and at {_mark(keys[key.value])}; which of the two holds? Remove one."
                 )
-            seen[key.value] = key
+            keys[key.value] = key
             _refuse_duplicates(value)
 
 
@@ -311,10 +311,12 @@ def _build_model(node: Node, at: str) -> Any:
     if name is None:
         return _build_fields(Model, body, at)
     key, inner = body.value[0]
-    own = [(k, v) for k, v in _body(inner, f"{at}.{name}").value if k.value in _fields(Model)]
-    config = MappingNode(_MAP, [item for item in inner.value if item not in own] if isinstance(inner, MappingNode) else [], node.start_mark)
+    model_fields = [(k, v) for k, v in _body(inner, f"{at}.{name}").value if k.value in _fields(Model)]
+    config = MappingNode(
+        _MAP, [item for item in inner.value if item not in model_fields] if isinstance(inner, MappingNode) else [], node.start_mark
+    )
     text = ScalarNode(_STR, "architecture", key.start_mark)
-    return _build_fields(Model, MappingNode(_MAP, [*own, (text, key), (ScalarNode(_STR, "config"), config)], node.start_mark), at)
+    return _build_fields(Model, MappingNode(_MAP, [*model_fields, (text, key), (ScalarNode(_STR, "config"), config)], node.start_mark), at)
 
 
 def _architecture(body: MappingNode) -> str | None:

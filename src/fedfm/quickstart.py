@@ -119,17 +119,17 @@ def base_model(quick: bool = False, watchers: Sequence[Watcher] = ()) -> Path:
     plan = base_federation(Path())
     if quick:
         plan = replace(plan, rounds=1, local=AdamW(steps=2))
-    made_of = "\0".join([VERSION, repr(plan), str(VOCABULARY), *texts])
-    folder = root / hashlib.blake2b(made_of.encode(), digest_size=8).hexdigest()
-    ran, model = folder / "run", folder / "run" / "model"
-    if not (is_finished(ran) and (model / "config.json").is_file()):
+    ingredients = "\0".join([VERSION, repr(plan), str(VOCABULARY), *texts])
+    folder = root / hashlib.blake2b(ingredients.encode(), digest_size=8).hexdigest()
+    run_folder, model = folder / "run", folder / "run" / "model"
+    if not (is_finished(run_folder) and (model / "config.json").is_file()):
         if not (folder / "tokenizer" / "tokenizer.json").is_file():
             disk.write_atomic(folder / "public" / "manual.txt", "\n\n".join(texts).encode())
             fresh = folder / f".tokenizer-{os.getpid()}"
             train_bpe(texts, VOCABULARY).save_pretrained(fresh)
             fresh.replace(folder / "tokenizer")
         plan = replace(base_federation(folder), rounds=plan.rounds, local=plan.local)
-        _play(resume(ran, watchers=watchers) if (ran / RECIPE).is_file() else run(plan, out=ran, watchers=watchers))
+        _play(resume(run_folder, watchers=watchers) if (run_folder / RECIPE).is_file() else run(plan, out=run_folder, watchers=watchers))
     else:
         print(f"Found, trained by an earlier quickstart: {model}")
     if not quick:
@@ -139,10 +139,10 @@ def base_model(quick: bool = False, watchers: Sequence[Watcher] = ()) -> Path:
 
 def unused(out: Path) -> Path:
     """``out``, or the first of ``out-2``, ``out-3``... that does not exist."""
-    found, i = out, 2
-    while found.exists():
-        found, i = out.with_name(f"{out.name}-{i}"), i + 1
-    return found
+    folder, i = out, 2
+    while folder.exists():
+        folder, i = out.with_name(f"{out.name}-{i}"), i + 1
+    return folder
 
 
 def _play(rounds: Iterable[object]) -> None:

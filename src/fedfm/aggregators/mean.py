@@ -22,7 +22,7 @@ class Mean(Aggregator):
     Streams: memory is one sum and one update. An empty cohort gives a zero update.
 
     Args:
-        weights: ``examples`` counts a client by the weight it told, ``uniform`` by one.
+        weights: ``examples`` weighs a client by the number of examples that it sends, ``uniform`` by 1.
 
     Raises:
         ConfigError: if ``weights`` is neither.
@@ -39,7 +39,7 @@ class Mean(Aggregator):
             raise ConfigError(f"Mean.weights is {self.weights!r}; it must be 'examples' or 'uniform'.")
 
     def traits(self) -> Traits:
-        """Whether all clients count the same; if not, owners must tell how many examples they have."""
+        """With ``examples`` it needs the number of examples of each owner."""
         return traits(needs=["counts"], hides=["uniform-weights"]) if self.weights == "examples" else traits()
 
     def takes_sums(self) -> bool:
@@ -47,11 +47,11 @@ class Mean(Aggregator):
         return True
 
     def uniform(self) -> bool:
-        """As ``weights`` says."""
+        """Whether ``weights`` is ``uniform``."""
         return self.weights == "uniform"
 
     def __call__(self, updates: Iterable[Update | Partial], ctx: RoundContext) -> Update:
-        """The sum so far grows with each update, and with each sum of many."""
+        """Adds each update, or sum of updates, as it arrives; then divides by the weight."""
         total = Partial(ctx.leaves or deltas(Spec.of(ctx.params)), self.uniform())
         for item in updates:
             if isinstance(item, Partial):

@@ -42,7 +42,7 @@ class TrimmedMean(Aggregator):
         return traits(needs=["single-updates", "every-value"], hides=["weighted-sum"])
 
     def min_updates(self) -> int:
-        """One more than are dropped."""
+        """One more than the rule drops."""
         return 2 * self.trim + 1
 
     def uniform(self) -> bool:

@@ -19,7 +19,7 @@ TICKET = "ticket"
 
 @dataclass(frozen=True)
 class Plain(Channel):
-    """One exchange; the server sees each update. What it may sum it adds at once, so that it never holds a cohort.
+    """One exchange; the server sees each update. Answers that may be summed are added as they arrive, so that the server never holds a cohort.
 
     Every client that was asked has exactly one outcome. An answer that nobody asked for is logged and dropped.
     """
@@ -45,13 +45,13 @@ class Plain(Channel):
             yield total
 
     def seal(self, update: Update, leaves: tuple[Leaf, ...], request: Request, scratch: Scratch) -> Sealed:
-        """As it is."""
+        """The payload unchanged, its numbers in the clear."""
         ticket = {} if update.ticket is None else {TICKET: update.ticket}
         return Sealed(update.payload, {**update.metrics, **ticket})
 
 
 def _opened(reply: Reply, errand: Errand, ctx: RoundContext) -> Update | Failure:
-    """A reply as the update that it holds. Whatever is wrong with it is its client's failure."""
+    """The update in a reply; a failure of its client where the reply is malformed."""
     try:
         update = _read(reply, errand)
     except MessageError as error:

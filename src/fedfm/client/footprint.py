@@ -1,4 +1,4 @@
-"""What a bank needs of memory, by arithmetic: the same on every day, whatever else runs on the machine.
+"""Estimates the memory of a bank by arithmetic, so that the estimate does not depend on what else runs on the machine.
 
 An upper estimate of a training step in plain PyTorch: what the backward pass keeps of each token in each layer, the logits in float32 with their
 gradient, and each client's own parameters with the trainer's copies of them.
@@ -17,12 +17,12 @@ _COPIES = 7 * 4
 
 
 def base_bytes(house: House) -> int:
-    """The frozen base, in its own type."""
+    """Bytes of the frozen base, in its own type."""
     return sum(p.numel() * p.element_size() for p in house.foundation.model.parameters())
 
 
 def client_bytes(house: House) -> int:
-    """What one more client in a bank adds, with examples of full length."""
+    """Bytes that one more client adds to a bank, with examples of full length."""
     task, work = house.plan.task, house.plan.local.work
     rows = work.batch_size or max(len(house.shard(client).train) for client in house.clients)
     tokens = rows * task.max_length
@@ -42,7 +42,7 @@ def _token_bytes(house: House, length: int) -> int:
 
 
 def _first(config: object, names: tuple[str, ...], default: int) -> int:
-    """The first of some names that a config has; architectures call the same thing by many."""
+    """The value of the first of these names that a config has; architectures use different names."""
     for name in names:
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:

@@ -81,7 +81,7 @@ class Outbox:
         self._waiting += [memoryview(part) for part in parts if part]
 
     def flush(self) -> bool:
-        """Writes what fits; whether all of it has left.
+        """Writes what fits. Returns whether nothing is left to write.
 
         Raises:
             BrokenPipeError: if the other end has closed.

@@ -26,7 +26,7 @@ from fedfm.core.tree import Tree, raw
 
 
 def home(folder: Path, client: ClientId) -> Path:
-    """A client's own folder in a run's, whatever its name is."""
+    """The folder of one client in a run's folder. Any client's name is safe."""
     return folder / "clients" / slug(client)
 
 
@@ -49,7 +49,7 @@ class Memory:
         self._held: dict[ClientId, dict[int, Tree]] = {}
 
     def load(self, client: ClientId, counted: int | None) -> dict[str, torch.Tensor]:
-        """What the client remembered with the ticket that was counted last; nothing where none was. The tensors are the caller's to change.
+        """The memory under the ticket that was counted last; empty where none was. The caller may change the tensors.
 
         Raises:
             RunError: if that memory is damaged, not this client's, or gone.

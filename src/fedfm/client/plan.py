@@ -1,4 +1,4 @@
-"""What a client is told of a federation: the parts that act in its house, and no others."""
+"""What a client knows of a federation: the parts that act in its house, and no others."""
 
 from __future__ import annotations
 

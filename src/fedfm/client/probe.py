@@ -1,4 +1,4 @@
-"""What a bank relies on, seen before it is relied on: rows belong to clients, and a causal model does not look ahead.
+"""Checks two things that a bank relies on: rows belong to clients, and a causal model does not look ahead.
 
 A bank puts client after client into one batch, and a site takes the k-th part of the rows for client k. A base that lays its activations out
 in another way (Longformer puts positions before rows) would train on other clients' tensors, silently. A causal task leaves out
@@ -18,9 +18,9 @@ from fedfm.core.errors import ModelError
 from fedfm.core.keys import Key
 from fedfm.core.task import Examples
 
-# Tokens of a row that is probed with.
+# Longest row of a probe, in tokens.
 TOKENS = 16
-# How far trainable tensors are moved, so that nothing is zero.
+# Standard deviation of the noise on trainable tensors, so that nothing is zero.
 SCALE = 0.1
 
 
@@ -32,7 +32,7 @@ def probe_rows(learner: Learner, start_d: torch.Tensor, examples: Examples, key:
 
     Args:
         start_d: Trainable parameters, which are moved at random for each client.
-        examples: Whose rows are taken, the first two.
+        examples: The first two give the rows.
         key: Draws the disturbance.
     """
     drawn = [torch.randn(start_d.shape, generator=key.fold("probe", i).generator()).to(start_d.device) for i in range(3)]
@@ -49,7 +49,7 @@ def probe_rows(learner: Learner, start_d: torch.Tensor, examples: Examples, key:
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
-        # A site that cannot divide its activations, or its dropout, among clients.
+        # A site raises this where it cannot divide its activations, or its dropout, among clients.
         return f"two clients do not fit into one batch ({str(error).splitlines()[0]})"
     for k, grad_kd in enumerate(usual.grads):
         # Exact: what a loss does not depend on has a gradient of zero, whatever the type.
@@ -66,8 +66,8 @@ def probe_causal(learner: Learner, start_d: torch.Tensor, examples: Examples, ke
     """Changes the second half of a row and looks at the logits of the first.
 
     Args:
-        start_d: Trainable parameters to look with.
-        examples: Whose row is taken, the longest of the first few.
+        start_d: Trainable parameters of the probe.
+        examples: The longest of the first eight gives the row.
         key: Draws the other tokens.
 
     Raises:
@@ -119,7 +119,7 @@ def _reaches(learner: Learner, batch: Batch, half: int) -> bool:
 
 @dataclass(frozen=True)
 class _Numbers:
-    """What a batch of two clients gives.
+    """Results of a batch of two clients.
 
     Args:
         logits_0: Client 0's logits.
@@ -143,7 +143,7 @@ def _numbers(learner: Learner, theta_kd: torch.Tensor, batch: Batch) -> _Numbers
 
 @torch.no_grad()
 def _drop(learner: Learner, theta_kd: torch.Tensor, batch: Batch, key: Key) -> None:
-    """A forward pass with dropout: a site that cannot place each client's mask says so."""
+    """A forward pass with dropout: a site that cannot place each client's mask raises RuntimeError."""
     learner.tuned.bind(theta_kd, [key.fold("probe", "dropout", k) for k in range(len(theta_kd))])
     learner.tuned.logits(batch)
 
@@ -153,8 +153,8 @@ def _cut(row: Row, per_row: bool) -> Row:
     aligned = not per_row and len(row.targets) == len(row.ids)
     asked = np.flatnonzero(row.targets != IGNORE) if aligned else np.zeros(0, dtype=np.int64)
     end = int(asked[-1]) + 1 if len(asked) else min(len(row.ids), TOKENS)
-    own = slice(max(end - TOKENS, 0), end)
-    return Row(row.ids[own], row.targets[own] if aligned else row.targets, {name: x[own] for name, x in row.extra.items()})
+    window = slice(max(end - TOKENS, 0), end)
+    return Row(row.ids[window], row.targets[window] if aligned else row.targets, {name: x[window] for name, x in row.extra.items()})
 
 
 def _moved(x: torch.Tensor, y: torch.Tensor) -> bool:

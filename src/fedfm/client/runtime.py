@@ -59,11 +59,11 @@ class Runtime:
         except FedfmError as error:
             reason, crowded = str(error), False
         except Exception as error:
-            # A kernel that does not exist here, a file that changed: the round must be able to go on without this client.
+            # A kernel may not exist here, or a file may have changed: the round must be able to go on without this client.
             log.debug("a bank failed", exc_info=True)
             reason = f"{type(error).__name__}: {(str(error) or 'no message').splitlines()[0]}"
             crowded = isinstance(error, RuntimeError) and is_out_of_memory(error)
-        # Outside the handlers: an error that is being handled keeps its tensors alive.
+        # This stands after the handlers, because an error that is being handled keeps its tensors alive.
         if crowded and self.house.foundation.device.type == "cuda":
             torch.cuda.empty_cache()
         if len(waiting) > 1 and (verb.banked or not crowded):
@@ -111,7 +111,7 @@ def by_body(requests: Mapping[ClientId, Request]) -> list[dict[ClientId, Request
         same.setdefault(id(request.body), {})[client] = request
     if len(same) < 2:
         return list(same.values())
-    # A digest reads every byte, so it is made only where one object does not serve all.
+    # A digest reads every byte, so it is computed only where there is more than one body object.
     groups: dict[str, dict[ClientId, Request]] = {}
     for group in same.values():
         groups.setdefault(next(iter(group.values())).body.digest, {}).update(group)

@@ -20,8 +20,8 @@ class Contribution:
     """A client's answer before its channel seals it.
 
     Args:
-        update: What it holds; ``update.client`` is set.
-        leaves: The declaration of all of it.
+        update: The answer; ``update.client`` is set.
+        leaves: The declaration of everything in it.
     """
 
     update: Update
@@ -32,7 +32,7 @@ class Verb(Part, ABC):
     """What a client can be asked. The server's half makes an errand and reads what comes back, each verb in its own way.
 
     Attributes:
-        name: What it is called on the wire.
+        name: Its name on the wire.
         banked: Whether its clients share a batch, so that an engine asks as many together as the bank holds.
     """
 
@@ -45,7 +45,7 @@ class Verb(Part, ABC):
         """The clients' half: one outcome for each request. All requests have one body."""
 
     def shrink(self, house: House) -> bool:
-        """Makes the next try need less memory; whether it could. Banks are halved before this is asked."""
+        """Makes the next try need less memory. Returns whether it could. The runtime halves banks before it calls this."""
         return False
 
 

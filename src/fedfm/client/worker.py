@@ -41,7 +41,7 @@ def serve(incoming: int, outgoing: int) -> None:
     hello = unpack(memoryview(inbox.receive() or b""))
     assert isinstance(hello, Request)
     client, inbox.max_bytes = str(hello.meta["client"]), int(hello.meta["max_bytes"] or 0)
-    # A server that sends more than is answered waits at the pipe.
+    # The queue is short, so a server that sends faster than the client answers waits at the pipe.
     frames: Queue[bytearray] = Queue(maxsize=2)
     threading.Thread(target=_read, args=(inbox, frames), daemon=True).start()
     try:
@@ -90,7 +90,7 @@ def _runtime(client: str, hello: Mapping[str, Any]) -> Runtime:
         policies={client: Policy(frozenset(filter(None, hello["withhold"].split(","))))},
     )
     runtime = Runtime(house)
-    # A model that does not load is a failure to start, not of the first round.
+    # The model is loaded now, so that a failure to load is a failure to start, not one of the first round.
     house.bank  # noqa: B018
     return runtime
 

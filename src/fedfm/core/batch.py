@@ -36,11 +36,11 @@ class Shaping:
     """How rows become a rectangle.
 
     Args:
-        pad_id: Fills what lies right of a row's end.
+        pad_id: Fills the positions after a row's end.
         causal: Leaves the attention mask out, because a causal model cannot see padding on the right.
         per_row: A model gives one vector of logits for each row rather than one for each position.
-        multiple: The batch's length is rounded up to a multiple of it,
-        longest: but not beyond this, which may be all that the model takes.
+        multiple: The batch's length is rounded up to a multiple of it.
+        longest: The rounded length does not exceed this, the longest that the model may take.
     """
 
     pad_id: int = 0
@@ -84,7 +84,7 @@ class Batch:
 
     @property
     def num_slots(self) -> int:
-        """Tokens and padding together."""
+        """Number of tokens, padding included."""
         return self.shape[0] * self.shape[1]
 
     def to(self, device: torch.device) -> Batch:

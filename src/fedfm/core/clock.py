@@ -39,11 +39,11 @@ class Virtual(Clock):
         self._now = 0.0
 
     def now(self) -> float:
-        """Seconds that it was moved."""
+        """Seconds that the clock was moved in all."""
         return self._now
 
     def advance(self, seconds: float) -> None:
-        """Moves it forward.
+        """Moves the clock forward.
 
         Raises:
             ValueError: if ``seconds`` is negative.

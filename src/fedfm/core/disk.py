@@ -94,7 +94,7 @@ def append(path: Path, line: str) -> None:
 
 
 def cut(path: Path, size: int, end: bytes = b"") -> None:
-    """Cuts ``path`` to ``size`` bytes followed by ``end``, durably; what a crash left behind a complete part goes away.
+    """Cuts ``path`` to ``size`` bytes followed by ``end``, durably. This removes what a crash left after the last complete part.
 
     Raises:
         RunError: if it cannot be written.
@@ -116,7 +116,7 @@ def cut(path: Path, size: int, end: bytes = b"") -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it, so that loss of power does not take them: each new one is synced into its parent."""
+    """Makes a folder and those above it. Each new one is synced into its parent, so that it survives loss of power."""
     missing = [folder]
     while not missing[-1].parent.exists():
         missing.append(missing[-1].parent)
@@ -136,10 +136,10 @@ def sync(path: Path) -> None:
 
 
 def cannot_write(path: Path, error: Exception) -> RunError:
-    """The error a user sees when a write fails. safetensors has an error of its own, which tells the number in words."""
+    """The error a user sees when a write fails. safetensors raises an error of its own, with the number in its text."""
     if not isinstance(error, OSError):
-        told = re.search(r"os error (\d+)", str(error))
-        error = OSError(int(told[1]), os.strerror(int(told[1]))) if told else OSError(0, str(error))
+        match = re.search(r"os error (\d+)", str(error))
+        error = OSError(int(match[1]), os.strerror(int(match[1]))) if match else OSError(0, str(error))
     if error.errno == errno.ENOSPC:
         return RunError(f"The disk is full: {path} could not be written. What was saved before is intact; free space and resume.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
@@ -150,7 +150,7 @@ def cannot_write(path: Path, error: Exception) -> RunError:
 
 
 def cache() -> Path:
-    """Where what can be made again is kept: ``$FEDFM_CACHE``, else ``~/.cache/fedfm``.
+    """The folder of files that can be made again: ``$FEDFM_CACHE``, else ``~/.cache/fedfm``.
 
     Raises:
         RunError: if there is no home.

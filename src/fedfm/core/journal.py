@@ -35,10 +35,10 @@ class Line:
 
     Args:
         number: Counted from 1.
-        begin: Its first byte in the file,
-        end: and the one after its last, without the newline.
-        digest: Of all lines up to this one.
-        what: The rest of what it says.
+        begin: Position of its first byte in the file.
+        end: Position after its last byte, without the newline.
+        digest: Digest of all lines up to this one.
+        what: All its other fields.
     """
 
     number: int
@@ -114,7 +114,7 @@ def _parsed(path: Path, number: int, text: bytes) -> dict[str, Any]:
 
 @dataclass
 class Journal:
-    """What is needed of a journal to go on with its run: little, however many rounds and owners it tells of.
+    """What a run needs of its journal to go on. It takes little memory, however many rounds and owners there are.
 
     Attributes:
         first: The first line of each kind that is written once (``start``, ``recipe``, ``base``, ``data``, ``roster``).
@@ -151,15 +151,15 @@ class Journal:
         Raises:
             RunError: if it cannot be written.
         """
-        told = {"event": event, **what}
-        wrong = _wrong(told)
+        entry = {"event": event, **what}
+        wrong = _wrong(entry)
         assert wrong is None, wrong
-        body = json.dumps(told, allow_nan=False, separators=(",", ":"))[:-1].encode()
+        body = json.dumps(entry, allow_nan=False, separators=(",", ":"))[:-1].encode()
         digest = _digest(self._digest, body)
         text = f'{body.decode()},"digest":"{digest}"}}'
         disk.append(self.path, text)
         begin = self.size + 1 if self.size else 0
-        self._take(Line(self.num_lines + 1, begin, begin + len(text.encode()), digest, told))
+        self._take(Line(self.num_lines + 1, begin, begin + len(text.encode()), digest, entry))
 
     def mend(self) -> None:
         """Cuts off what a crash left of an unfinished line, so that the next one begins on a line of its own.
@@ -283,11 +283,11 @@ EVENTS: Mapping[str, Mapping[str, Test]] = {
     "resume": {**_ENVELOPE, "round": _count, "rounds": _count},
     "end": {"round": _count, "ledger": _LEDGER},
 }
-"""What each kind of line must hold; it may hold more."""
+"""Fields that each kind of line must hold. It may hold more."""
 
 
 def _wrong(what: Any) -> str | None:
-    """What keeps this from being a line; ``None`` where nothing does."""
+    """Why this cannot be a line; ``None`` where it can."""
     if not isinstance(what, dict) or not isinstance(what.get("event"), str):
         return "it names no event"
     event = what["event"]

@@ -16,7 +16,7 @@ from fedfm.core.errors import MessageError
 from fedfm.core.tree import Spec, Tree
 
 Reduce = Literal["mean", "sum", "each"]
-# A 256th of the sum that an aggregate can hold: more examples than anybody has, and longer than any honest delta.
+# A 256th of the largest sum that an aggregate can hold. No client has more examples, and no honest delta is longer.
 MOST = 2.0**30
 
 
@@ -26,7 +26,7 @@ class Leaf:
 
     Args:
         name: Its name in the payload, or among an update's metrics.
-        shape: Of one client's.
+        shape: Shape of one client's tensor.
         group: ``delta`` for changes of parameters, ``told`` for weights, losses and counts; a method may name a group of its own. A transform
             changes only the groups it covers.
         bound: No value is larger in magnitude.
@@ -46,7 +46,7 @@ class Leaf:
 
     @property
     def is_number(self) -> bool:
-        """Whether it is a single number that is told; such leaves are an update's metrics, all others its payload."""
+        """Whether it is a single number. Such leaves are an update's metrics, all others its payload."""
         return self.group == "told" and self.shape == ()
 
     @property
@@ -73,7 +73,7 @@ class Leaf:
 
 
 def number(name: str, reduce: Reduce = "sum", bound: float = MOST, signed: bool = False, nan: bool = False) -> Leaf:
-    """A single number that a client tells; a count unless said otherwise."""
+    """A leaf that is a single number; a count unless said otherwise."""
     return Leaf(name, (), torch.float64, "told", bound, reduce, signed, nan)
 
 
@@ -83,12 +83,12 @@ def deltas(spec: Spec) -> tuple[Leaf, ...]:
 
 
 def numbers(leaves: Iterable[Leaf]) -> tuple[Leaf, ...]:
-    """Those that are single numbers."""
+    """The leaves that are single numbers."""
     return tuple(leaf for leaf in leaves if leaf.is_number)
 
 
 def payload(leaves: Iterable[Leaf]) -> tuple[Leaf, ...]:
-    """Those that are tensors of the payload."""
+    """The leaves that are tensors of the payload."""
     return tuple(leaf for leaf in leaves if not leaf.is_number)
 
 

@@ -49,7 +49,7 @@ class Body:
     """What many clients are asked alike: a verb with tensors and metadata. Clients with equal bodies may share a bank.
 
     Args:
-        verb: A runtime refuses verbs it does not know.
+        verb: What is asked. A runtime refuses verbs that it does not know.
         round: The round it belongs to; 0 before the first.
         tensors: What the verb needs (the global parameters).
         meta: Small scalars.
@@ -97,23 +97,19 @@ class Request:
         return Request(Body(verb, round, tensors or {}, meta or {}), own)
 
     @property
-    def verb(self) -> str:
-        """The body's."""
+    def verb(self) -> str:  # noqa: D102
         return self.body.verb
 
     @property
-    def round(self) -> int:
-        """The body's."""
+    def round(self) -> int:  # noqa: D102
         return self.body.round
 
     @property
-    def tensors(self) -> Tree:
-        """The body's."""
+    def tensors(self) -> Tree:  # noqa: D102
         return self.body.tensors
 
     @property
-    def meta(self) -> Mapping[str, Scalar]:
-        """The body's."""
+    def meta(self) -> Mapping[str, Scalar]:  # noqa: D102
         return self.body.meta
 
 
@@ -130,7 +126,7 @@ class Reply:
 
 @dataclass(frozen=True)
 class Failure:
-    """A client that did not answer, where it broke, and why. Its words are cut and cleaned: they end on a terminal and on disk.
+    """A client that did not answer: the stage in which it failed, and why. Both texts are cut and cleaned, because a terminal shows them.
 
     Args:
         stage: ``train``, ``evaluate``, ``encode``, ``decode``, ``exchange``...
@@ -188,7 +184,7 @@ def pack_parts(message: Message) -> list[bytes]:
 def size(message: Message) -> int:
     """``len(pack(message))`` without copying a tensor."""
     own = _blob_size(message.own_tensors) if isinstance(message, Request) and message.own_tensors else 0
-    # A body is the same for many, who may be thousands.
+    # Thousands of requests may share a body, which knows its own size.
     shared = message.body.size if isinstance(message, Request) else _blob_size(_tensors(message))
     return 4 + len(_header_bytes(message, own)) + own + shared
 
@@ -305,7 +301,7 @@ def _read_index(view: memoryview, most: int) -> tuple[dict[str, Any], int]:
 
 
 def _claim(name: str, entry: object) -> tuple[torch.dtype, tuple[int, ...], int, int]:
-    """Type, shape and place of a tensor, as far as they can be true."""
+    """Type, shape and place of a tensor, checked against each other."""
     if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
         raise MessageError(f"A message's tensor {name!r} is not safetensors.")
     dtype, shape, offsets = _BY_NAME.get(str(entry["dtype"])), entry["shape"], entry["data_offsets"]

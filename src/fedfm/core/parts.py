@@ -46,7 +46,7 @@ class Update:
     ticket: int | None = None
 
     def with_payload(self, payload: Tree) -> Update:
-        """The same update carrying something else."""
+        """The same update with another payload."""
         return replace(self, payload=payload)
 
 
@@ -102,7 +102,7 @@ class ServerState:
 
     Args:
         round: Rounds completed.
-        params: The global trainable parameters, those that stay at home as they were at the start.
+        params: The global trainable parameters. Those that stay at home keep their values from the start.
         parts: The state of each part that has one, under the part's place in the recipe (``server``, ``transforms.0``, ``sampler``).
         counted: The ticket of each client that was counted last; a client goes on from what it remembered then.
     """
@@ -165,7 +165,7 @@ def refuse(where: str, text: str) -> Finding:
 
 
 def warn(where: str, text: str) -> Finding:
-    """A finding that does not."""
+    """A finding that does not stop the run."""
     return Finding("warning", where, text)
 
 
@@ -185,7 +185,7 @@ class Part:
 
 
 class Sampler(Part, ABC):
-    """Who takes part in a round."""
+    """Chooses who takes part in a round."""
 
     room = "samplers"
 
@@ -203,7 +203,7 @@ class Sampler(Part, ABC):
 
 
 class Transform(Part, ABC):
-    """An update in flight. ``encode`` acts on the client, ``decode`` and ``finish`` on the server; all default to nothing.
+    """Changes an update in flight. ``encode`` acts on the client, ``decode`` and ``finish`` on the server; by default each returns its input.
 
     In a chain ``encode`` runs left to right, ``decode`` and ``finish`` right to left.
 
@@ -239,7 +239,7 @@ class Transform(Part, ABC):
         return update
 
     def finish(self, aggregate: Update, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
-        """What is done once, to the aggregate; and the new state."""
+        """The aggregate after this transform's one step on it, and the new state."""
         return aggregate, state
 
 
@@ -266,7 +266,7 @@ class Aggregator(Part, ABC):
 
 
 class ServerOptimizer(Part, ABC):
-    """The global step."""
+    """Takes the global step."""
 
     room = "server"
 
@@ -320,8 +320,8 @@ class Work:
 
     Args:
         batch_size: Examples per micro-batch; ``None`` takes all of the client's examples at once.
-        steps: Optimizer steps; or
-        epochs: passes over the client's examples. Exactly one of the two.
+        steps: Optimizer steps; ``None`` where ``epochs`` is given.
+        epochs: Passes over the client's examples; ``None`` where ``steps`` is given.
         accumulate: Micro-batches per optimizer step.
         max_grad_norm: Bound on each client's own gradient norm; ``None`` for no bound.
     """
@@ -411,14 +411,14 @@ class GradientTrainer(LocalTrainer):
 
 
 class WrappedTrainer(GradientTrainer):
-    """A trainer around another, declared as a field: forwards everything, so that a subclass overrides only what it changes.
+    """A trainer around another: forwards everything, so that a subclass overrides only what it changes. The subclass declares ``inner`` as a field.
 
     Attributes:
         inner: The trainer that takes the steps.
     """
 
     inner: GradientTrainer
-    # What only forwards has nothing to say of its own.
+    # A method that only forwards needs no docstring.
 
     @property
     def work(self) -> Work:  # noqa: D102
@@ -441,7 +441,7 @@ class WrappedTrainer(GradientTrainer):
 
 
 def innermost(local: LocalTrainer) -> LocalTrainer:
-    """The trainer that takes the steps, without what ties it to a federation (FedProx's pull, SCAFFOLD's correction)."""
+    """The trainer that takes the steps, without the trainers around it (FedProx, SCAFFOLD), which tie it to a federation."""
     while isinstance(local, WrappedTrainer):
         local = local.inner
     return local
@@ -457,7 +457,7 @@ class Errand:
         params: The parameters that travel, of full size.
         own: Numbers for one client alone.
         params_of: The parameters as a client with these own numbers holds them.
-        pad: A client's payload at full size.
+        pad: Brings a client's payload to full size.
         transforms: What encodes a payload on its way, left to right.
         received: What each transform sends to clients, by its index.
         sums: Whether a sum of the answers is enough.
@@ -537,9 +537,9 @@ class Channel(Part, ABC):
     def collect(
         self, session: Session, errand: Errand, clients: Sequence[ClientId], deadline: float | None, ctx: RoundContext
     ) -> Iterator[Update | Partial | Failure]:
-        """The server's half: the answers, decoded and checked, as they arrive, or sums of them; and who failed: one outcome for each client.
+        """The server's half: yields answers as they arrive, decoded and checked, or sums of them, and failures. Each client has one outcome.
 
-        Single updates are asked for where ``errand.sums`` is off.
+        Where ``errand.sums`` is off, the caller needs single updates.
         """
 
     @abstractmethod
@@ -560,7 +560,7 @@ class Channel(Part, ABC):
 
 
 class Pacing(Part, ABC):
-    """When a round has enough answers."""
+    """Decides when a round has enough answers."""
 
     room = "pacing"
 
@@ -603,7 +603,7 @@ class Plan(Protocol):
 
     @property
     def transforms(self) -> tuple[Transform, ...]:
-        """On an update in flight, left to right on the client."""
+        """Changes of an update in flight, left to right on the client."""
         ...
 
     @property

@@ -72,12 +72,12 @@ def entries(room: str) -> dict[str, Entry]:
     if room not in ROOMS:
         raise ConfigError(f"There is no room {room!r}.{suggest(room, ROOMS)} Rooms: {', '.join(ROOMS)}.")
     init = Path(__file__).parent.parent / room / "__init__.py"
-    found: dict[str, Entry] = {}
+    parts: dict[str, Entry] = {}
     for node in ast.parse(init.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("fedfm."):
-            found.update(_read(room, node.module, {alias.name for alias in node.names}))
-    found.update(_foreign(room))
-    return dict(sorted(found.items()))
+            parts.update(_read(room, node.module, {alias.name for alias in node.names}))
+    parts.update(_foreign(room))
+    return dict(sorted(parts.items()))
 
 
 def suggest(name: str, known: Iterable[str]) -> str:
@@ -89,7 +89,7 @@ def suggest(name: str, known: Iterable[str]) -> str:
 
 def _read(room: str, module: str, names: set[str]) -> dict[str, Entry]:
     path = Path(__file__).parent.parent.joinpath(*module.split(".")[1:]).with_suffix(".py")
-    found = {}
+    parts = {}
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         # Parts are frozen dataclasses; whatever else a room exports is not a part.
         if (
@@ -98,8 +98,8 @@ def _read(room: str, module: str, names: set[str]) -> dict[str, Entry]:
             and any("frozen=True" in ast.unparse(line) for line in node.decorator_list)
         ):
             summary = (ast.get_docstring(node) or "").split("\n\n")[0].replace("\n", " ")
-            found[node.name] = Entry(room, node.name, module, summary, _concerns(node))
-    return found
+            parts[node.name] = Entry(room, node.name, module, summary, _concerns(node))
+    return parts
 
 
 def _concerns(node: ast.ClassDef) -> tuple[str, ...]:
@@ -118,9 +118,9 @@ def _concerns(node: ast.ClassDef) -> tuple[str, ...]:
 def _foreign(room: str) -> dict[str, Entry]:
     from importlib.metadata import entry_points
 
-    found = {}
+    parts = {}
     for point in entry_points(group="fedfm.parts"):
         place, _, name = point.name.partition(".")
         if place == room and name:
-            found[name] = Entry(room, name, point.module, f"from {point.dist.name if point.dist else point.module}", ())
-    return found
+            parts[name] = Entry(room, name, point.module, f"from {point.dist.name if point.dist else point.module}", ())
+    return parts

@@ -1,4 +1,4 @@
-"""What the server knows of the owners: who they are, and what each is willing to tell of its data."""
+"""What the server knows of the owners: who they are, and the numbers that each gives of its data."""
 
 from __future__ import annotations
 
@@ -51,19 +51,19 @@ class Roster:
         return [{"owner": client, **asdict(self.holdings.get(client, Holding()))} for client in self.ids]
 
     def note(self) -> dict[str, Any]:
-        """All of it in plain values, to be kept with a run. An owner that tells nothing is not one whose channel shows sums alone."""
+        """The roster in plain values, to be kept with a run. Only owners whose channel shows more than sums have an entry in ``holdings``."""
         holdings = {client: asdict(holding) for client, holding in self.holdings.items()}
         return {"ids": list(self.ids), "holdings": holdings, "totals": asdict(self.totals)}
 
     @staticmethod
     def from_note(note: Mapping[str, Any]) -> Roster:
         """Undoes :meth:`note`."""
-        holdings = {client: Holding(**told) for client, told in note["holdings"].items()}
+        holdings = {client: Holding(**values) for client, values in note["holdings"].items()}
         return Roster(tuple(note["ids"]), holdings, Holding(**note["totals"]))
 
 
 def total_of(holdings: Iterable[Holding]) -> Holding:
-    """What all of them have together; a number that one withholds is withheld of all."""
+    """What all owners have together; a number that one owner withholds is ``None``."""
     known = list(holdings)
 
     def total(name: str) -> int | None:
@@ -82,5 +82,5 @@ def total_of(holdings: Iterable[Holding]) -> Holding:
 
 
 def count(value: float) -> int | None:
-    """A count that was told, ``None`` for NaN, which stands for one that is withheld."""
+    """A count as an integer; ``None`` for NaN, which stands for a withheld count."""
     return None if math.isnan(value) else int(value)

@@ -24,13 +24,13 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """What a round leaves in the metrics. Numbers that time decides are in ``seconds`` alone.
+    """What a round leaves in the metrics. Only ``seconds`` depends on time.
 
     Args:
         cohort: Who was asked.
         failures: Who failed, where and why; one entry for each attempt.
-        clients: What each client told about its work; empty where the channel shows sums alone.
-        metrics: Of the round: ``train_loss`` (weighted), ``update_norm`` (of the parameters' deltas), and what observers add under ``eval``.
+        clients: The numbers that each client gave of its work; empty where the channel shows sums alone.
+        metrics: Metrics of the round: ``train_loss`` (weighted), ``update_norm`` (of the parameters' deltas), and what observers add under ``eval``.
         bytes_up: Bytes of all replies.
         bytes_down: Bytes of all requests.
     """
@@ -105,13 +105,13 @@ def play(
     aggregate, finished = finish(plan, replace(aggregate, metrics=arrivals.numbers.mean_numbers()), state, errand, ctx)
     stepped, server = plan.server.step(errand.params, aggregate, state.of("server"), ctx)
     Spec.of(errand.params).require(stepped, f"Round {ctx.round}, parameters after the server step")
-    parts = {place: own for place, own in {"sampler": sampler, "server": server, **finished}.items() if own}
+    parts = {place: tree for place, tree in {"sampler": sampler, "server": server, **finished}.items() if tree}
     after = ServerState(ctx.round, {**state.params, **stepped}, parts, {**state.counted, **arrivals.tickets})
     record = RoundRecord(
         round=ctx.round,
         cohort=tuple(cohort),
         failures=tuple(arrivals.failures),
-        clients={client: arrivals.told[client] for client in cohort if client in arrivals.told},
+        clients={client: arrivals.by_client[client] for client in cohort if client in arrivals.by_client},
         metrics=_metrics(aggregate, errand, arrivals, cohort),
         bytes_up=meter.bytes_up,
         bytes_down=meter.bytes_down,
@@ -125,14 +125,14 @@ class Arrivals:
 
     Attributes:
         failures: One for each attempt that failed.
-        told: The numbers of each client whose update counts, where the channel shows them.
+        by_client: The numbers of each client whose update counts, where the channel shows them.
         tickets: What each of these clients remembers from this round.
-        numbers: The sum of everybody's numbers.
+        numbers: The sum of all clients' numbers.
     """
 
     def __init__(self, errand: Errand) -> None:
         self.failures: list[Failure] = []
-        self.told: dict[ClientId, Mapping[str, float]] = {}
+        self.by_client: dict[ClientId, Mapping[str, float]] = {}
         self.tickets: dict[ClientId, int] = {}
         self.numbers = Partial(leaves.numbers(errand.leaves), errand.uniform)
 
@@ -143,19 +143,19 @@ class Arrivals:
                 self.failures.append(item)
                 continue
             if isinstance(item, Partial):
-                self.told |= item.told
+                self.by_client |= item.by_client
                 self.tickets |= item.tickets
                 self.numbers.merge(item.only_numbers())
             else:
                 client = item.client or "*"
-                self.told[client] = {"weight": item.weight, **item.metrics}
+                self.by_client[client] = {"weight": item.weight, **item.metrics}
                 self.tickets |= {} if item.ticket is None else {client: item.ticket}
                 self.numbers.add(client, {}, {"weight": item.weight, **item.metrics}, item.weight)
             yield item
 
 
 def finish(plan: Plan, aggregate: Update, state: ServerState, errand: Errand, ctx: RoundContext) -> tuple[Update, dict[str, Tree]]:
-    """What the transforms do once, to the aggregate, right to left; and their new states by place."""
+    """The aggregate after each transform's ``finish``, right to left, and their new states by place."""
     states: dict[str, Tree] = {}
     for i, transform in reversed(list(enumerate(plan.transforms))):
         place = f"transforms.{i}"
@@ -168,7 +168,8 @@ def _metrics(aggregate: Update, errand: Errand, arrivals: Arrivals, cohort: Sequ
     deltas = {leaf.name for leaf in errand.leaves if leaf.group == "delta"}
     update_norm = norm({name: leaf for name, leaf in aggregate.payload.items() if name in deltas})
     metrics = {"update_norm": update_norm, "num_clients": aggregate.num_clients, "weight": aggregate.weight}
-    losses = [(told["weight"], told["loss"]) for told in (arrivals.told[c] for c in cohort if c in arrivals.told) if "loss" in told]
+    reported = [arrivals.by_client[client] for client in cohort if client in arrivals.by_client]
+    losses = [(numbers["weight"], numbers["loss"]) for numbers in reported if "loss" in numbers]
     total = sum(weight for weight, _ in losses)
     if total > 0:
         metrics["train_loss"] = sum(weight * loss for weight, loss in losses) / total

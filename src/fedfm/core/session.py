@@ -15,7 +15,7 @@ class Session(ABC):
     """Sends requests and receives answers, in whatever order they come.
 
     Attributes:
-        clock: What its deadlines are measured with.
+        clock: Measures its deadlines.
     """
 
     clock: Clock = Wall()
@@ -70,31 +70,28 @@ class Session(ABC):
 
 
 class WrappedSession(Session):
-    """A session around another, which it forwards everything to: what counts, delays or changes what passes derives from it.
+    """A session around another: forwards everything. A session that counts, delays or changes messages derives from it.
 
     Args:
         inner: The session that does the work.
     """
 
+    # A method that only forwards needs no docstring.
+
     def __init__(self, inner: Session) -> None:
         self.inner, self.clock = inner, inner.clock
 
-    def send(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> None:
-        """Through the inner session."""
+    def send(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> None:  # noqa: D102
         self.inner.send(requests, deadline)
 
-    def receive(self) -> Answer | None:
-        """The inner session's."""
+    def receive(self) -> Answer | None:  # noqa: D102
         return self.inner.receive()
 
-    def abandon(self) -> None:
-        """The inner session's."""
+    def abandon(self) -> None:  # noqa: D102
         self.inner.abandon()
 
-    def settle(self) -> None:
-        """The inner session's."""
+    def settle(self) -> None:  # noqa: D102
         self.inner.settle()
 
-    def close(self) -> None:
-        """Closes the inner session."""
+    def close(self) -> None:  # noqa: D102
         self.inner.close()

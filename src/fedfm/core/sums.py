@@ -115,7 +115,7 @@ class ExactSum:
 
 
 def reach(x_d: torch.Tensor) -> float:
-    """The largest magnitude, 0 of nothing; NaN where there is one."""
+    """The largest magnitude; 0 for an empty vector, NaN if a value is NaN."""
     return max(abs(end.item()) for end in x_d.aminmax()) if x_d.numel() else 0.0
 
 
@@ -130,8 +130,8 @@ class Partial:
         uniform: Whether every client counts as one, whatever its weight.
 
     Attributes:
-        clients: Whom it stands for.
-        told: The numbers of each client, where the channel shows them.
+        clients: The clients whose answers it holds.
+        by_client: The numbers of each client, where the channel shows them.
         tickets: What each client remembers from its answer.
 
     Example:
@@ -145,7 +145,7 @@ class Partial:
     def __init__(self, leaves: Sequence[Leaf], uniform: bool = False) -> None:
         self.leaves, self.uniform = tuple(leaves), uniform
         self.clients: list[ClientId] = []
-        self.told: dict[ClientId, Mapping[str, float]] = {}
+        self.by_client: dict[ClientId, Mapping[str, float]] = {}
         self.tickets: dict[ClientId, int] = {}
         self._weight = 0
         self._numbers = {leaf.name: 0 for leaf in numbers(leaves) if leaf.reduce != "each"}
@@ -161,7 +161,7 @@ class Partial:
         Args:
             ring_d: int64; the ``mean`` tensors in their order, the ``sum`` tensors, the numbers, and last the weight; unit ``2^-grid``.
             bound: No sum is larger in magnitude.
-            clients: Whom it stands for.
+            clients: The clients whose answers it holds.
         """
         total = Partial(leaves, uniform)
         total.clients = list(clients)
@@ -175,7 +175,7 @@ class Partial:
 
     @property
     def num_clients(self) -> int:
-        """How many clients it stands for."""
+        """How many clients' answers it holds."""
         return len(self.clients)
 
     @property
@@ -183,7 +183,7 @@ class Partial:
         """The sum of the weights; the number of clients where all count alike."""
         return self._weight / (1 << GRID)
 
-    def add(self, client: ClientId, tensors: Tree, told: Mapping[str, float], weight: float) -> None:
+    def add(self, client: ClientId, tensors: Tree, numbers: Mapping[str, float], weight: float) -> None:
         """Adds one client's answer.
 
         Raises:
@@ -192,7 +192,7 @@ class Partial:
         weight = 1.0 if self.uniform else weight
         spec = {reduce: spec_of(part) for reduce, part in self._parts.items()}
         vectors = {reduce: one.flatten(tensors, _wide(one.dtypes)) for reduce, one in spec.items()}
-        if not math.isfinite(weight) or not all(math.isfinite(told[name]) for name in self._numbers):
+        if not math.isfinite(weight) or not all(math.isfinite(numbers[name]) for name in self._numbers):
             raise MessageError("An answer holds a number that is not finite.")
         for reduce, x_d in vectors.items():
             require_summable(x_d, weight if reduce == "mean" else 1.0)
@@ -200,10 +200,10 @@ class Partial:
             self._sums[reduce].add(x_d, weight if reduce == "mean" else 1.0)
         factors = {leaf.name: weight if leaf.reduce == "mean" else 1.0 for leaf in self.leaves}
         for name in self._numbers:
-            self._numbers[name] += _integer(told[name] * factors[name])
+            self._numbers[name] += _integer(numbers[name] * factors[name])
         self._weight += _integer(weight)
         self.clients.append(client)
-        self.told[client] = told
+        self.by_client[client] = numbers
 
     def merge(self, other: Partial) -> None:
         """Adds another sum of the same leaves.
@@ -219,18 +219,18 @@ class Partial:
             self._numbers[name] += other._numbers[name]
         self._weight += other._weight
         self.clients += other.clients
-        self.told |= other.told
+        self.by_client |= other.by_client
         self.tickets |= other.tickets
 
     def only_numbers(self) -> Partial:
-        """The same sum, of the numbers alone."""
+        """The same sum without its tensors."""
         small = Partial(numbers(self.leaves), self.uniform)
-        small.clients, small.told, small.tickets = list(self.clients), self.told, self.tickets
+        small.clients, small.by_client, small.tickets = list(self.clients), self.by_client, self.tickets
         small._weight, small._numbers = self._weight, dict(self._numbers)
         return small
 
     def mean(self) -> dict[str, torch.Tensor]:
-        """What many tensors become, float32 in the leaves' order: the weighted mean, or the sum. Zeros where nobody is in it."""
+        """The aggregate of the tensors, float32 in the leaves' order: the weighted mean or the sum. Zeros where there is no client."""
         return self._tensors(self.weight, torch.float32)
 
     def totals(self) -> dict[str, torch.Tensor]:
@@ -238,7 +238,7 @@ class Partial:
         return {**self._tensors(1.0, torch.float64), **{name: _scalar(value) for name, value in self._numbers.items()}}
 
     def mean_numbers(self) -> dict[str, float]:
-        """What many numbers become: the weighted mean, or the sum. Empty where nobody is in it."""
+        """The aggregate of the numbers: the weighted mean or the sum. Empty where there is no client."""
         if not self._weight:
             return {}
         rule = {leaf.name: leaf.reduce for leaf in self.leaves}

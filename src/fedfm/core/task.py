@@ -57,7 +57,7 @@ class Vocabulary:
 def tokenizer_words(tokenizer: Any) -> list[Any]:
     """What a tokenizer is made of, as JSON."""
     backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    # Left over from the last call, not part of what the tokenizer is.
+    # The last call left these; they are no part of the tokenizer.
     backend.update(truncation=None, padding=None)
     return [backend, tokenizer.special_tokens_map, tokenizer.chat_template]
 
@@ -67,13 +67,13 @@ class Examples(Protocol):
 
     @property
     def vocabulary(self) -> Vocabulary:
-        """Of the tokenizer that made the ids."""
+        """Vocabulary of the tokenizer that made the ids."""
         ...
 
     def __len__(self) -> int: ...
     @property
     def lengths(self) -> IntArray:
-        """Tokens of each ``(N,)``."""
+        """Number of tokens of each example ``(N,)``."""
         ...
 
     def ids(self, i: int) -> IntArray:
@@ -81,11 +81,11 @@ class Examples(Protocol):
         ...
 
     def start(self, i: int) -> int:
-        """Its first target."""
+        """Index of the first target of example ``i``."""
         ...
 
     def label(self, i: int) -> int:
-        """Its class, an index into the task's labels; -1 where there is none."""
+        """Class of example ``i``, an index into the task's labels; -1 where there is none."""
         ...
 
 
@@ -107,7 +107,7 @@ class Encoder(ABC):
         """
 
     def flush(self) -> list[Example]:
-        """What is left at the end."""
+        """Examples that remain after the last row."""
         return []
 
 
@@ -156,10 +156,10 @@ class Task(Part, ABC):
         return torch.nn.functional.cross_entropy(logits_pc.float(), batch.targets["labels"], reduction="none")
 
     def stats(self, logits_pc: torch.Tensor, batch: Batch, owner_q: torch.Tensor, num_clients: int) -> dict[str, torch.Tensor]:
-        """Sums per client, float64 ``(K, ...)``, from which :meth:`summarise` makes metrics. Sums of sums mean pooled.
+        """Sums per client, float64 ``(K, ...)``, from which :meth:`summarise` makes metrics. Their sum over clients gives the pooled metrics.
 
         Args:
-            owner_q: Whose each loss is, which need not be the batch's own: many owners may share a client's place in it.
+            owner_q: The owner of each loss. It may differ from ``batch.owner_q``: many owners may share a client's place in the batch.
         """
         loss_q = self.losses(logits_pc, batch).double()
         hit_q = (logits_pc.argmax(-1) == batch.targets["labels"]).double()
@@ -171,7 +171,7 @@ class Task(Part, ABC):
         }
 
     def no_stats(self, num_clients: int, classes: int = 2, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
-        """The sums of nothing."""
+        """The sums where there is no target."""
         empty = self.batch([[]], Shaping(per_row=self.head == "sequence_classification")).to(torch.device(device))
         return self.stats(torch.zeros(0, max(classes, 1), device=device), empty, empty.owner_q, num_clients)
 

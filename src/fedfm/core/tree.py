@@ -112,8 +112,11 @@ def sub(x: Tree, y: Tree) -> dict[str, torch.Tensor]:
 
 
 def added(name: str, params: Tree) -> bool:
-    """Whether a leaf of a payload is one that a method adds (SCAFFOLD's control variate). Not a parameter's delta, nor what a transform made of deltas,
-    whose names hold ``::``. The method counts on its exact value, so what loses something leaves it alone."""
+    """Whether a method added this leaf of a payload (SCAFFOLD's control variate).
+
+    A parameter's delta is no such leaf, nor is one that a transform made of deltas, whose name holds ``::``. The method needs the exact value,
+    so a lossy transform leaves it alone.
+    """
     return name not in params and "::" not in name
 
 

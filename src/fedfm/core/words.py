@@ -78,8 +78,8 @@ def sparkline(values: Sequence[float | None], width: int = 16) -> str:
     """The last of ``values`` in each of at most ``width`` equal stretches, as blocks; a gap where there is no number."""
     if len(values) > width:
         values = [values[(i + 1) * len(values) // width - 1] for i in range(width)]
-    seen = [number(value) for value in values]
-    finite = [value for value in seen if value is not None]
+    numbers = [number(value) for value in values]
+    finite = [value for value in numbers if value is not None]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(" " if value is None else BLOCKS[round((value - low) * scale)] for value in seen)
+    return "".join(" " if value is None else BLOCKS[round((value - low) * scale)] for value in numbers)

@@ -141,24 +141,24 @@ class _Split:
 
     def drain(self, codes: dict[str, int], end: bool = False) -> None:
         """Encodes and writes what waits; ``codes`` numbers the labels in the order in which they appear."""
-        found = self.encoder.add(self.waiting) if self.waiting else []
+        examples = self.encoder.add(self.waiting) if self.waiting else []
         self.waiting = []
-        self._write(found + self.encoder.flush() if end else found, codes)
+        self._write(examples + self.encoder.flush() if end else examples, codes)
 
-    def _write(self, found: list[Example], codes: dict[str, int]) -> None:
+    def _write(self, examples: list[Example], codes: dict[str, int]) -> None:
         # A long row gives so many examples that they are written in parts.
-        for first in range(0, len(found), _WRITTEN):
-            self._write_part(found[first : first + _WRITTEN], codes)
+        for first in range(0, len(examples), _WRITTEN):
+            self._write_part(examples[first : first + _WRITTEN], codes)
 
-    def _write_part(self, found: list[Example], codes: dict[str, int]) -> None:
-        labels = [example.label for example in found if example.label is not None]
+    def _write_part(self, examples: list[Example], codes: dict[str, int]) -> None:
+        labels = [example.label for example in examples if example.label is not None]
         self.labels.update(labels)
-        ends = self.tokens + np.cumsum([len(example.ids) for example in found])
-        classes = [-1 if example.label is None else codes.setdefault(example.label, len(codes)) for example in found]
-        index = np.column_stack([ends, [example.start for example in found], classes])
-        _append(Path(f"{self.stem}.ids.npy"), np.concatenate([example.ids for example in found]).astype("<i4"), self.tokens)
+        ends = self.tokens + np.cumsum([len(example.ids) for example in examples])
+        classes = [-1 if example.label is None else codes.setdefault(example.label, len(codes)) for example in examples]
+        index = np.column_stack([ends, [example.start for example in examples], classes])
+        _append(Path(f"{self.stem}.ids.npy"), np.concatenate([example.ids for example in examples]).astype("<i4"), self.tokens)
         _append(Path(f"{self.stem}.index.npy"), index.astype("<i8"), self.examples)
-        self.examples += len(found)
+        self.examples += len(examples)
         self.tokens = int(ends[-1])
 
 
@@ -318,13 +318,13 @@ class _Build:
         training = [owner.train.labels for owner in usable.values()]
         if self.data.test is None:
             training += [owner.test.labels for owner in usable.values()]
-        found = {label for labels in training for label in labels}
-        known = list(self.task.labels) if self.task.labels is not None else self._in_order(found)
+        in_training = {label for labels in training for label in labels}
+        known = list(self.task.labels) if self.task.labels is not None else self._in_order(in_training)
         expected = set(known)
         for name, owner in usable.items():
             unknown = sorted((owner.train.labels.keys() | owner.test.labels.keys()) - expected)
             if unknown:
-                what = "test label" if unknown[0] not in found else "label"
+                what = "test label" if unknown[0] not in in_training else "label"
                 source = "the task's labels" if self.task.labels is not None else "the training data"
                 raise DataError(
                     f"Owner {name!r} has the {what} {unknown[0]!r}, which is not in {source} ({len(known)} classes: {', '.join(known[:8])}"
@@ -352,13 +352,13 @@ class _Build:
 
 def _labels(rows: Iterator[Record], column: str | None) -> tuple[IntArray, dict[str, int]]:
     """The label of each row as a number, int32, and the number of each label, in the order in which they sort."""
-    seen: dict[str, int] = {}
+    code_of: dict[str, int] = {}
     codes = array("i")
     for record in rows:
-        codes.append(seen.setdefault(name_in(record, column) if column else "", len(seen)))
-    place = {label: i for i, label in enumerate(sorted(seen))}
-    place_c = np.array([place[label] for label in seen], dtype=np.int32)
-    return place_c[np.frombuffer(codes, dtype=np.int32)], place
+        codes.append(code_of.setdefault(name_in(record, column) if column else "", len(code_of)))
+    place_of = {label: i for i, label in enumerate(sorted(code_of))}
+    place_c = np.array([place_of[label] for label in code_of], dtype=np.int32)
+    return place_c[np.frombuffer(codes, dtype=np.int32)], place_of
 
 
 def _held_out(rng: np.random.Generator, fraction: float) -> Iterator[int]:

@@ -44,10 +44,10 @@ def text_in(row: RawRow, column: str) -> str:
     Raises:
         DataError: if it is absent or not text.
     """
-    found = value_in(row, column)
-    if not isinstance(found, str):
-        raise DataError(f"{where(row)}: column {column!r} holds {shown(found)}, which is not text.")
-    return _whole(row, column, found)
+    value = value_in(row, column)
+    if not isinstance(value, str):
+        raise DataError(f"{where(row)}: column {column!r} holds {shown(value)}, which is not text.")
+    return _whole(row, column, value)
 
 
 def name_in(row: RawRow, column: str) -> str:
@@ -56,10 +56,10 @@ def name_in(row: RawRow, column: str) -> str:
     Raises:
         DataError: if it is absent, empty or neither.
     """
-    found = value_in(row, column)
-    if found is None or found == "" or not isinstance(found, str | int | float):
-        raise DataError(f"{where(row)}: column {column!r} holds {shown(found)}, where a name or a number is needed.")
-    return _whole(row, column, str(found))
+    value = value_in(row, column)
+    if value is None or value == "" or not isinstance(value, str | int | float):
+        raise DataError(f"{where(row)}: column {column!r} holds {shown(value)}, where a name or a number is needed.")
+    return _whole(row, column, str(value))
 
 
 def _whole(row: RawRow, column: str, text: str) -> str:

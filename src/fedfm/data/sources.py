@@ -106,16 +106,16 @@ def text_files(folder: Path) -> list[Path]:
     Raises:
         DataError: if there are none.
     """
-    found = sorted(
+    files = sorted(
         path
         for path in folder.rglob("*")
         if path.suffix.lower() in TEXT_SUFFIXES
         and path.is_file()
         and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     )
-    if not found:
+    if not files:
         raise DataError(f"{folder} holds no text files ({', '.join(TEXT_SUFFIXES)}). To read one data file, name the file itself.")
-    return found
+    return files
 
 
 def _texts(folder: Path, files: list[Path]) -> Iterator[Record]:
@@ -199,8 +199,8 @@ def _hub(location: str) -> Source:
     dataset_name, _, split = location.removeprefix("hf:").partition(":")
     try:
         if Path(dataset_name).expanduser().is_dir():
-            found = datasets.load_from_disk(str(Path(dataset_name).expanduser()))
-            dataset = found[split or "train"] if isinstance(found, datasets.DatasetDict) else found
+            saved = datasets.load_from_disk(str(Path(dataset_name).expanduser()))
+            dataset = saved[split or "train"] if isinstance(saved, datasets.DatasetDict) else saved
         else:
             dataset = datasets.load_dataset(dataset_name, split=split or "train")
     except Exception as error:  # the package raises errors of many kinds: network, hub, missing configuration, builder

@@ -39,8 +39,8 @@ def files() -> tuple[Path, ...]:
     by_owner: dict[str, list[Path]] = defaultdict(list)
     for top in sorted(root().iterdir()):
         if top.name not in _NOT_OWNERS | _TESTS:
-            found = sorted(top.rglob("*.py")) if top.is_dir() else [top] if top.suffix == ".py" else []
-            by_owner[top.stem] += [path for path in found if not _TESTS.intersection(path.relative_to(top).parts[:-1])]
+            modules = sorted(top.rglob("*.py")) if top.is_dir() else [top] if top.suffix == ".py" else []
+            by_owner[top.stem] += [path for path in modules if not _TESTS.intersection(path.relative_to(top).parts[:-1])]
     owned = tuple(path for paths in by_owner.values() if sum(p.stat().st_size for p in paths) >= MIN_BYTES for path in paths)
     if not owned:
         raise DataError(f"{root()} holds no library sources, so 'stdlib' has no owners. Use a Python that has them, or other data.")

@@ -83,7 +83,7 @@ class Process(Engine):
 
         def hello(client: ClientId, folder: Path) -> Request:
             withheld = sorted(house.policy(client).withhold)
-            told: dict[str, Scalar] = {
+            meta: dict[str, Scalar] = {
                 "client": client,
                 "plan": text,
                 "data": str(house.shards[client].absolute()),
@@ -96,7 +96,7 @@ class Process(Engine):
                 "withhold": ",".join(withheld),
                 "max_bytes": max_bytes,
             }
-            return Request(Body("hello", meta=told))
+            return Request(Body("hello", meta=meta))
 
         # Two more for each leaf: what a quantiser or a sparsifier sends beside it.
         max_tensors = 3 * len(house.plan.local.leaves(spec, spec)) + 64

@@ -182,10 +182,10 @@ class RunFolder:
         Raises:
             RunError: if it cannot be written; the rounds before it are intact.
         """
-        data, told = _state_bytes(state), record_json(record)
+        data, line = _state_bytes(state), record_json(record)
         disk.write_atomic(self._state_file(state.round), data)
-        self.note("round", round=state.round, state=_digest(data), record=told, ledger=ledger.to_json())
-        disk.append(self.path / METRICS, _json(told))
+        self.note("round", round=state.round, state=_digest(data), record=line, ledger=ledger.to_json())
+        disk.append(self.path / METRICS, _json(line))
         disk.write_atomic(self.path / LEDGER, _pretty(ledger.to_json()))
         for old in sorted((self.path / "state").glob("round-*.safetensors"))[:-_KEEP]:
             old.unlink()
@@ -264,21 +264,21 @@ class RunFolder:
             RunError: if rounds were committed but none of their states is intact.
         """
         rounds = self.journal.rounds
-        found = next(((mark, state) for mark in reversed(rounds[-_KEEP:]) if (state := self._load(mark)) is not None), None)
-        if rounds and found is None:
+        newest = next(((mark, state) for mark in reversed(rounds[-_KEEP:]) if (state := self._load(mark)) is not None), None)
+        if rounds and newest is None:
             kept = [self._state_file(mark.round).name for mark in rounds[-_KEEP:]]
             raise RunError(
                 f"{self.path}: rounds were completed, but their states ({', '.join(kept)}) are gone or damaged. Start again with another --out."
             )
-        ledger = Ledger() if found is None else self.ledger(found[0])
+        ledger = Ledger() if newest is None else self.ledger(newest[0])
         # Metrics are never ahead of the journal, so they are cut before a line of it is made void.
-        records = self.journal.records(-1 if found is None else found[0].round)
+        records = self.journal.records(-1 if newest is None else newest[0].round)
         disk.write_lines(self.path / METRICS, (_json(record) for record in records))
         disk.write_atomic(self.path / LEDGER, _pretty(ledger.to_json()))
         self.journal.mend()
         for stray in (*self.path.glob(".*.tmp"), *self.path.glob("state/.*.tmp")):
             stray.unlink()
-        return None if found is None else (found[1], ledger)
+        return None if newest is None else (newest[1], ledger)
 
     def _state_file(self, round: int) -> Path:
         return self.path / "state" / f"round-{round:06d}.safetensors"
@@ -335,19 +335,19 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     lines = path.read_bytes().split(b"\n")
-    found = []
+    values = []
     for i, line in enumerate(lines[:-1]):
         try:
-            found.append(json.loads(line))
+            values.append(json.loads(line))
         except ValueError as error:
             raise RunError(f"{path}:{i + 1} is not JSON ({error}); the file was changed by something else than fedfm.") from error
-    return found
+    return values
 
 
 def record_json(record: RoundRecord) -> dict[str, Any]:
     """A record as written; a number that JSON does not have (NaN, infinity) becomes null."""
-    found: dict[str, Any] = _finite(asdict(record))
-    return found
+    values: dict[str, Any] = _finite(asdict(record))
+    return values
 
 
 def _finite(value: Any) -> Any:

@@ -121,9 +121,9 @@ class _Encoder(Encoder):
             responses.append(self._response(instruction, context, response, prompts[-1]))
         # Tokenized apart, as the prompt stands alone when the model is asked.
         pairs = zip(self._ids(prompts), self._ids(responses))
-        found = [self._example([*self.bos, *prompt], self._closed(response)) for prompt, response in pairs]
-        self.dropped += found.count(None)
-        return [example for example in found if example is not None]
+        examples = [self._example([*self.bos, *prompt], self._closed(response)) for prompt, response in pairs]
+        self.dropped += examples.count(None)
+        return [example for example in examples if example is not None]
 
     def _ids(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text; of a long one only its two ends, which are more than an example takes of it."""
@@ -134,10 +134,10 @@ class _Encoder(Encoder):
     def _context(self, row: RawRow) -> str:
         if self.task.input is None:
             return ""
-        found = value_in(row, self.task.input)
-        if found is not None and not isinstance(found, str):
-            raise DataError(f"{where(row)}: column {self.task.input!r} holds {type(found).__name__} {found!r}, which is not text.")
-        return (found or "").strip()
+        context = value_in(row, self.task.input)
+        if context is not None and not isinstance(context, str):
+            raise DataError(f"{where(row)}: column {self.task.input!r} holds {type(context).__name__} {context!r}, which is not text.")
+        return (context or "").strip()
 
     def _response(self, instruction: str, context: str, response: str, prompt: str) -> str:
         if self.task.template != "chat":

@@ -92,6 +92,6 @@ class _Encoder(Encoder):
 
     def add(self, rows: Sequence[RawRow]) -> list[Example]:
         encoded = tokenize(self.tokenizer, texts_of(rows, self.task.text), special=True, max_length=self.task.max_length)
-        found = [Example(ids) for ids in encoded if not self.special.issuperset(ids.tolist())]
-        self.dropped += len(rows) - len(found)
-        return found
+        examples = [Example(ids) for ids in encoded if not self.special.issuperset(ids.tolist())]
+        self.dropped += len(rows) - len(examples)
+        return examples

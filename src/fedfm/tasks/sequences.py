@@ -42,7 +42,7 @@ def texts_of(rows: Sequence[RawRow], column: str) -> list[str]:
     Raises:
         DataError: if one is absent or not text.
     """
-    return [found for found in (text_in(row, column) for row in rows) if found.strip()]
+    return [text for text in (text_in(row, column) for row in rows) if text.strip()]
 
 
 def tokenize(tokenizer: Any, texts: Sequence[str], special: bool = False, max_length: int | None = None) -> list[IntArray]:

@@ -160,8 +160,8 @@ class _Bench:
         again = self.sum_of(self.collect(lambda _, answers: reversed(answers)))
         assert same(total.totals(), again.totals()) and total.weight == again.weight, f"{self.what}: the order of answers changes the sum"
         tickets = {client: update.ticket for client, update in self.updates.items()}
-        told = {outcome.client: outcome.ticket for outcome in outcomes if isinstance(outcome, Update)}
-        assert (told or total.tickets) == tickets, f"{self.what}: tickets were {tickets}, and are {told or total.tickets}"
+        arrived = {outcome.client: outcome.ticket for outcome in outcomes if isinstance(outcome, Update)}
+        assert (arrived or total.tickets) == tickets, f"{self.what}: tickets were {tickets}, and are {arrived or total.tickets}"
         assert not list(self.channel.collect(halves(self.channel, {}, self.leaves), self.errand, [], None, self.ctx)), (
             f"{self.what}: an empty cohort has an outcome"
         )
@@ -202,14 +202,14 @@ class _Bench:
         """What a client could not honestly have sent is its own failure."""
         first = next(iter(self.updates))
         for verb in (*self.channel.verbs, "train"):
-            seen: list[Reply] = []
+            replies: list[Reply] = []
 
-            def note(exchange: str, answers: list[Answer], verb: str = verb, seen: list[Reply] = seen) -> Iterable[Answer]:
-                seen += [answer for answer in answers if isinstance(answer, Reply) and exchange == verb and answer.client == first]
+            def note(exchange: str, answers: list[Answer], verb: str = verb, replies: list[Reply] = replies) -> Iterable[Answer]:
+                replies += [answer for answer in answers if isinstance(answer, Reply) and exchange == verb and answer.client == first]
                 return answers
 
             self.collect(note)
-            for number, (law, _) in enumerate(_malformed(seen[0])):
+            for number, (law, _) in enumerate(_malformed(replies[0])):
 
                 def wrong(exchange: str, answers: list[Answer], verb: str = verb, number: int = number) -> Iterator[Answer]:
                     for answer in answers:
@@ -252,12 +252,12 @@ class _Bench:
         assert isinstance(outcome, Failure), f"{self.what}: {law} is no failure"
 
     def _require_close(self, total: Partial, plain: Partial) -> None:
-        mine, theirs = total.totals(), plain.totals()
-        assert list(mine) == list(theirs), f"{self.what}: the sum holds {list(mine)}, not {list(theirs)}"
+        sums, plain_sums = total.totals(), plain.totals()
+        assert list(sums) == list(plain_sums), f"{self.what}: the sum holds {list(sums)}, not {list(plain_sums)}"
         # Half a unit each; a sum of float64 may round by what it holds.
         unit = 0.0 if self.grid == 80 else len(self.updates) * 2.0 ** -(self.grid + 1)
-        for name, leaf in theirs.items():
-            difference = float((mine[name] - leaf).abs().max())
+        for name, leaf in plain_sums.items():
+            difference = float((sums[name] - leaf).abs().max())
             bound = unit * (1 + 1e-6)
             assert difference <= bound, f"{self.what}: the sum of {name!r} is off by {difference:g}, more than {bound:g}"
         assert abs(total.weight - plain.weight) <= unit, f"{self.what}: the weights add up to {total.weight}, not {plain.weight}"

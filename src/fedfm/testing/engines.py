@@ -63,8 +63,8 @@ def ask(session: Session, requests: Mapping[ClientId, Request], deadline: float 
         AssertionError: unless there is exactly one for each request.
     """
     answers = list(session.exchange(requests, deadline))
-    asked, told = sorted(requests), sorted(answer.client for answer in answers)
-    assert told == asked, f"{asked} were asked and {told} answered; each request has exactly one outcome"
+    asked, answered = sorted(requests), sorted(answer.client for answer in answers)
+    assert answered == asked, f"{asked} were asked and {answered} answered; each request has exactly one outcome"
     for answer in answers:
         request = requests[answer.client]
         assert isinstance(answer, Failure) or (answer.verb, answer.round) == (request.verb, request.round), (
@@ -80,10 +80,10 @@ def _check_verbs(name: str, session: Session, alone: Session, params: Tree, clie
     evaluate = dict.fromkeys(clients, Request.of("evaluate", 0, params, {"split": "test"}))
     answers, expected = ask(session, evaluate), ask(alone, evaluate)
     for client in clients:
-        mine, theirs = answers[client], expected[client]
-        assert isinstance(mine, Reply) and isinstance(theirs, Reply), f"{name}: {client} could not evaluate: {mine}"
+        reply, reference = answers[client], expected[client]
+        assert isinstance(reply, Reply) and isinstance(reference, Reply), f"{name}: {client} could not evaluate: {reply}"
         # Evaluations may share a batch on any engine, so they agree to rounding.
-        _require_close(_sums(mine), _sums(theirs), f"{name}, evaluation of {client}")
+        _require_close(_sums(reply), _sums(reference), f"{name}, evaluation of {client}")
     mixed = {clients[0]: Request.of("no-such-verb"), "no such client": Request.of("describe"), clients[1]: Request.of("describe")}
     outcome = {client: type(answer) for client, answer in ask(session, mixed).items()}
     assert outcome == {clients[0]: Failure, "no such client": Failure, clients[1]: Reply}, (

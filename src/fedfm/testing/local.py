@@ -35,28 +35,28 @@ def check_local(trainer: LocalTrainer, server: ServerOptimizer | None = None) ->
         rates = [trainer.lr_at(step, num_steps, round) for step in range(num_steps) for round in (1, 20)]
         assert all(math.isfinite(rate) and rate >= 0 for rate in rates), f"{name}.lr_at gives {rates}"
     params: Tree = {"w": _draw("start", SIZE)}
-    # The first round, in which nobody remembers anything and what is sent is as it begins.
+    # Before the first round no client remembers anything, and the server sends its initial state.
     received = copied(server.broadcast(params, server.init(params))) if server is not None else {}
     memories: list[Tree] = [{}] * len(STEPS_K)
     for round in (1, 2):
         together = _work(trainer, params["w"], received, memories, list(range(len(STEPS_K))), round)
         for k in range(len(STEPS_K)):
             alone = _work(trainer, params["w"], received, memories, [k], round)
-            for what, mine, own in zip(
+            for what, in_bank, by_itself in zip(
                 ("parameters", "payload", "memory"), (row[k] for row in together), (row[0] for row in alone), strict=True
             ):
-                assert mine.keys() == own.keys() and all(torch.allclose(mine[x], own[x], rtol=1e-5, atol=1e-7) for x in own), (
-                    f"{name}: client {k}'s {what} depend on who shares its bank"
-                )
+                assert in_bank.keys() == by_itself.keys() and all(
+                    torch.allclose(in_bank[x], by_itself[x], rtol=1e-5, atol=1e-7) for x in by_itself
+                ), f"{name}: client {k}'s {what} depend on who shares its bank"
         again = _work(trainer, params["w"], received, memories, list(range(len(STEPS_K))), round)
-        assert all(same(x, y) for mine, other in zip(together, again, strict=True) for x, y in zip(mine, other, strict=True)), (
+        assert all(same(x, y) for once, twice in zip(together, again, strict=True) for x, y in zip(once, twice, strict=True)), (
             f"{name} does something else a second time"
         )
         if round == 1:
             for k, row in enumerate(together[0]):
                 before, after = (params["w"] - _target(k)).norm(), (row["theta"] - _target(k)).norm()
                 assert after < before, f"{name}: client {k} does not go downhill on its own quadratic"
-        # A server's leaves and a client's memory are no longer zero.
+        # From the second round on a server's leaves and a client's memory are not zero.
         received = {leaf: _draw(leaf, *x.shape) for leaf, x in received.items()}
         memories = together[2]
 

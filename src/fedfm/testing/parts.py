@@ -22,17 +22,17 @@ def examples(room: str, made: Mapping[str, list[Part]]) -> list[Any]:
     Raises:
         AssertionError: naming a part that has no example and cannot be built without arguments.
     """
-    found: list[Any] = []
+    parts: list[Any] = []
     for name, entry in registry.entries(room).items():
         if entry.load().room != room:
             continue  # A method's own trainer or server step is under the method's tests.
         if name not in made:
             try:
-                found.append(entry.load()())
+                parts.append(entry.load()())
             except Exception as error:
                 raise AssertionError(f"{room}.{name} cannot be built without arguments; give the suite an example of it.") from error
-        found.extend(made.get(name, []))
-    return found
+        parts.extend(made.get(name, []))
+    return parts
 
 
 def check_part(part: Part) -> None:
@@ -93,9 +93,9 @@ def copied(tree: Tree) -> dict[str, torch.Tensor]:
 
 
 def _names(value: Any) -> dict[str, type]:
-    found = {type(value).__name__: type(value)}
+    classes = {type(value).__name__: type(value)}
     for item in fields(value):
         inner = getattr(value, item.name)
         if isinstance(inner, Part):
-            found.update(_names(inner))
-    return found
+            classes.update(_names(inner))
+    return classes

@@ -56,8 +56,8 @@ def check_task(task: Task, rows: Sequence[RawRow], tokenizer: Any) -> None:
 
 def _encode(task: Task, rows: Sequence[RawRow], tokenizer: Any, chunk: int) -> list[Example]:
     encoder = task.encoder(tokenizer)
-    found = [example for first in range(0, len(rows), chunk) for example in encoder.add(rows[first : first + chunk])]
-    return found + encoder.flush()
+    examples = [example for first in range(0, len(rows), chunk) for example in encoder.add(rows[first : first + chunk])]
+    return examples + encoder.flush()
 
 
 def _same(a: Example, b: Example) -> bool:
@@ -84,7 +84,7 @@ def _check_rows(name: str, task: Task, examples: Memory) -> None:
     index = np.arange(len(examples))
     before = [examples.ids(i).copy() for i in range(len(examples))]
     rows = task.rows(examples, index, Key.root(1).numpy())
-    assert all(np.array_equal(examples.ids(i), own) for i, own in enumerate(before)), f"{name}.rows changed the examples"
+    assert all(np.array_equal(examples.ids(i), ids) for i, ids in enumerate(before)), f"{name}.rows changed the examples"
     assert len(rows) >= len(index), f"{name}.rows gives {len(rows)} rows for {len(index)} examples"
     for row in rows:
         assert 0 < len(row.ids) <= task.max_length, f"{name}: a row of {len(row.ids)} tokens; max_length is {task.max_length}"

@@ -70,7 +70,7 @@ class Memory:
 
     def __init__(self, ids: Sequence[IntArray], starts: Sequence[int] | None = None, labels: Sequence[int] | None = None) -> None:
         self._ids, self._starts, self._labels = ids, starts, labels
-        self.lengths: IntArray = np.array([len(own) for own in ids])
+        self.lengths: IntArray = np.array([len(row) for row in ids])
 
     def __len__(self) -> int:
         return len(self._ids)

@@ -135,8 +135,8 @@ def _check_bank(name: str, tuned: Tuned, foundation: Foundation, params: Tree, t
     said, grad_kd = _say(tuned, theta_kd, together), _gradient(tuned, theta_kd, together)
     for k in range(num):
         alone = replace(tiny.batch_of(foundation), inputs={"input_ids": ids[k]})
-        own, grad_1d = _say(tuned, theta_kd[k : k + 1], alone), _gradient(tuned, theta_kd[k : k + 1], alone)
-        assert (said[together.owner_q == k] - own).abs().max() <= tolerance * own.abs().max(), (
+        said_alone, grad_1d = _say(tuned, theta_kd[k : k + 1], alone), _gradient(tuned, theta_kd[k : k + 1], alone)
+        assert (said[together.owner_q == k] - said_alone).abs().max() <= tolerance * said_alone.abs().max(), (
             f"{name}: row block {k} is not computed with client {k}"
         )
         assert (grad_kd[k] - grad_1d[0]).norm() <= 10 * tolerance * grad_1d.norm(), (

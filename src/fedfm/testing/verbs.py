@@ -140,12 +140,12 @@ class _Bench:
 def _require_declared(name: str, contribution: Contribution, errand: Errand) -> None:
     update, leaves = contribution.update, contribution.leaves
     whose = f"{name}: the answer of {update.client}"
-    numbers = {leaf.name: leaf for leaf in declare.numbers(leaves)}
-    told = {"weight": update.weight, **update.metrics} if "weight" in numbers else dict(update.metrics)
-    assert set(told) == set(numbers), f"{whose} tells {sorted(told)}, and declares {sorted(numbers)}"
+    declared = {leaf.name: leaf for leaf in declare.numbers(leaves)}
+    numbers = {"weight": update.weight, **update.metrics} if "weight" in declared else dict(update.metrics)
+    assert set(numbers) == set(declared), f"{whose} tells {sorted(numbers)}, and declares {sorted(declared)}"
     try:
-        for key, leaf in numbers.items():
-            leaf.require(told[key], whose)
+        for key, leaf in declared.items():
+            leaf.require(numbers[key], whose)
         if not errand.transforms:
             declare.require(leaves, update.payload, whose)
     except MessageError as error:

@@ -66,8 +66,8 @@ def attach_adapter(folder: str | Path, foundation: Foundation) -> tuple[Tuning, 
 def _kinds() -> dict[str, type[Tuning]]:
     """The tunings that PEFT has a layout for, by its name of them. Of two with one name ours is taken, then the first by its own name."""
     kinds: dict[str, type[Tuning]] = {}
-    found = registry.entries("tuning").values()
-    for entry in sorted(found, key=lambda entry: (not entry.module.startswith("fedfm."), entry.name)):
+    entries = registry.entries("tuning").values()
+    for entry in sorted(entries, key=lambda entry: (not entry.module.startswith("fedfm."), entry.name)):
         try:
             part = entry.load()
         except Exception as error:  # whatever another package raises when it is imported

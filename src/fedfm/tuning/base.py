@@ -122,7 +122,7 @@ class Tuning(Part, ABC):
 
 
 class WrappedTuning(Tuning):
-    """A tuning that is another one but for what a subclass overrides.
+    """A tuning around another: forwards everything, so that a subclass overrides only what it changes.
 
     A subclass is a frozen dataclass with the field ``inner``. The plan check reads the inner part in its own place, so ``check`` and
     ``traits`` are not passed on.
@@ -132,31 +132,25 @@ class WrappedTuning(Tuning):
     """
 
     inner: Tuning
+    # A method that only forwards needs no docstring.
 
-    def attach(self, foundation: Foundation) -> Tuned:
-        """The inner tuning's model."""
+    def attach(self, foundation: Foundation) -> Tuned:  # noqa: D102
         return self.inner.attach(foundation)
 
-    def save(self, foundation: Foundation, params: Tree, folder: Path) -> None:
-        """As the inner tuning saves it."""
+    def save(self, foundation: Foundation, params: Tree, folder: Path) -> None:  # noqa: D102
         self.inner.save(foundation, params, folder)
 
-    def merge(self, foundation: Foundation, params: Tree) -> torch.nn.Module:
-        """The inner tuning's merged model."""
+    def merge(self, foundation: Foundation, params: Tree) -> torch.nn.Module:  # noqa: D102
         return self.inner.merge(foundation, params)
 
-    def travels(self, spec: Spec) -> tuple[str, ...]:
-        """What the inner tuning lets travel."""
+    def travels(self, spec: Spec) -> tuple[str, ...]:  # noqa: D102
         return self.inner.travels(spec)
 
-    def own(self, client: ClientId) -> Mapping[str, Scalar]:
-        """The inner tuning's numbers of this client."""
+    def own(self, client: ClientId) -> Mapping[str, Scalar]:  # noqa: D102
         return self.inner.own(client)
 
-    def cut(self, tree: Tree, own: Mapping[str, Scalar]) -> dict[str, torch.Tensor]:
-        """As the inner tuning cuts it."""
+    def cut(self, tree: Tree, own: Mapping[str, Scalar]) -> dict[str, torch.Tensor]:  # noqa: D102
         return self.inner.cut(tree, own)
 
-    def pad(self, tree: Tree, spec: Spec, own: Mapping[str, Scalar]) -> dict[str, torch.Tensor]:
-        """As the inner tuning pads it."""
+    def pad(self, tree: Tree, spec: Spec, own: Mapping[str, Scalar]) -> dict[str, torch.Tensor]:  # noqa: D102
         return self.inner.pad(tree, spec, own)

@@ -102,8 +102,8 @@ class Peft(Tuning):
             self.attach(foundation)
         # Training never changes the model itself, and merging would: work on a copy.
         model = copy.deepcopy(foundation.adapted)
-        own = dict(model.named_parameters())
+        parameters = dict(model.named_parameters())
         with torch.no_grad():
             for name, value in params.items():
-                own[name].copy_(value)
+                parameters[name].copy_(value)
         return model

@@ -60,9 +60,9 @@ class UnbankedModel(Tuned):
         if foundation.spec.gradient_checkpointing:
             names = {id(p): name for name, p in trainable.items()}
             self.places = [
-                (module, own, names[id(p)])
+                (module, local_name, names[id(p)])
                 for module in model.modules()
-                for own, p in module._parameters.items()
+                for local_name, p in module._parameters.items()
                 if p is not None and id(p) in names
             ]
             # The backward pass computes layers again, when the call that put the client's parameters in place is over.
@@ -97,11 +97,11 @@ class UnbankedModel(Tuned):
 
     @contextmanager
     def _in_place(self, bound: dict[str, torch.Tensor]) -> Iterator[None]:
-        before = [module._parameters[own] for module, own, _ in self.places]
+        before = [module._parameters[local_name] for module, local_name, _ in self.places]
         try:
-            for module, own, name in self.places:
-                module._parameters[own] = bound[name]  # type: ignore[assignment]
+            for module, local_name, name in self.places:
+                module._parameters[local_name] = bound[name]  # type: ignore[assignment]
             yield
         finally:
-            for (module, own, _), p in zip(self.places, before, strict=True):
-                module._parameters[own] = p
+            for (module, local_name, _), p in zip(self.places, before, strict=True):
+                module._parameters[local_name] = p

@@ -171,16 +171,16 @@ def merged(
     # A weight's second name is the output layer's, tied to the embeddings: what was learned there alone must not move them.
     second = dict(foundation.model.named_parameters(remove_duplicate=False)).keys() - dict(foundation.model.named_parameters()).keys()
     model: nn.Module = plain_copy(foundation, untie=not second.isdisjoint({*values, *(f"{name}.weight" for name in deltas)}))
-    own = dict(model.named_parameters(remove_duplicate=False))
-    missing = [name for name in values if name not in own]
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    missing = [name for name in values if name not in parameters]
     if missing:
         raise ModelError(f"The model has no parameters {missing[:3]}: these tensors belong to another model.")
     with torch.no_grad():
         for name, delta in deltas.items():
-            weight = own[f"{name}.weight"]
+            weight = parameters[f"{name}.weight"]
             weight.copy_((weight.double().cpu() + delta).to(weight.dtype))
         for name, value in {**values, **(replaced or {})}.items():
-            own[name].copy_(value.to(own[name].dtype))
+            parameters[name].copy_(value.to(parameters[name].dtype))
     return model
 
 

@@ -184,9 +184,9 @@ class _LoRASite(Site):
         axes, rest = self._axes(x, self.batch)
         mask = torch.zeros(len(self.dropout), *axes, *rest, dtype=x.dtype, device=x.device)
         for k, key in enumerate(self.dropout):
-            seen = (int(self.batch.real_rows[k]), int(self.batch.lengths[k]))[: len(axes)]
-            drawn = torch.rand(*seen, *rest, generator=key.fold(self.name).generator(x.device), device=x.device)
-            mask[k][tuple(slice(n) for n in seen)] = (drawn < keep).to(x.dtype) / keep
+            sizes = (int(self.batch.real_rows[k]), int(self.batch.lengths[k]))[: len(axes)]
+            drawn = torch.rand(*sizes, *rest, generator=key.fold(self.name).generator(x.device), device=x.device)
+            mask[k][tuple(slice(n) for n in sizes)] = (drawn < keep).to(x.dtype) / keep
         return x * mask.view_as(x)
 
     def _axes(self, x: torch.Tensor, batch: Batch) -> tuple[tuple[int, ...], tuple[int, ...]]:

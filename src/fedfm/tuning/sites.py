@@ -133,8 +133,8 @@ def output_layer(foundation: Foundation) -> nn.Module | None:
     """The layer from hidden states to the vocabulary; ``None`` for classification."""
     if foundation.head == "sequence_classification":
         return None
-    found: nn.Module | None = foundation.model.get_output_embeddings()
-    return found
+    layer: nn.Module | None = foundation.model.get_output_embeddings()
+    return layer
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -164,7 +164,7 @@ def match(foundation: Foundation, targets: tuple[str, ...], what: str) -> list[t
     """
     output = output_layer(foundation)
     linear = {name: m for name, m in foundation.model.named_modules() if is_linear(m)}
-    found: dict[str, nn.Module] = {}
+    chosen: dict[str, nn.Module] = {}
     for target in targets:
         if target == "all-linear":
             hits = [name for name, m in linear.items() if m is not output and not name.startswith(foundation.fresh or ("\0",))]
@@ -175,8 +175,8 @@ def match(foundation: Foundation, targets: tuple[str, ...], what: str) -> list[t
             raise ConfigError(
                 f"{what}: target {target!r} matches no linear layer of {type(foundation.model).__name__}.{suggest(target, kinds)} Its linear layers: {', '.join(kinds)}."
             )
-        found.update({name: linear[name] for name in hits})
-    return [(name, linear[name]) for name in linear if name in found]
+        chosen.update({name: linear[name] for name in hits})
+    return [(name, linear[name]) for name in linear if name in chosen]
 
 
 def _matches(name: str, target: str) -> bool:

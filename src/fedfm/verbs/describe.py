@@ -83,11 +83,11 @@ def _answer(client: ClientId, house: House) -> Update:
     return Update(payload, client=client, metrics=numbers)
 
 
-def _holding(told: Mapping[str, torch.Tensor | float], labels: Sequence[str]) -> Holding:
+def _holding(numbers: Mapping[str, torch.Tensor | float], labels: Sequence[str]) -> Holding:
     histogram: dict[str, int] | None = {}
     if labels:
-        values = torch.as_tensor(told[_LABELS]).tolist()
+        values = torch.as_tensor(numbers[_LABELS]).tolist()
         known = not any(map(math.isnan, values))
         histogram = {label: int(value) for label, value in zip(labels, values, strict=True) if value} if known else None
-    train, test, tokens = (count(float(told[name])) for name in _COUNTS)
+    train, test, tokens = (count(float(numbers[name])) for name in _COUNTS)
     return Holding(train, test, tokens, histogram)

@@ -212,7 +212,7 @@ def declared(local: LocalTrainer, transforms: Sequence[Transform], trained: Spec
         trained: All parameters that train.
         travelling: Those of them that leave the house.
     """
-    found = (
+    answer_leaves = (
         *local.leaves(trained, travelling),
         leaves.number("weight"),
         leaves.number("loss", "mean", bound=2.0**30, signed=True),
@@ -220,8 +220,8 @@ def declared(local: LocalTrainer, transforms: Sequence[Transform], trained: Spec
         leaves.number("padding", "mean", bound=1.0),
     )
     for transform in transforms:
-        found = transform.leaves(found)
-    return found
+        answer_leaves = transform.leaves(answer_leaves)
+    return answer_leaves
 
 
 def counted(state: ServerState, client: ClientId) -> dict[str, Scalar]:

@@ -65,8 +65,8 @@ def child(registered: int, size: dict[str, Any]) -> None:
         seconds = seconds_of(lambda: next(rounds))
         rounds.close()  # type: ignore[attr-defined]
     base, update = 4 * told.info.num_params, 4 * told.info.num_trainable
-    found = {"libraries": libraries, "base": base, "bank": 4 * BANK * update, "update": update, "peak": peak(), "ours_s": seconds}
-    print(json.dumps({"cohort": cohort, "clients_per_bank": BANK, "threads": torch.get_num_threads(), **found}))
+    measured = {"libraries": libraries, "base": base, "bank": 4 * BANK * update, "update": update, "peak": peak(), "ours_s": seconds}
+    print(json.dumps({"cohort": cohort, "clients_per_bank": BANK, "threads": torch.get_num_threads(), **measured}))
 
 
 def main() -> None:

@@ -74,8 +74,8 @@ def main() -> None:
         say(f"{registered} registered owners")
         command = [sys.executable, "-m", "benchmarks.owners", "--child", str(registered)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
-        told = json.loads(done.stdout.splitlines()[-1])
-        rows.append({"benchmark": "owners", **common.machine(), "registered": registered, "evaluated": min(EVALUATED, registered), **told})
+        measured = json.loads(done.stdout.splitlines()[-1])
+        rows.append({"benchmark": "owners", **common.machine(), "registered": registered, "evaluated": min(EVALUATED, registered), **measured})
         common.save(rows, given.json)
     common.finish(rows, given.json)
 

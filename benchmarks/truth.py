@@ -44,9 +44,9 @@ CASES = (
 METRICS = ("loss", "accuracy", "macro_f1")
 
 
-def rows_of(case: Case, found: Comparison, rounds: int) -> list[Row]:
+def rows_of(case: Case, comparison: Comparison, rounds: int) -> list[Row]:
     """A row for each metric."""
-    federated, centralised = found.seconds["federated"], found.seconds["centralised"]
+    federated, centralised = comparison.seconds["federated"], comparison.seconds["centralised"]
     common_part = {
         "benchmark": "truth",
         **common.machine(),
@@ -54,17 +54,17 @@ def rows_of(case: Case, found: Comparison, rounds: int) -> list[Row]:
         "recipe": case.name,
         "command": case.command,
         "rounds": rounds,
-        "owners": len(found.owners),
-        "travelled": found.travelled["bytes_up"] + found.travelled["bytes_down"],
-        "travelled_if_full_model": found.travelled["bytes_if_full_model"],
+        "owners": len(comparison.owners),
+        "travelled": comparison.travelled["bytes_up"] + comparison.travelled["bytes_down"],
+        "travelled_if_full_model": comparison.travelled["bytes_if_full_model"],
         "ours_s": federated,
         "theirs_s": centralised,
         "ratio": federated / centralised,
     }
     return [
-        {**common_part, "metric": metric, **{way: report.get(metric) for way, report in found.pooled.items()}}
+        {**common_part, "metric": metric, **{way: report.get(metric) for way, report in comparison.pooled.items()}}
         for metric in METRICS
-        if metric in found.pooled["federated"]
+        if metric in comparison.pooled["federated"]
     ]
 
 

@@ -105,7 +105,7 @@ class Federation:
         return replace(self, **parts)  # type: ignore[arg-type]
 
     def client_plan(self) -> ClientPlan:
-        """What a client is told of it, its method applied."""
+        """The parts that clients get, with the method applied."""
         plan = self.resolved()
         return ClientPlan(plan.model, plan.task, plan.tuning, plan.local, plan.transforms, plan.channel)
 

@@ -48,14 +48,14 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: Node | None, index: Any) -> Node | None:
         if self.check_event(yaml.AliasEvent):
-            # One node in two places would let an override of the one change the other.
+            # An alias puts one node in two places, so an override of one place would change the other.
             mark = self.get_mark()
             raise ConfigError(f"{_line(mark.name, mark.line)}: a recipe says each thing where it holds; aliases (*name) are not read.")
         return super().compose_node(parent, index)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes a text that either YAML would read as something else."""
+    """Quotes a text that YAML 1.1 or 1.2 would read as something else."""
 
 
 for _tag, (_pattern, _first) in _SCALARS.items():
@@ -160,7 +160,7 @@ def _value(node: Node) -> Any:
     try:
         return _Loader("").construct_document(node)
     except (yaml.constructor.ConstructorError, ValueError, AttributeError) as error:
-        # The last two are what PyYAML lets through for a value that does not fit its tag (!!timestamp x).
+        # PyYAML raises the last two for a value that does not fit its tag (!!timestamp x).
         problem = getattr(error, "problem", None) or error
         raise ConfigError(f"{_mark(node)}: {problem}; a recipe holds text, numbers, lists and mappings only.") from error
 
@@ -428,7 +428,7 @@ def _assign_field(cls: type, node: MappingNode, path: list[str], new: Node, wher
             f"{where}: {at or 'a recipe'} has no {path[0]!r}.{suggest(path[0], known)} Known: {', '.join(known) or 'nothing'}."
         )
     if path[1:] and path[0] not in _items(node):
-        # What the recipe leaves out has its default, and a part of that can be overridden.
+        # A field that the recipe leaves out has its default, of which a part can be overridden.
         item = known[path[0]]
         default = item.default_factory() if item.default_factory is not MISSING else item.default
         plain = None if default is MISSING else _plain(default, _hints(cls)[path[0]])
@@ -468,7 +468,7 @@ def _plain(value: Any, hint: Any = Any) -> Any:
         fixed = _part_type(hint)
         written = _plain_fields(value)
         if isinstance(value, Model):
-            # Of the two ways to give a model, only the one that was taken.
+            # A model is given in one of two ways; only that one is written.
             for name in ("architecture", "config") if value.architecture is None else ("source",):
                 del written[name]
         return written if fixed is not None and is_dataclass(fixed) else {type(value).__name__: written}

@@ -83,8 +83,8 @@ def main(out: Path = Path("runs/quickstart"), quick: bool = False) -> Path:
     """Trains the base model (or finds it), tunes it across the owners, compares, and prints the table.
 
     Args:
-        out: The run's folder; where it is taken already, ``-2``, ``-3``... is added.
-        quick: A round of next to nothing of everything, to see that it works.
+        out: The run's folder; if it exists already, ``-2``, ``-3``... is added.
+        quick: Runs one round with very little data, to see that everything works.
 
     Returns:
         The run's folder.
@@ -109,7 +109,7 @@ def main(out: Path = Path("runs/quickstart"), quick: bool = False) -> Path:
 
 
 def base_model(quick: bool = False, watchers: Sequence[Watcher] = ()) -> Path:
-    """The folder of a tokenizer and a small Llama trained on public text; found where it was made before, gone on with where that was cut off.
+    """The folder of a tokenizer and a small Llama trained on public text. A finished one is reused, an interrupted one resumed.
 
     Args:
         quick: One short round.
@@ -151,10 +151,10 @@ def _play(rounds: Iterable[object]) -> None:
 
 
 def _point(link: Path, target: Path) -> None:
-    """A name that does not change with what the base is made of, for recipes."""
+    """Sets a link for recipes, whose name stays the same when the base changes."""
     fresh = link.with_name(f".{link.name}-{os.getpid()}")
     try:
         fresh.symlink_to(target)
         fresh.replace(link)
-    except OSError as error:  # A cache that may only be read; recipes that use the name will say what they miss.
+    except OSError as error:  # The cache is read-only. Recipes that use the link will say what is missing.
         log.info("%s could not be set: %s", link, error)

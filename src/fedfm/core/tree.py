@@ -8,7 +8,7 @@ Order is part of a tree: ``flatten`` lays the leaves out in the order in which t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -94,21 +94,6 @@ def first_not_finite(tree: Tree) -> str | None:
         if leaf.is_floating_point() and not math.isfinite(leaf.sum(dtype=torch.float64).item()) and not leaf.isfinite().all():
             return name
     return None
-
-
-def map(fn: Callable[[torch.Tensor], torch.Tensor], tree: Tree) -> dict[str, torch.Tensor]:
-    """``fn`` of every leaf."""
-    return {name: fn(leaf) for name, leaf in tree.items()}
-
-
-def add(x: Tree, y: Tree, scale: float = 1.0) -> dict[str, torch.Tensor]:
-    """``x + scale * y``, leaf by leaf."""
-    return {name: leaf.add(y[name].to(leaf.dtype), alpha=scale) for name, leaf in x.items()}
-
-
-def sub(x: Tree, y: Tree) -> dict[str, torch.Tensor]:
-    """``x - y``, leaf by leaf."""
-    return {name: leaf - y[name] for name, leaf in x.items()}
 
 
 def added(name: str, params: Tree) -> bool:

@@ -47,7 +47,7 @@ class Encoded:
 
     @cached_property
     def lengths(self) -> IntArray:
-        """Tokens of each ``(N,)``."""
+        """Number of tokens of each example ``(N,)``."""
         empty = np.zeros(0, dtype=np.int64)
         return np.concatenate([empty, *(np.diff(_mapped(f"{stem}.index.npy")[:, 0], prepend=0) for stem in self._stems)])
 
@@ -58,12 +58,12 @@ class Encoded:
         return _mapped(f"{stem}.ids.npy")[index[j - 1, 0] if j else 0 : index[j, 0]]
 
     def start(self, i: int) -> int:
-        """Its first target."""
+        """Index of the first target of example ``i``."""
         stem, j = self._find(i)
         return int(_mapped(f"{stem}.index.npy")[j, 1])
 
     def label(self, i: int) -> int:
-        """Its class; -1 where there is none."""
+        """Class of example ``i``; -1 where there is none."""
         stem, j = self._find(i)
         return int(_mapped(f"{stem}.index.npy")[j, 2])
 
@@ -80,7 +80,7 @@ class Shard:
     Attributes:
         owner: Its name.
         labels: The classes of the whole federation, in the order of their indices.
-        vocabulary: Of the tokenizer that made the ids.
+        vocabulary: Vocabulary of the tokenizer that made the ids.
         train: Its training examples.
         test: Its held-out examples.
         tokens: Tokens of its training examples.
@@ -123,7 +123,7 @@ class Owners:
         ids: Owners with usable data, sorted.
         left_out: The others, and why.
         labels: Classes, in the order of their indices; empty where there are none.
-        folder: Where all of it lies.
+        folder: The folder that holds all of it.
         fingerprint: Changes when the data, the task, the tokenizer or the seed does.
         dropped: Rows that gave nothing to learn from.
     """

@@ -62,9 +62,9 @@ def prepare(
         tokenizer: A ``PreTrainedTokenizerFast``.
         key: Draws the partition and what is held out.
         max_context: The longest sequence that the model takes.
-        classes: Those that the base already tells, in its order, which is kept where the owners' rows show the same ones.
+        classes: Classes of the base's own head, in its order. The order is kept where the owners' rows have the same classes.
         cache: Where prepared data is kept; default ``$FEDFM_CACHE/data``, else ``~/.cache/fedfm/data``.
-        progress: Told what is being done, and how many rows it has seen.
+        progress: Called with what is being done, and the number of rows so far.
 
     Raises:
         DataError: if a file, row or column is unusable, or no owner is left.
@@ -96,7 +96,7 @@ def prepare(
 
 
 def _make(folder: Path, build: Callable[[Path], None]) -> None:
-    """Has ``build`` fill the folder, which is there whole or not at all."""
+    """Calls ``build`` to fill the folder. The folder appears whole or not at all."""
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
@@ -106,7 +106,7 @@ def _make(folder: Path, build: Callable[[Path], None]) -> None:
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     except OSError as error:
-        # Another process may have built the same meanwhile; its result is as good.
+        # Another process may have built the same folder meanwhile; its result is as good.
         if not (folder / "owners.json").exists():
             raise disk.cannot_write(folder, error) from error
 
@@ -140,7 +140,7 @@ class _Split:
     labels: Counter[str] = field(default_factory=Counter)
 
     def drain(self, codes: dict[str, int], end: bool = False) -> None:
-        """Encodes and writes what waits; ``codes`` numbers the labels in the order in which they appear."""
+        """Encodes and writes the rows that wait; ``codes`` numbers the labels in the order in which they appear."""
         examples = self.encoder.add(self.waiting) if self.waiting else []
         self.waiting = []
         self._write(examples + self.encoder.flush() if end else examples, codes)
@@ -333,7 +333,7 @@ class _Build:
         return known
 
     def _in_order(self, labels: set[str]) -> list[str]:
-        """As the base's own head has them, where it tells the same classes; else sorted."""
+        """The labels in the order of the base's own head where it has the same classes, else sorted."""
         return list(self.classes) if set(self.classes) == labels else sorted(labels)
 
     def _number(self, usable: dict[str, _Owner], labels: list[str]) -> None:

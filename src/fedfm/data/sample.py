@@ -20,7 +20,7 @@ class Sample:
 
     @property
     def lengths(self) -> IntArray:
-        """Tokens of each."""
+        """Number of tokens of each example."""
         return np.asarray(self.examples.lengths)[self.index]
 
     def ids(self, i: int) -> IntArray:
@@ -28,9 +28,9 @@ class Sample:
         return self.examples.ids(int(self.index[i]))
 
     def start(self, i: int) -> int:
-        """Its first target."""
+        """Index of the first target of example ``i``."""
         return self.examples.start(int(self.index[i]))
 
     def label(self, i: int) -> int:
-        """Its class."""
+        """Class of example ``i``."""
         return self.examples.label(int(self.index[i]))

@@ -50,7 +50,7 @@ class Source:
 
 
 def open_source(location: str) -> Source:
-    """The source that ``location`` names; what it may be is told in :class:`fedfm.data.Data`.
+    """The source that ``location`` names; :class:`fedfm.data.Data` lists what it may name.
 
     Raises:
         DataError: if it does not exist.

@@ -28,6 +28,6 @@ class Engine(Part, ABC):
         """Starts what the engine needs.
 
         Args:
-            house: The plan that clients are told, and the data of those who are hosted on this machine.
-            clock: What deadlines are measured with; the machine's own unless given.
+            house: The plan of the clients, and the data of those who are hosted on this machine.
+            clock: Measures deadlines; default the machine's own clock.
         """

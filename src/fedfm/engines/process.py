@@ -98,7 +98,7 @@ class Process(Engine):
             }
             return Request(Body("hello", meta=meta))
 
-        # Two more for each leaf: what a quantiser or a sparsifier sends beside it.
+        # Two more for each leaf, which a quantiser or a sparsifier may send beside it.
         max_tensors = 3 * len(house.plan.local.leaves(spec, spec)) + 64
         most = self.max_processes or processes_that_fit(house)
         return ProcessSession(house.clients, hello, _WORKER, house.folder, max_bytes, most, self.start_timeout, clock, max_tensors)
@@ -115,13 +115,13 @@ class ProcessSession(Session):
 
     Args:
         clients: Who may be asked.
-        hello: A client's first message, all that its process is told; gets the folder below.
+        hello: Makes a client's first message, with all that its process needs; gets the folder below.
         command: What starts a client; it reads frames from its input and writes frames to its output.
         folder: Where each client has a folder of its own, for memory and log; ``None`` for one that goes with the session.
         max_bytes: The longest message that a client may send.
         max_processes: Most clients alive at a time.
         start_timeout: Seconds a process has to answer its first message.
-        clock: What deadlines are measured with.
+        clock: Measures deadlines.
         max_tensors: Most tensors that an answer may hold.
     """
 
@@ -155,9 +155,9 @@ class ProcessSession(Session):
         return {client: child.process.pid for client, child in self._children.items()}
 
     def send(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> None:
-        """Lines the requests up; each is written when its client is there to read it."""
+        """Puts the requests into a queue. Each is written when its client is alive to read it."""
         expires = inf if deadline is None else self.clock.now() + deadline
-        # Those alive come first: whoever is idle later has answered, or was not asked, and may make room.
+        # Living clients come first. A client that is idle later has answered, or was not asked, and may be ended to make room.
         clients = sorted(requests, key=lambda client: client not in self._children)
         self._waiting.extend(_Waiting(client, requests[client], expires) for client in clients)
 
@@ -194,7 +194,7 @@ class ProcessSession(Session):
         self._stack.close()
 
     def _write(self) -> None:
-        """Hands requests to the clients that there is room for."""
+        """Sends waiting requests, as long as there is room for their clients' processes."""
         while self._waiting and self._has_room(self._waiting[0].client):
             waiting = self._waiting.popleft()
             child = self._child(waiting.client, waiting.expires)
@@ -218,7 +218,7 @@ class ProcessSession(Session):
     def _has_room(self, client: ClientId) -> bool:
         if client in self._children or client not in self._clients:
             return True
-        # Starting is all computation: more at once than there are processors makes every one of them late.
+        # A start is all computation: more starts at once than processors make each of them late.
         if sum(not child.ready for child in self._children.values()) >= (os.cpu_count() or 1):
             return False
         if len(self._children) >= self._max_processes:
@@ -260,7 +260,7 @@ class ProcessSession(Session):
             self._selector.register(child.outbox.fd, EVENT_WRITE, child)
 
     def _listen(self) -> list[Answer]:
-        """Waits for something to arrive or for a client to be late; the answers that are complete."""
+        """Waits until something arrives or a client is late. Returns the complete answers."""
         soonest = min([*(child.expires for child in self._children.values()), *(waiting.expires for waiting in self._waiting)])
         events = self._selector.select(None if soonest == inf else max(0.0, soonest - self.clock.now()))
         now = self.clock.now()
@@ -300,7 +300,7 @@ class ProcessSession(Session):
         return failure if owed else None
 
     def _end(self, child: _Child, patience: float = 0.0) -> str:
-        """Ends the process, after ``patience`` seconds in which it may do so itself; how it ended."""
+        """Ends the process, after ``patience`` seconds in which it may end by itself. Returns how it ended."""
         del self._children[child.client]
         if self._reader is child:
             self._listen_to(None)
@@ -312,7 +312,7 @@ class ProcessSession(Session):
 
 @dataclass(eq=False)
 class _Waiting:
-    """A request that a client has not answered, and when it is too late for that."""
+    """A request that a client has not answered, and the time at which it is late."""
 
     client: ClientId
     request: Request
@@ -320,7 +320,7 @@ class _Waiting:
 
 
 class _Child:
-    """A client's process, and what it owes: its greeting first, then an answer."""
+    """A client's process, and the requests that it has not answered; the greeting is the first."""
 
     def __init__(self, client: ClientId, command: Sequence[str], log: Path, max_bytes: int, max_tensors: int) -> None:
         path = os.pathsep.join(filter(None, (str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH"))))
@@ -343,7 +343,7 @@ class _Child:
 
     @property
     def expires(self) -> float:
-        """When the answer that is owed next is late."""
+        """The time at which the next answer is late."""
         return self.owed[0].expires if self.owed else inf
 
     def ask(self, waiting: _Waiting) -> None:
@@ -355,11 +355,11 @@ class _Child:
             os.truncate(self.log, 0)
 
     def flush(self) -> bool:
-        """Writes what fits; whether nothing is left to write."""
+        """Writes what fits. Returns whether nothing is left to write."""
         try:
             return self.outbox.flush()
         except BrokenPipeError:
-            # It is gone, which reading from it will tell, after what it may have said before.
+            # The process is gone. Reading reports that, after any answer that it had written.
             return True
 
     def hear(self) -> Answer | None:
@@ -386,12 +386,12 @@ class _Child:
         return None if self.ready else answer
 
     def end(self, patience: float) -> str:
-        """Ends the process; how it ended."""
+        """Ends the process. Returns how it ended."""
         try:
             self.process.wait(patience)
         except subprocess.TimeoutExpired:
             self.process.kill()
-        # What it has started belongs to its group, and may hold its pipes.
+        # Processes that it started belong to its group, and may hold its pipes.
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         code = self.process.wait()

@@ -21,8 +21,8 @@ class AdamW(GradientTrainer):
 
     Args:
         lr: Learning rate.
-        steps: Local steps per round, 10 unless said; or
-        epochs: passes over the owner's examples.
+        steps: Local steps per round; 10 where neither ``steps`` nor ``epochs`` is given.
+        epochs: Passes over the owner's examples, instead of ``steps``.
         batch_size: Examples per step and client; ``None`` takes all of them.
         beta1: Decay of the first moment.
         beta2: Decay of the second moment.
@@ -69,7 +69,7 @@ class AdamW(GradientTrainer):
         return rate(self.schedule, self.lr, self.warmup, step, num_steps, self.decay, round)
 
     def init(self, cohort: Cohort) -> None:
-        """Zero moments."""
+        """``m = v = 0``."""
         cohort.slots["m"], cohort.slots["v"] = torch.zeros_like(cohort.theta_kd), torch.zeros_like(cohort.theta_kd)
 
     def step(self, cohort: Cohort, grad_kd: torch.Tensor, lr_k: torch.Tensor, step: int) -> None:

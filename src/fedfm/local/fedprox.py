@@ -38,7 +38,7 @@ class FedProx(WrappedTrainer):
             raise ConfigError(f"FedProx.mu is {self.mu}; it must be 0 or more.")
 
     def check(self, plan: Plan) -> Iterator[Finding]:
-        """One local step starts at the global model, where the pull is zero."""
+        """Warns of one local step: it starts at the global model, where the pull is zero."""
         if self.work.steps == 1:
             yield warn("local", "FedProx has no effect with one local step: the pull is zero at the global model.")
 

@@ -1,4 +1,4 @@
-"""What local trainers share: the schedule of the learning rate and the checks of their numbers."""
+"""The schedule of the learning rate and the checks of numbers that local trainers share."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ class SGD(GradientTrainer):
 
     Args:
         lr: Learning rate.
-        steps: Local steps per round, 10 unless said; or
-        epochs: passes over the owner's examples.
+        steps: Local steps per round; 10 where neither ``steps`` nor ``epochs`` is given.
+        epochs: Passes over the owner's examples, instead of ``steps``.
         batch_size: Examples per step and client; ``None`` takes all of them.
         momentum: ``mu``.
         nesterov: Look ahead by one step of momentum.
@@ -68,7 +68,7 @@ class SGD(GradientTrainer):
         return rate(self.schedule, self.lr, self.warmup, step, num_steps, self.decay, round)
 
     def init(self, cohort: Cohort) -> None:
-        """Zero momentum."""
+        """``m = 0``."""
         if self.momentum:
             cohort.slots["momentum"] = torch.zeros_like(cohort.theta_kd)
 

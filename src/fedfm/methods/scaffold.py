@@ -99,11 +99,11 @@ class ScaffoldLocal(WrappedTrainer):
     inner: GradientTrainer
 
     def traits(self) -> Traits:
-        """``c_k`` is the client's memory."""
+        """Needs the client's memory, which holds ``c_k``."""
         return traits(needs=["stateful-clients", "all-parameters"], is_=[_HALF])
 
     def check(self, plan: Plan) -> Iterator[Finding]:
-        """Both halves, and an inner trainer whose steps are gradients."""
+        """Refuses an inner trainer whose steps are not gradients, and a plan without the server's half."""
         if "gradient-steps" not in self.inner.traits().is_:
             yield refuse(
                 "local",
@@ -114,7 +114,7 @@ class ScaffoldLocal(WrappedTrainer):
             yield refuse("local", "ScaffoldLocal needs ScaffoldServer, which sends the mean control variate. Use method: {Scaffold: {}}.")
 
     def init(self, cohort: Cohort) -> None:
-        """Zero control variates for clients that remember none.
+        """``c_k = 0`` for clients that remember none.
 
         Raises:
             MessageError: if the server did not send its own.
@@ -166,7 +166,7 @@ class ScaffoldServer(ServerOptimizer):
         return traits(needs=["uniform-weights", "weighted-sum"], is_=[_HALF])
 
     def check(self, plan: Plan) -> Iterator[Finding]:
-        """Both halves."""
+        """Refuses a plan without the client's half."""
         if _HALF not in plan.local.traits().is_:
             yield refuse(
                 "server", "ScaffoldServer needs ScaffoldLocal, which sends the control variates' changes. Use method: {Scaffold: {}}."

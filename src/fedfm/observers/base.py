@@ -1,4 +1,4 @@
-"""Observers: who looks on while a run goes, and never changes it.
+"""Observers: they watch a run and never change it.
 
 An :class:`Observer` is a part of the recipe; ``open`` gives the :class:`Watcher` that lives as long as
 the run. The loop calls, in this order::
@@ -32,7 +32,7 @@ class RunInfo:
         rounds: How many rounds there will be in all.
         num_clients: Owners with usable data.
         cohort_size: Clients asked in a round.
-        model: The base model, in a word or two; its size is told by ``num_params``.
+        model: The base model in a word or two, without its size (``num_params``).
         num_params: Parameters of the base.
         num_trainable: Parameters that train and travel.
         choices: What was chosen by measuring (``bank``: clients in a batch).
@@ -53,10 +53,10 @@ class RunInfo:
 
 
 class Watcher:
-    """Looks on at one run. Every hook defaults to nothing."""
+    """Watches one run. By default every hook does nothing."""
 
     def stage(self, text: str, done: int | None = None, total: int | None = None) -> None:
-        """Something long before or after the rounds, such as tokenizing; ``done`` of ``total`` where that can be told."""
+        """Something long before or after the rounds, such as tokenizing; ``done`` of ``total`` where these are known."""
 
     def start(self, info: RunInfo) -> None:
         """Everything is ready; rounds follow."""
@@ -72,13 +72,13 @@ class Watcher:
 
 
 class Observer(Part, ABC):
-    """Looks on while a run goes."""
+    """Watches a run."""
 
     room = "observers"
 
     @abstractmethod
     def open(self, folder: Path | None) -> Watcher:
-        """Starts looking on at a run in ``folder`` (``None`` where the run leaves nothing on disk).
+        """Starts to watch the run in ``folder`` (``None`` where the run leaves nothing on disk).
 
         Raises:
             MissingExtra: if it needs a package that is not installed.

@@ -34,7 +34,7 @@ class TensorBoard(Observer):
     dir: str | None = None
 
     def open(self, folder: Path | None) -> Watcher:
-        """The writer's watcher."""
+        """The watcher that writes the event files."""
         try:
             import tensorboard as tensorboard
         except ImportError as error:
@@ -71,7 +71,7 @@ class _Writer(Watcher):
 
 
 def scalars(record: RoundRecord) -> Iterator[tuple[str, float]]:
-    """What a round's curves are made of; numbers that are not finite are left out."""
+    """The points that a round adds to the curves; numbers that are not finite are left out."""
     report = record.metrics.get("eval") or {}
     curves: dict[str, Any] = {
         "loss/train": record.metrics.get("train_loss"),

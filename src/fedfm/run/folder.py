@@ -177,7 +177,7 @@ class RunFolder:
         self.journal.add(event, **what)
 
     def commit(self, state: ServerState, record: RoundRecord, ledger: Ledger) -> None:
-        """Makes a round last. Once the journal has its line the round is never played again.
+        """Commits a round. Once the journal has its line the round is never played again.
 
         Raises:
             RunError: if it cannot be written; the rounds before it are intact.
@@ -191,7 +191,7 @@ class RunFolder:
             old.unlink()
 
     def discard(self) -> None:
-        """Removes a run that has come to nothing; only what a run writes, and the folder if that leaves it empty."""
+        """Removes a run without a result: only the files that a run writes, and the folder if it is empty then."""
         for name in ("state", "clients", "logs"):
             shutil.rmtree(self.path / name, ignore_errors=True)
         for name in (RECIPE, JOURNAL, METRICS, LEDGER, SPLIT, ".lock"):
@@ -208,9 +208,9 @@ class RunFolder:
         disk.write_atomic(self.path / name, _pretty(value))
 
     def rewrite_folder(self, name: str, write: Callable[[Path], None]) -> None:
-        """Has ``write`` fill the folder ``name`` afresh; if it raises, what was there before stays. Done again where a crash came between.
+        """Calls ``write`` to fill the folder ``name`` afresh. If it raises, the old contents stay. After a crash in between it is called again.
 
-        It is written in place, not renamed into it, because what ``write`` leaves may hold its own path.
+        The folder is written in place, not renamed, because the files may hold its path.
         """
         target, old = self.path / name, self.path / f".{name}.old"
         try:
@@ -241,7 +241,7 @@ class RunFolder:
         return self.journal.first.get(event)
 
     def choices(self) -> dict[str, int]:
-        """What was chosen for the whole run, so that a resumed one goes on with it."""
+        """Choices for the whole run, which a resumed run keeps."""
         return dict(self.journal.choices)
 
     def ledger(self, mark: Mark) -> Ledger:

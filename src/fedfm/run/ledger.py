@@ -1,4 +1,4 @@
-"""What a run cost, counted."""
+"""Counts what a run cost."""
 
 from __future__ import annotations
 
@@ -69,11 +69,11 @@ class Ledger:
         )
 
     def counts(self) -> dict[str, int]:
-        """What does not depend on time or machine."""
+        """The totals that do not depend on time or machine."""
         return {name: value for name, value in asdict(self).items() if name not in ("peak_memory", "seconds")}
 
     def to_json(self) -> dict[str, Any]:
-        """As written to ``ledger.json``."""
+        """The totals as ``ledger.json`` holds them."""
         return asdict(self)
 
     @staticmethod

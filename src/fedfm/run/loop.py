@@ -54,9 +54,6 @@ def run(
         PlanError: if the plan cannot mean what it says.
         RunError: if the folder holds a run already or cannot be written.
         RoundError: if a round fails under the recipe's rule; what was committed before stays, and ``resume`` goes on from it.
-
-    Example:
-        >>> *_, (state, record) = run(federation, rounds=3)  # doctest: +SKIP
     """
     federation = located(federation if rounds is None else replace(federation, rounds=rounds))
     check.require(federation.resolved())

@@ -1,4 +1,4 @@
-"""What a run has made: its model, to take elsewhere or to ask something."""
+"""The model that a run has made, to export it or to ask it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ class Result:
         """The model's answer to ``prompt``, which is put into the task's template where it has one.
 
         Args:
+            max_new_tokens: Most tokens of the answer.
             temperature: 0 takes the likeliest token each time.
+            seed: Sampling seed; used when ``temperature`` > 0.
 
         Raises:
             ConfigError: if the model does not write text.

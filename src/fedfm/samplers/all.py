@@ -18,9 +18,9 @@ class All(Sampler):
     """
 
     def sample(self, clients: Sequence[ClientId], state: Tree, ctx: RoundContext) -> tuple[list[ClientId], Tree]:
-        """Everyone."""
+        """All clients."""
         return list(clients), state
 
     def cohort_size(self, num_clients: int) -> int:
-        """Everyone."""
+        """``num_clients``."""
         return num_clients

@@ -14,8 +14,8 @@ class Uniform(Sampler):
     """A fixed number of clients without replacement, each set of that size equally likely. With ``fraction=1`` it is ``All``.
 
     Args:
-        clients: How many; or
-        fraction: which part of all, in ``(0, 1]``, rounded, at least one client. Exactly one of the two.
+        clients: Size of a cohort; exactly one of ``clients`` and ``fraction`` is given.
+        fraction: Part of all clients, in ``(0, 1]``, rounded, at least one client.
 
     Raises:
         ConfigError: if neither or both are given, or one is out of range.

@@ -20,7 +20,7 @@ class Weighted(Sampler):
     """A fixed number of clients without replacement, each draw proportional to the weights that are left. With equal weights it is ``Uniform``.
 
     Args:
-        clients: How many.
+        clients: Size of a cohort.
         weights: Weight of a client, more than 0; one that is not named has 1.
 
     Raises:
@@ -38,7 +38,7 @@ class Weighted(Sampler):
                 raise ConfigError(f"Weighted.weights gives {client!r} the weight {weight}; it must be a finite number above 0.")
 
     def sample(self, clients: Sequence[ClientId], state: Tree, ctx: RoundContext) -> tuple[list[ClientId], Tree]:
-        """The clients that come first.
+        """The clients that wait the shortest time.
 
         Raises:
             ConfigError: if there are fewer clients than the cohort needs, or a weight names nobody.

@@ -31,7 +31,7 @@ class FedAvg(ServerOptimizer):
             raise ConfigError(f"FedAvg.lr is {self.lr}; it must be a finite number above 0.")
 
     def traits(self) -> Traits:
-        """Needs a delta of each parameter. With ``lr=1`` nothing is left of a server's step."""
+        """Needs a delta of each parameter. With ``lr=1`` it is the ``plain-step``."""
         return traits(needs=["deltas"], is_=["plain-step"] if self.lr == 1 else [])
 
     def step(self, params: Tree, update: Update, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:

@@ -41,7 +41,7 @@ class FedAvgM(ServerOptimizer):
         return traits(needs=["deltas"])
 
     def init(self, params: Tree) -> Tree:
-        """No momentum."""
+        """``m = 0``."""
         return {f"m/{name}": torch.zeros_like(w, dtype=torch.float32) for name, w in params.items()}
 
     def step(self, params: Tree, update: Update, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:

@@ -1,4 +1,4 @@
-"""Instruction tuning: learn to answer, not to ask.
+"""Instruction tuning: the model learns the response, not the instruction.
 
 The ``alpaca`` template is that of Taori et al., `Stanford Alpaca
 <https://github.com/tatsu-lab/stanford_alpaca>`_, 2023.
@@ -97,7 +97,7 @@ def _chat(tokenizer: Any, instruction: str, context: str, response: str | None) 
     messages = [{"role": "user", "content": f"{instruction}\n\n{context}" if context else instruction}]
     if response is not None:
         messages.append({"role": "assistant", "content": response})
-    # Written as text and tokenized here: what apply_chat_template returns for ids differs between versions.
+    # The template gives text, which is tokenized here: the ids that apply_chat_template returns differ between versions.
     written: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)
     return written
 
@@ -119,7 +119,7 @@ class _Encoder(Encoder):
                 continue
             prompts.append(self.task.prompt(self.tokenizer, instruction, context))
             responses.append(self._response(instruction, context, response, prompts[-1]))
-        # Tokenized apart, as the prompt stands alone when the model is asked.
+        # The two are tokenized apart, because the prompt stands alone when the model is asked.
         pairs = zip(self._ids(prompts), self._ids(responses))
         examples = [self._example([*self.bos, *prompt], self._closed(response)) for prompt, response in pairs]
         self.dropped += examples.count(None)

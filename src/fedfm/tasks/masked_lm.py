@@ -60,7 +60,7 @@ class MaskedLM(Task):
         return _Encoder(self, tokenizer)
 
     def rows(self, examples: Examples, index: IntArray, rng: np.random.Generator) -> list[Row]:
-        """Ids with some hidden, and what they were."""
+        """Ids, some of them hidden; the targets are the hidden ids."""
         return [self._hide(examples.ids(i), examples.vocabulary, rng) for i in index.tolist()]
 
     def _hide(self, ids: IntArray, vocabulary: Vocabulary, rng: np.random.Generator) -> Row:

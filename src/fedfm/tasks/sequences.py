@@ -1,4 +1,4 @@
-"""What the tasks share: text to ids, ids to targets, sums to metrics."""
+"""Functions that the tasks share: text to ids, ids to targets, sums to metrics."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from fedfm.testing.parts import check_part, context, like, parameters, same
 from fedfm.testing.sessions import Scripted
 
 Outcome = Update | Partial | Failure
-# Changes the answers of one exchange; the verb says of which.
+# Changes the answers of one exchange, which the verb names.
 Tamper = Callable[[str, list[Answer]], Iterable[Answer]]
 _ROUND, _DEADLINE = 3, 7.0
 _ODD: tuple[Scalar, ...] = ("many", True, None, -1, math.nan)

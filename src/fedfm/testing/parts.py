@@ -1,4 +1,4 @@
-"""What every part must do, and examples to do it with."""
+"""What every part must do, and examples of parts for the suites."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def check_part(part: Part) -> None:
 
 
 def context(params: Tree, round: int = 1, num_clients: int = 10, client: str | None = None, seed: int = 0) -> RoundContext:
-    """A round to act in."""
+    """The context of a round."""
     return RoundContext(round, Key.root(seed), params, num_clients, client)
 
 

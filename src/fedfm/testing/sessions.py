@@ -37,9 +37,9 @@ class Scripted(Session):
         return None
 
     def abandon(self) -> None:
-        """Stops listening."""
+        """Drops the scripts that have answers left."""
         self._waiting.clear()
 
     def close(self) -> None:
-        """Nothing runs."""
+        """Drops them too; nothing else runs."""
         self.abandon()

@@ -52,7 +52,7 @@ def spec(architecture: str, **config: object) -> Model:
 
 
 def foundation(architecture: str = "Llama", head: Head | None = None, labels: tuple[str, ...] = (), **config: object) -> Foundation:
-    """It, loaded, on the CPU; the same weights each time. A classifier without labels tells :data:`LABELS`."""
+    """The model of :func:`spec`, loaded on the CPU, with the same weights each time. A classifier gets :data:`LABELS` unless labels are given."""
     head = head or HEADS[architecture]
     return load(spec(architecture, **config), head, labels or (LABELS if head == "sequence_classification" else ()), "cpu", Key.root(0))
 
@@ -61,9 +61,9 @@ class Memory:
     """Examples held in memory.
 
     Args:
-        ids: Token ids of each ``(n,)``.
-        starts: First target of each.
-        labels: Class of each.
+        ids: Token ids of each example ``(n,)``.
+        starts: First target of each example.
+        labels: Class of each example.
     """
 
     vocabulary = Vocabulary(300, special=(0, 1, 2, 3), mask=300)
@@ -80,11 +80,11 @@ class Memory:
         return self._ids[i]
 
     def start(self, i: int) -> int:
-        """Its first target."""
+        """Index of the first target of example ``i``."""
         return self._starts[i] if self._starts else 0
 
     def label(self, i: int) -> int:
-        """Its class, -1 where there is none."""
+        """Class of example ``i``, -1 where there is none."""
         return self._labels[i] if self._labels else -1
 
 
@@ -95,9 +95,9 @@ def examples(seed: int, count: int, shortest: int = 9, longest: int = 9, classes
     return Memory(ids, labels=[int(rng.integers(classes)) for _ in range(count)] if classes else None)
 
 
-def batch_of(foundation: Foundation, clients: int = 1, rows: int = 2, length: int = 7, seed: int = 0) -> Batch:
+def batch_of(foundation: Foundation, clients: int = 1, rows: int = 2, length: int = 7) -> Batch:
     """Random ids ``(clients * rows, length)`` that ask at every position, or once per row of a classifier."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(0)
     total = clients * rows
     per_row = foundation.head == "sequence_classification"
     count = total if per_row else total * length
@@ -119,9 +119,9 @@ def batch_of(foundation: Foundation, clients: int = 1, rows: int = 2, length: in
 
 @torch.no_grad()
 def logits_of(model: Any, batch: Batch) -> torch.Tensor:
-    """What a plain model of ``transformers`` or ``peft`` says where the batch asks, ``(P, C)``."""
+    """Logits ``(P, C)`` of a plain model of ``transformers`` or ``peft`` at the batch's picks."""
     logits: torch.Tensor = model(**batch.inputs).logits
-    # Virtual tokens in front answer too.
+    # Virtual tokens in front have logits too.
     return logits if batch.per_row else logits[:, -batch.shape[1] :].reshape(-1, logits.shape[-1])
 
 

@@ -154,7 +154,7 @@ def _require_declared(name: str, contribution: Contribution, errand: Errand) -> 
 
 
 def _wrong(leaf: torch.Tensor) -> Iterator[torch.Tensor]:
-    """What is no parameter of this shape."""
+    """Tensors that are no parameter of this leaf's shape."""
     yield leaf.unsqueeze(0)
     yield leaf.reshape(-1)[:-1] if leaf.numel() else leaf.new_zeros(1)
     if leaf.dim() == 2 and leaf.shape[0] != leaf.shape[1]:

@@ -27,7 +27,7 @@ class CastBF16(Transform):
         return traits(needs=["float-leaves"], is_=["linear"])
 
     def encode(self, update: Update, memory: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
-        """To bfloat16."""
+        """Casts deltas to bfloat16."""
         payload = {
             name: leaf if tree.added(name, ctx.params) or not leaf.is_floating_point() else leaf.to(torch.bfloat16)
             for name, leaf in update.payload.items()
@@ -35,7 +35,7 @@ class CastBF16(Transform):
         return update.with_payload(payload), memory
 
     def decode(self, update: Update, ctx: RoundContext) -> Update:
-        """Back to the type of the parameter; to float32 where there is none of that name."""
+        """Casts back to the type of the parameter; to float32 where there is none of that name."""
         payload = {
             name: leaf.to(ctx.params[name].dtype if name in ctx.params else torch.float32) if leaf.is_floating_point() else leaf
             for name, leaf in update.payload.items()

@@ -49,11 +49,11 @@ class Int8(Transform):
         return traits(needs=["float-leaves"], hides=["float-leaves"])
 
     def encode(self, update: Update, memory: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
-        """To codes and scales."""
+        """Encodes values as codes and scales."""
         return update.with_payload(dict(_encode(update.payload, 127, self.block, ctx.params, ctx.draw("int8")))), memory
 
     def decode(self, update: Update, ctx: RoundContext) -> Update:
-        """Back to values."""
+        """Decodes codes and scales to values."""
         return update.with_payload(dict(_decode(update.payload, 127, self.block, ctx.params)))
 
 
@@ -80,11 +80,11 @@ class Int4(Transform):
         return traits(needs=["float-leaves"], hides=["float-leaves"])
 
     def encode(self, update: Update, memory: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
-        """To codes and scales."""
+        """Encodes values as codes and scales."""
         return update.with_payload(dict(_encode(update.payload, 7, self.block, ctx.params, ctx.draw("int4")))), memory
 
     def decode(self, update: Update, ctx: RoundContext) -> Update:
-        """Back to values."""
+        """Decodes codes and scales to values."""
         return update.with_payload(dict(_decode(update.payload, 7, self.block, ctx.params)))
 
 

@@ -26,8 +26,8 @@ class TopK(Transform):
     With ``fraction=1`` it is the identity. Leaves that a method adds (SCAFFOLD's control variates) pass whole.
 
     Args:
-        fraction: Part of all values to send, in ``(0, 1]``, rounded up; or
-        k: how many. Exactly one of the two.
+        fraction: Part of all values to send, in ``(0, 1]``, rounded up; exactly one of ``fraction`` and ``k`` is given.
+        k: Number of values to send.
         error_feedback: Whether the client remembers what it did not send.
 
     Raises:
@@ -54,8 +54,8 @@ class TopK(Transform):
         return traits(needs=needs, hides=["named-leaves", "every-value"])
 
     def check(self, plan: Plan) -> Iterator[Finding]:
-        """What changes values after it is outside its feedback, and what bounds them before it is undone by its feedback. A quantiser has no
-        other place than after, and is unbiased."""
+        """Refuses a bound before it, because the feedback adds to the bounded update. Warns of changes after it, which the feedback cannot see;
+        a quantiser, which is unbiased, can stand nowhere else."""
         place = plan.transforms.index(self)
         before, after = plan.transforms[:place], plan.transforms[place + 1 :]
         bounds = [type(part).__name__ for part in before if "bounds" in part.traits().is_]
@@ -72,7 +72,7 @@ class TopK(Transform):
             )
 
     def encode(self, update: Update, memory: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
-        """To values and indices.
+        """Encodes deltas as values and indices.
 
         Raises:
             RunError: if what the client remembers belongs to other parameters.
@@ -89,7 +89,7 @@ class TopK(Transform):
         index_k = x_d.abs().topk(self._k(spec.size), sorted=False).indices.sort().values
         extra = {name: leaf for name, leaf in update.payload.items() if name not in ctx.params}
         sent = _spread(x_d[index_k], index_k, spec)
-        # Flattened again, because parameters of less precision than float32 have rounded what will be decoded.
+        # Flattened again, because a parameter of less precision than float32 rounds the values.
         sent_d = spec.flatten(sent)
         payload = {_VALUES: sent_d[index_k], _INDICES: index_k.to(_index_dtype(spec.size)), **extra}
         if self.error_feedback:
@@ -97,7 +97,7 @@ class TopK(Transform):
         return update.with_payload(payload), memory
 
     def decode(self, update: Update, ctx: RoundContext) -> Update:
-        """Back to a delta for each parameter, zero where nothing was sent."""
+        """Decodes to a delta for each parameter, zero where nothing was sent."""
         spec, payload = Spec.of(ctx.params), dict(update.payload)
         value_k, index_k = payload.pop(_VALUES, None), payload.pop(_INDICES, None)
         if value_k is None or index_k is None:

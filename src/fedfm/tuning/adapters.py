@@ -1,4 +1,4 @@
-"""Adapters that are already on disk, ours or anybody's, in PEFT's layout."""
+"""Loads adapters from disk, ours or others', in PEFT's layout."""
 
 from __future__ import annotations
 

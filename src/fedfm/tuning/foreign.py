@@ -60,7 +60,7 @@ class Peft(Tuning):
         try:
             config = known[self.type](task_type=layout.TASK_TYPES.get(foundation.head), **values)
             with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-                # Of names that transformers is about to drop, which are not the user's to change.
+                # They warn of names that transformers is about to drop, which the user cannot change.
                 warnings.simplefilter("ignore", FutureWarning)
                 torch.manual_seed(foundation.key.fold("peft", self.type).seed())
                 model = peft.get_peft_model(foundation.model, config)
@@ -78,7 +78,7 @@ class Peft(Tuning):
     def save(self, foundation: Foundation, params: Tree, folder: Path) -> None:
         """In ``peft``'s layout, by ``peft``."""
         model = self._filled(foundation, params)
-        # Prompts leave the base as it was; the rest has wrapped its layers.
+        # A prompt method leaves the base as it was; the others have wrapped its layers.
         plain = copy.deepcopy(model).unload() if hasattr(model, "unload") else model.get_base_model()
         base = layout.base_of(foundation, plain, folder)
         for config in model.peft_config.values():

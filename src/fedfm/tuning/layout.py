@@ -1,4 +1,4 @@
-"""How adapters lie on disk: PEFT's own layout, without importing PEFT. What is written and what is read back is said here."""
+"""PEFT's own layout of adapters on disk, written and read back without PEFT."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def require_names(tensors: Tree, leaves: tuple[str, ...], saved: tuple[str, ...]
 
 
 def require_loads(foundation: Foundation, targets: Sequence[str], where: str) -> None:
-    """Refuses targets of a LoRA adapter that PEFT would not load. It is asked with a copy of the base that has no weights.
+    """Refuses targets of a LoRA adapter that PEFT would not load. PEFT is asked with a copy of the base that has no weights.
 
     Raises:
         ConfigError: with PEFT's reason.

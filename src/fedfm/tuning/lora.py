@@ -33,7 +33,7 @@ _OPTIONS = (
     "target_parameters", "use_qalora", "use_bdlora", "alora_invocation_tokens", "arrow_config", "kasa_config", "velora_config",
     "monteclora_config",
 )  # fmt: skip
-# Other starts than these take something out of the base's weights.
+# Starts other than these change the base's weights.
 _STARTS = ("gaussian", "eva", "orthogonal", "mica")
 
 
@@ -81,7 +81,7 @@ class LoRA(Tuning):
         return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
 
     def check(self, plan: Plan) -> Iterator[Finding]:
-        """The average of factors is not the average of products."""
+        """Warns of the mean: the mean of factors is not the mean of products."""
         if type(plan.aggregator).__name__ == "Mean":
             yield warn(
                 "aggregator",

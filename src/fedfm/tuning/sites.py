@@ -48,7 +48,7 @@ class Site(ABC):
 
     @abstractmethod
     def hook(self) -> None:
-        """Puts the site to work."""
+        """Registers the site's hooks."""
 
     def blocks(self, x: torch.Tensor) -> torch.Tensor:
         """Activations ``(K*R, ..., d)`` as ``(K, R*..., d)``."""

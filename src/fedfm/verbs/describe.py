@@ -1,4 +1,4 @@
-"""What an owner has: numbers of examples and tokens, and how many of each class. The roster is made from it."""
+"""Asks what an owner has: numbers of examples and tokens, and how many examples of each class. The roster is made from the answers."""
 
 from __future__ import annotations
 

@@ -65,7 +65,7 @@ class Train(Verb):
 
     def answer(self, requests: Mapping[ClientId, Request], house: House) -> Iterator[Contribution | Failure]:
         """Trains the clients as one bank."""
-        # All have one body, which is looked at once.
+        # All requests have one body, so it is checked once.
         require_parameters(next(iter(requests.values())).body, house)
         desks: dict[ClientId, Desk] = {}
         for client, request in requests.items():
@@ -123,7 +123,7 @@ class Desk:
         return Desk(client, request, house, memory, opened(house.shard(client).train), params, start, is_own, received)
 
     def finish(self, trained: Trained) -> Contribution:
-        """What leaves, once what the client remembers is durable.
+        """The client's contribution. Its memory is durable when this returns.
 
         Raises:
             FedfmError: if the work diverged, a transform refuses it, or the memory cannot be written.
@@ -150,7 +150,7 @@ class Desk:
         return Contribution(replace(update, metrics=metrics, ticket=ticket), resized(full, self.params, spec.names))
 
     def weight(self) -> float:
-        """The number of examples; 1 where the owner does not tell it.
+        """The number of examples; 1 where the owner withholds it.
 
         Raises:
             DataError: if the mean is weighted by a number that the owner withholds.
@@ -162,7 +162,7 @@ class Desk:
         return 1.0
 
     def numbers(self, trained: Trained) -> dict[str, float]:
-        """What the client tells of its work; counts read 0 where the owner withholds them."""
+        """The numbers of the client's work; counts are 0 where the owner withholds them."""
         if "counts" not in self.house.policy(self.client).withhold:
             return trained.metrics
         return {name: value if name == "loss" else 0.0 for name, value in trained.metrics.items()}
@@ -187,7 +187,7 @@ def require_parameters(body: Body, house: House) -> None:
 def parameters(request: Request, house: House, memory: Tree) -> tuple[Tree, Tree, bool]:
     """A client's parameters: those that travel, as it holds them; all that it starts from, at full size; and whether that start is its own alone.
 
-    The body was looked at by :func:`require_parameters`.
+    :func:`require_parameters` has checked the body.
 
     Raises:
         MessageError: if the request's own part is not what this plan's clients are sent.
@@ -250,7 +250,7 @@ def opened(examples: Examples) -> Examples:
         raise DataError(
             f"{len(lengths)} examples are there, and {len(examples)} were prepared. Clear the cache and prepare the data again."
         )
-    # A file that was cut lacks its end.
+    # A truncated file lacks its end.
     if len(examples) and len(examples.ids(len(examples) - 1)) != lengths[-1]:
         raise DataError("its prepared token ids are fewer than its index says. Clear the cache and prepare the data again.")
     return examples

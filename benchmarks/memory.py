@@ -26,9 +26,9 @@ SIZE, QUICK = (
 
 
 def peak() -> int:
-    """Bytes that this process held at most."""
+    """The most bytes that this process has held at once."""
     try:
-        # Linux hands ru_maxrss down from whoever started a process; the high-water mark of its own memory is here.
+        # On Linux a process inherits ru_maxrss from the one that started it; this file has its own maximum.
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     except (OSError, StopIteration):
@@ -36,7 +36,7 @@ def peak() -> int:
 
 
 def child(registered: int, size: dict[str, Any]) -> None:
-    """One run; prints what it took."""
+    """Plays one run and prints its memory and seconds."""
     import torch
 
     from benchmarks.common import seconds_of
@@ -45,7 +45,7 @@ def child(registered: int, size: dict[str, Any]) -> None:
     from fedfm.observers.base import RunInfo
     from fedfm.run.loop import run
 
-    class Told(Watcher):
+    class Noted(Watcher):
         info: RunInfo
 
         def start(self, info: RunInfo) -> None:
@@ -54,23 +54,23 @@ def child(registered: int, size: dict[str, Any]) -> None:
     import peft  # noqa: F401  what the first round would import
     from transformers import LlamaForCausalLM  # noqa: F401
 
-    libraries, told, cohort = peak(), Told(), min(COHORT, registered)
+    libraries, watcher, cohort = peak(), Noted(), min(COHORT, registered)
     with workshop(Size(**size)) as folder:
         plan = federation(
             folder, Size(**size), Shape(cohort, 1, LENGTH), registered=registered, steps=STEPS, rounds=3, bank=min(BANK, cohort)
         )
-        rounds = run(plan, out=folder / "run", watchers=[told])
+        rounds = run(plan, out=folder / "run", watchers=[watcher])
         for _ in range(2):
             next(rounds)
         seconds = seconds_of(lambda: next(rounds))
         rounds.close()  # type: ignore[attr-defined]
-    base, update = 4 * told.info.num_params, 4 * told.info.num_trainable
+    base, update = 4 * watcher.info.num_params, 4 * watcher.info.num_trainable
     measured = {"libraries": libraries, "base": base, "bank": 4 * BANK * update, "update": update, "peak": peak(), "ours_s": seconds}
     print(json.dumps({"cohort": cohort, "clients_per_bank": BANK, "threads": torch.get_num_threads(), **measured}))
 
 
 def main() -> None:
-    """The table."""
+    """Measures each row and prints the table."""
     options = common.parser(__doc__)
     options.add_argument("--child", help="internal: one row's process")
     given = options.parse_args()

@@ -21,7 +21,7 @@ COHORT, EVALUATED, ROWS, LENGTH = 8, 256, 4, 16
 
 
 def child(registered: int) -> None:
-    """One run; prints what it took."""
+    """Plays one run and prints its memory and seconds."""
     import logging
 
     import fedfm
@@ -61,7 +61,7 @@ def child(registered: int) -> None:
 
 
 def main() -> None:
-    """The table."""
+    """Measures each row and prints the table."""
     options = common.parser(__doc__)
     options.add_argument("--child", type=int, help="internal: one row's process")
     options.add_argument("--registered", type=int, nargs="*", help="other numbers of owners")
@@ -75,7 +75,9 @@ def main() -> None:
         command = [sys.executable, "-m", "benchmarks.owners", "--child", str(registered)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
         measured = json.loads(done.stdout.splitlines()[-1])
-        rows.append({"benchmark": "owners", **common.machine(), "registered": registered, "evaluated": min(EVALUATED, registered), **measured})
+        rows.append(
+            {"benchmark": "owners", **common.machine(), "registered": registered, "evaluated": min(EVALUATED, registered), **measured}
+        )
         common.save(rows, given.json)
     common.finish(rows, given.json)
 

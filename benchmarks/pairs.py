@@ -8,9 +8,9 @@ One long-lived process per source tree holds a federated run; they are asked for
 so that what drifts (clock, cache, neighbours) falls on both alike. A round is timed inside its process, as in :mod:`benchmarks.cohort`:
 sampling, the bank, local steps, aggregation, the server's step, and what is written to disk. The bank is as large as the cohort.
 
-Shown is the median of the pairwise ratios after / before and an interval that holds the true median with at least 95 %, from the sign test:
-it takes no distribution for granted, only that pairs are alike. Both trees play the same rounds of the same run; whether they end with the same
-bits is told too. With ``--job`` a small job from start to end, a fresh process each time, is timed in the same way.
+The table shows the median of the pairwise ratios after / before and an interval that holds the true median with at least 95 %, from the sign
+test, which assumes no distribution, only that pairs are alike. Both trees play the same rounds of the same run; the table also shows whether
+they end with the same bits. With ``--job`` a small job from start to end, a fresh process each time, is timed in the same way.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Case:
     small: bool
 
     def words(self) -> list[str]:
-        """As arguments of ``benchmarks.rounds``."""
+        """The arguments of ``benchmarks.rounds``."""
         shape = self.shape
         numbers = {"clients": shape.clients, "batch": shape.batch, "length": shape.length, "steps": self.steps, "threads": self.threads}
         return [*(f"--{name}={value}" for name, value in numbers.items()), *(["--small"] if self.small else [])]
@@ -105,7 +105,7 @@ class Child:
 
 @contextmanager
 def started(source: Path, case: Case) -> Iterator[Child]:
-    """A process that is ready, and ended when this is left."""
+    """A process that is ready; it is ended at the end of the block."""
     child = Child(source, case)
     try:
         yield child
@@ -172,7 +172,7 @@ def _job(source: Path, case: Case) -> None:
 
 
 def main() -> None:
-    """The table."""
+    """Measures each row and prints the table."""
     options = common.parser(__doc__)
     options.add_argument("--before", type=Path, required=True, metavar="SRC", help="the folder that holds fedfm as it was")
     options.add_argument("--after", type=Path, required=True, metavar="SRC", help="the folder that holds fedfm as it is now")

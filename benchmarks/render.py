@@ -18,12 +18,12 @@ DOC = Path(__file__).parents[1] / "docs" / "benchmarks.md"
 def rendered(text: str, rows: list[Row]) -> str:
     """``text`` with the tables that ``rows`` fill."""
     for name in COLUMNS:
-        own = [row for row in rows if row["benchmark"] == name]
+        own_rows = [row for row in rows if row["benchmark"] == name]
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        if own and begin not in text:
+        if own_rows and begin not in text:
             raise SystemExit(f"{DOC} has no {begin}; the table of {name} has nowhere to go.")
-        if own:
-            block = f"{begin}\n{where(own)}\n\n{table(own)}\n{end}"
+        if own_rows:
+            block = f"{begin}\n{where(own_rows)}\n\n{table(own_rows)}\n{end}"
             text = re.sub(re.escape(begin) + ".*?" + re.escape(end), lambda _, block=block: block, text, flags=re.DOTALL)  # type: ignore[misc]
     return text
 

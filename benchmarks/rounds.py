@@ -47,22 +47,22 @@ class Player:
         return {"seconds": seconds}
 
     def digest(self) -> dict[str, Any]:
-        """Of names and bits of all parameters."""
-        found = hashlib.blake2b(digest_size=12)
+        """The digest of names and bits of all parameters."""
+        digest = hashlib.blake2b(digest_size=12)
         for name, leaf in self.params.items():
-            found.update(name.encode() + leaf.detach().contiguous().numpy().tobytes())
-        return {"digest": found.hexdigest()}
+            digest.update(name.encode() + leaf.detach().contiguous().numpy().tobytes())
+        return {"digest": digest.hexdigest()}
 
 
 def prepared(folder: Path, size: Size, shape: Shape, steps: int, threads: int, rounds: int) -> Federation:
     """The cohort benchmark's federation with a bank as large as the cohort, so that no timing chooses it."""
-    made = federation(folder, size, shape, registered=2 * shape.clients, steps=steps, rounds=rounds)
-    return replace(made, engine=Embedded(bank=shape.clients, device="cpu", threads=threads))
+    plan = federation(folder, size, shape, registered=2 * shape.clients, steps=steps, rounds=rounds)
+    return replace(plan, engine=Embedded(bank=shape.clients, device="cpu", threads=threads))
 
 
-def serve(made: Federation, out: Path) -> None:
+def serve(plan: Federation, out: Path) -> None:
     """Answers requests until there are no more. Round 0 (model and data) is done before the first answer."""
-    with closing(fedfm.run(made, out=out)) as rounds:  # type: ignore[type-var]
+    with closing(fedfm.run(plan, out=out)) as rounds:  # type: ignore[type-var]
         player = Player(rounds)
         player.round()
         answers = {"round": player.round, "digest": player.digest}
@@ -72,7 +72,7 @@ def serve(made: Federation, out: Path) -> None:
 
 
 def main() -> None:
-    """Started by ``benchmarks.pairs``."""
+    """The process that ``benchmarks.pairs`` starts."""
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("clients", "batch", "length", "steps", "threads"):
         options.add_argument(f"--{name}", type=int, required=True)
@@ -82,11 +82,11 @@ def main() -> None:
     logging.getLogger("fedfm").setLevel(logging.ERROR)
     size, shape = Size(32, 2, 64, 4, 512) if given.small else Size(), Shape(given.clients, given.batch, given.length)
     with workshop(size) as folder:
-        made = prepared(folder, size, shape, given.steps, given.threads, given.job or 1_000_000)
+        plan = prepared(folder, size, shape, given.steps, given.threads, given.job or 1_000_000)
         if given.job is None:
-            serve(made, folder / "run")
+            serve(plan, folder / "run")
         else:
-            for _ in fedfm.run(made, out=folder / "run"):
+            for _ in fedfm.run(plan, out=folder / "run"):
                 pass
 
 

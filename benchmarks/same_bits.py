@@ -191,7 +191,7 @@ RECIPES: dict[str, Recipe] = {
 
 
 def final_params(recipe: Recipe, federation: Federation, out: Path) -> Mapping[str, torch.Tensor]:
-    """Plays the rounds in ``out``, with an interruption where the recipe has one; the last parameters."""
+    """Plays the rounds in ``out``, with an interruption where the recipe has one. Returns the last parameters."""
     params: Mapping[str, torch.Tensor] = {}
     with closing(fedfm.run(federation, out=out)) as rounds:  # type: ignore[type-var]
         for state, record in rounds:
@@ -228,13 +228,13 @@ def play(recipe: Recipe, folder: Path, out: Path) -> dict[str, Any]:
 
 
 def digest(leaf: torch.Tensor) -> str:
-    """Of the type, the shape and the bits."""
+    """The digest of type, shape and bits."""
     bits = leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return hashlib.blake2b(f"{leaf.dtype} {tuple(leaf.shape)} ".encode() + bits, digest_size=12).hexdigest()
 
 
 def flat(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
-    """Every number and word of nested JSON by its path, floats as ``float.hex()``, nothing that the clock decides."""
+    """Every number and word of nested JSON by its path, floats as ``float.hex()``, without what depends on the clock."""
     if isinstance(value, Mapping):
         for name, item in value.items():
             if name not in _UNSTEADY:
@@ -317,7 +317,7 @@ def number(value: Any) -> float | None:
 
 
 def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
-    """Prints the table; whether all weights and states are the same."""
+    """Prints the table. Returns whether all weights and states are the same."""
     if before["where"] != after["where"]:
         print(f"Bits may differ by the machine alone: {before['where']} before, {after['where']} after.")
     rows = [("recipe", "weights", "server state", "metrics that differ")]
@@ -328,8 +328,8 @@ def compare(before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
             rows.append((title, f"only {'after' if x is None else 'before'}", "", ""))
             equal = False
             continue
-        told = differences(x["numbers"], y["numbers"])
-        rows.append((title, weights(x, y), server_state(x, y), "; ".join(told) or "none"))
+        changes = differences(x["numbers"], y["numbers"])
+        rows.append((title, weights(x, y), server_state(x, y), "; ".join(changes) or "none"))
         equal &= weights(x, y) == "same" and server_state(x, y).startswith("same")
     widths = [max(len(row[i]) for row in rows) for i in range(3)]
     for row in rows:

@@ -44,7 +44,7 @@ def row(argument: str, bound: float, repetitions: int) -> Row:
 
 
 def main() -> None:
-    """The table."""
+    """Measures each row and prints the table."""
     given = common.parser(__doc__).parse_args()
     common.finish([row(argument, bound, 2 if given.quick else 7) for argument, bound in BOUNDS.items()], given.json)
 

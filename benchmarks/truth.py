@@ -31,7 +31,7 @@ class Case:
 
     @property
     def command(self) -> str:
-        """What gives the same table."""
+        """The command that gives the same table."""
         return " ".join(("fedfm compare", f"recipes/{self.file}", *self.overrides))
 
 
@@ -69,7 +69,7 @@ def rows_of(case: Case, comparison: Comparison, rounds: int) -> list[Row]:
 
 
 def main() -> None:
-    """The table."""
+    """Plays each case and prints the table."""
     options = common.parser(__doc__)
     options.add_argument("--only", help="cases whose name contains this")
     options.add_argument("--out", type=Path, help="keep the runs there, each with its report")

@@ -34,20 +34,20 @@ def text(value: str) -> str:
 
 def meanings(cls: type) -> dict[str, str]:
     """Field name to its line under Args."""
-    found: dict[str, str] = {}
+    by_field: dict[str, str] = {}
     block = re.search(r"Args:\n(.*?)(?:\n\s*\n|\Z)", inspect.cleandoc(cls.__doc__ or ""), re.S)
     name = ""
     for line in (block.group(1) if block else "").splitlines():
         start = re.match(r"    (\w+): (.*)", line)
         if start:
-            name, found[start.group(1)] = start.group(1), start.group(2)
+            name, by_field[start.group(1)] = start.group(1), start.group(2)
         elif name:
-            found[name] += " " + line.strip()
-    return found
+            by_field[name] += " " + line.strip()
+    return by_field
 
 
 def default(item: Field[object]) -> str:
-    """As a recipe would say it."""
+    """The default as a recipe would write it."""
     if item.default is not MISSING:
         return "null" if item.default is None else f"{item.default!r}"
     if item.default_factory is not MISSING:
@@ -57,13 +57,13 @@ def default(item: Field[object]) -> str:
 
 def table(cls: type) -> list[str]:
     """A row for each field."""
-    told = meanings(cls)
+    by_field = meanings(cls)
     if not fields(cls):  # type: ignore[arg-type]
         return ["No fields.", ""]
     rows = ["| field | type | default | |", "|---|---|---|---|"]
     for item in fields(cls):  # type: ignore[arg-type]
         kind = str(item.type).replace("|", "\\|")
-        rows.append(f"| `{item.name}` | `{kind}` | `{default(item)}` | {text(told.get(item.name, ''))} |")
+        rows.append(f"| `{item.name}` | `{kind}` | `{default(item)}` | {text(by_field.get(item.name, ''))} |")
     return [*rows, ""]
 
 

@@ -41,9 +41,9 @@ def main(quick: bool = False) -> list[float]:
         losses = []
         print(f"{'round':>5}  {'loss':>6}  {'worst owner':<20}  cohort")
         for _state, record in run(federation(Path(folder)), rounds=2 if quick else None):
-            found = record.metrics["eval"]
-            losses.append(found["pooled"]["loss"])
-            print(f"{record.round:>5}  {losses[-1]:>6.3f}  {found['worst']['owner']:<20}  {', '.join(record.cohort)}")
+            report = record.metrics["eval"]
+            losses.append(report["pooled"]["loss"])
+            print(f"{record.round:>5}  {losses[-1]:>6.3f}  {report['worst']['owner']:<20}  {', '.join(record.cohort)}")
     return losses
 
 

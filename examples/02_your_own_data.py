@@ -31,7 +31,7 @@ MODULES = (argparse, datetime, decimal, logging, threading)
 
 
 def write(path: Path) -> None:
-    """One JSON object a line."""
+    """Writes one JSON object per line."""
     with path.open("w", encoding="utf-8") as file:
         for module in MODULES:
             things = [thing for thing in vars(module).values() if inspect.isclass(thing) or inspect.isroutine(thing)]

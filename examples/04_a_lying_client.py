@@ -1,6 +1,6 @@
 """Three owners lie: they answer with noise and claim a hundred thousand examples. What the aggregator makes of it.
 
-A liar can send whatever it likes, so it is put where answers leave a client: around the engine's session.
+A liar can send anything, so the lie happens where answers leave a client: in a session around the engine's.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Liars(Engine):
     weight: float = 100_000.0
 
     def open(self, house: House, clock: Clock | None = None) -> Session:
-        """The inner session, between which and the server they lie."""
+        """The inner session, wrapped so that the liars' answers are replaced."""
         return _Lying(self, self.inner.open(house, clock), house.key)
 
 

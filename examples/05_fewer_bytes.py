@@ -1,4 +1,4 @@
-"""What an update weighs in flight, and what making it lighter costs."""
+"""The bytes of an update in flight, and the loss that fewer bytes cost."""
 
 from __future__ import annotations
 

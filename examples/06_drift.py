@@ -28,7 +28,7 @@ OWNERS, ROWS = 6, 40
 
 
 def write(path: Path) -> None:
-    """As many rows of each of the largest packages."""
+    """Writes the same number of rows of each of the largest packages."""
     pieces = defaultdict(list)
     for row in stdlib.rows():
         pieces[row["owner"]].append(row)

@@ -25,7 +25,7 @@ class Hold(Transform):
     pattern: str
 
     def encode(self, update: Update, memory: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
-        """Leaves them out."""
+        """Leaves the held parameters out."""
         return update.with_payload({name: leaf for name, leaf in update.payload.items() if name not in self.held(ctx)}), memory
 
     def decode(self, update: Update, ctx: RoundContext) -> Update:

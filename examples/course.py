@@ -63,23 +63,23 @@ def base(quick: bool = False) -> Federation:
 
 
 def play(federation: Federation) -> RoundRecord:
-    """Runs it without leaving anything on disk; the record of its last round."""
+    """Runs it without a folder. Returns the record of its last round."""
     *_, (_, record) = run(federation)
     return record
 
 
 def weigh(plans: Mapping[str, Federation]) -> dict[str, tuple[float, int]]:
-    """Plays each, and prints what an update of it weighs and the loss it comes to."""
-    found = {}
+    """Plays each, and prints the bytes of an update and the loss of the last round."""
+    weighed = {}
     print(f"{'an update as':<14} {'bytes':>8} {'loss':>7}")
     for name, plan in plans.items():
         record = play(plan)
-        found[name] = loss(record), record.bytes_up // len(record.clients)
-        print(f"{name:<14} {words.size(found[name][1]):>8} {found[name][0]:>7.3f}")
-    return found
+        weighed[name] = loss(record), record.bytes_up // len(record.clients)
+        print(f"{name:<14} {words.size(weighed[name][1]):>8} {weighed[name][0]:>7.3f}")
+    return weighed
 
 
 def loss(record: RoundRecord) -> float:
-    """Of everyone's held-out text together."""
-    found: float = record.metrics["eval"]["pooled"]["loss"]
-    return found
+    """The loss on everyone's held-out text together."""
+    pooled: float = record.metrics["eval"]["pooled"]["loss"]
+    return pooled

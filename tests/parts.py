@@ -171,7 +171,7 @@ class Masks(Channel):
         yield from self._sum(errand, list(ask(session, {name: Request(body, errand.own.get(name, {})) for name in publics}, deadline)))
 
     def _sum(self, errand: Errand, answers: Sequence[Answer]) -> Iterator[Partial | Failure]:
-        """The sum of all rings, where there is none missing."""
+        """The sum of all rings, if none is missing."""
         size = sum(leaf.size for leaf in errand.leaves) + 1
         total, tickets, lost = torch.zeros(size, dtype=torch.int64), dict[ClientId, int](), list[Failure]()
         for answer in answers:
@@ -231,9 +231,9 @@ class Masks(Channel):
         """The answer as ``Partial.of_ring`` reads it."""
         weight = 1.0 if uniform else update.weight
         tensors = [leaf for reduce in ("mean", "sum") for leaf in declare.payload(leaves) if leaf.reduce == reduce]
-        told = {"weight": update.weight, **update.metrics}
+        numbers = {"weight": update.weight, **update.metrics}
         values = [(leaf, update.payload[leaf.name].reshape(-1).double()) for leaf in tensors]
-        values += [(leaf, torch.tensor([told[leaf.name]], dtype=torch.float64)) for leaf in declare.numbers(leaves)]
+        values += [(leaf, torch.tensor([numbers[leaf.name]], dtype=torch.float64)) for leaf in declare.numbers(leaves)]
         terms = [value * (weight if leaf.reduce == "mean" else 1.0) for leaf, value in values]
         term_d = torch.cat([*terms, torch.tensor([weight], dtype=torch.float64)])
         if not term_d.abs().max() <= self.bound:
@@ -409,7 +409,7 @@ class Metered(Transform):
 
 @dataclass(frozen=True)
 class Private(Transform):
-    """Promises what it does not do, and covers deltas alone."""
+    """Promises privacy without any, and covers deltas alone."""
 
     def traits(self) -> Traits:
         return traits(is_=["linear", "private"])
@@ -428,7 +428,7 @@ class Count(Verb):
         return Errand(Body(self.name, meta={LENGTH: more_than}), (declare.number(LONGER),), sums=sums, uniform=True)
 
     def total(self, channel: Channel, session: Session, clients: Sequence[ClientId], more_than: int, key: Key) -> float:
-        """Of all owners together.
+        """The count of all owners together.
 
         Raises:
             DataError: naming an owner that does not answer.
@@ -456,7 +456,7 @@ class Count(Verb):
 class Pairs(Task):
     """``-log sigmoid(s(better) - s(worse))`` with ``s`` the difference of a classifier's two logits: one loss from two rows.
 
-    The model is told which half of a text a token is in.
+    The model gets the half of the text that each token is in.
 
     Args:
         better: Column that holds the better text.
@@ -497,7 +497,7 @@ class Pairs(Task):
         return -torch.nn.functional.logsigmoid(score_q2[:, 0] - score_q2[:, 1])
 
     def stats(self, logits_pc: torch.Tensor, batch: Batch, owner_q: torch.Tensor, num_clients: int) -> dict[str, torch.Tensor]:
-        """The better text is found where the loss is below that of a tie."""
+        """The better text counts as recognised where the loss is below that of a tie."""
         loss_q = self.losses(logits_pc, batch).double()
         zero = torch.zeros(num_clients, dtype=torch.float64, device=owner_q.device)
         values = {"loss": loss_q, "hits": (loss_q < math.log(2)).double(), "targets": torch.ones_like(loss_q)}

@@ -1,4 +1,4 @@
-"""Many become one: laws of every rule, exact means, and what liars can and cannot do."""
+"""Many updates become one: laws of every rule, exact means, and what liars can and cannot do."""
 
 from __future__ import annotations
 

@@ -96,9 +96,9 @@ def test_a_short_step_falls_on_any_length():
 
 def padded(clients, batch_size, key_round):
     """Tokens in the rectangles that a bank of these clients computes, by whether they share the round's key."""
-    plans = [plan(Lengths(own), Work(batch_size, None, 1), KEY.fold(k), key_round(k)) for k, own in enumerate(clients)]
+    plans = [plan(Lengths(lengths), Work(batch_size, None, 1), KEY.fold(k), key_round(k)) for k, lengths in enumerate(clients)]
     return sum(
-        max(max(clients[k][i] for i in own[s]) for k, own in enumerate(plans)) * len(plans) * batch_size for s in range(len(plans[0]))
+        max(max(clients[k][i] for i in steps[s]) for k, steps in enumerate(plans)) * len(plans) * batch_size for s in range(len(plans[0]))
     )
 
 
@@ -117,16 +117,16 @@ row = st.tuples(st.integers(1, 12), st.integers(0, 12))
 
 @st.composite
 def clients_rows(draw):
-    parts = draw(st.lists(st.lists(row, max_size=3), min_size=1, max_size=5))
+    shapes = draw(st.lists(st.lists(row, max_size=3), min_size=1, max_size=5))
     rng = np.random.default_rng(draw(st.integers(0, 99)))
-    made = []
-    for part in parts:
-        made.append([])
-        for n, start in part:
+    clients = []
+    for shape in shapes:
+        clients.append([])
+        for n, start in shape:
             targets = rng.integers(1, 50, n)
             targets[: min(start, n)] = IGNORE
-            made[-1].append(Row(rng.integers(1, 50, n).astype(np.int32), targets, {"kind": rng.integers(1, 3, n)}))
-    return made
+            clients[-1].append(Row(rng.integers(1, 50, n).astype(np.int32), targets, {"kind": rng.integers(1, 3, n)}))
+    return clients
 
 
 @quick
@@ -142,16 +142,16 @@ def test_collate_keeps_every_token_and_target(parts, multiple, causal):
     expected = []
     for k, part in enumerate(parts):
         for r in range(rows):
-            own = part[r] if r < len(part) else Row(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), {"kind": np.zeros(0)})
-            there, n = ids[k * rows + r], len(own.ids)
-            assert there[:n].tolist() == own.ids.tolist() and not there[n:].any()
+            row = part[r] if r < len(part) else Row(np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64), {"kind": np.zeros(0)})
+            there, n = ids[k * rows + r], len(row.ids)
+            assert there[:n].tolist() == row.ids.tolist() and not there[n:].any()
             if any(parts):
                 kind = batch.inputs["kind"][k * rows + r]
-                assert kind[:n].tolist() == own.extra["kind"].tolist() and not kind[n:].any()
+                assert kind[:n].tolist() == row.extra["kind"].tolist() and not kind[n:].any()
             if not causal:
                 # An empty row keeps one position in sight, so that attention is over something.
                 assert batch.inputs["attention_mask"][k * rows + r].sum() == max(n, 1)
-            for position, target in enumerate(own.targets.tolist()):
+            for position, target in enumerate(row.targets.tolist()):
                 if target != IGNORE:
                     expected.append(((k * rows + r) * width + position, k * rows + r, target, k))
     places = zip(batch.pick_p.tolist(), batch.row_q.tolist(), batch.targets["labels"].tolist(), batch.owner_q.tolist())
@@ -169,12 +169,12 @@ def test_collate_of_one_client_is_its_block(parts):
     rows = batch.shape[0] // len(parts)
     for k, part in enumerate(parts):
         alone = collate([part], Shaping(causal=True))
-        own, width = alone.shape
-        mine = batch.owner_q == k
+        num_rows, width = alone.shape
+        is_client = batch.owner_q == k
         for name, x in alone.inputs.items():
-            assert torch.equal(batch.inputs[name][k * rows : k * rows + own, :width], x)
-        assert torch.equal(batch.targets["labels"][mine], alone.targets["labels"])
-        assert torch.equal(batch.row_q[mine] - k * rows, alone.row_q)
+            assert torch.equal(batch.inputs[name][k * rows : k * rows + num_rows, :width], x)
+        assert torch.equal(batch.targets["labels"][is_client], alone.targets["labels"])
+        assert torch.equal(batch.row_q[is_client] - k * rows, alone.row_q)
 
 
 def test_collate_with_one_class_for_each_row():

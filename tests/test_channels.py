@@ -134,8 +134,11 @@ class Gullible(Channel):
 
     def collect(self, session, errand, clients, deadline, ctx):
         for answer in session.exchange({client: errand.request(client) for client in clients}, deadline):
-            told = {} if isinstance(answer, Failure) else dict(answer.meta)
-            yield answer if isinstance(answer, Failure) else Update(answer.tensors, told.pop("weight"), client=answer.client, metrics=told)
+            if isinstance(answer, Failure):
+                yield answer
+                continue
+            numbers = dict(answer.meta)
+            yield Update(answer.tensors, numbers.pop("weight"), client=answer.client, metrics=numbers)
 
     def seal(self, update, leaves, request, scratch):
         return Plain().seal(update, leaves, request, scratch)

@@ -154,9 +154,9 @@ class Crowded(Tuning):
     """LoRA in a bank that is none."""
 
     def attach(self, foundation):
-        made = LoRA().attach(foundation)
-        made.__class__ = FirstForAll
-        return made
+        tuned = LoRA().attach(foundation)
+        tuned.__class__ = FirstForAll
+        return tuned
 
     def save(self, foundation, params, folder):
         LoRA().save(foundation, params, folder)
@@ -261,10 +261,10 @@ class Scribbling(Task):
         return CausalLM(max_length=self.max_length).encoder(tokenizer)
 
     def rows(self, examples, index, rng):
-        found = CausalLM().rows(examples, index, rng)
+        rows = CausalLM().rows(examples, index, rng)
         for i in index:
             examples.ids(int(i))[0] = 0
-        return found
+        return rows
 
     def summarise(self, sums):
         return CausalLM().summarise(sums)
@@ -272,7 +272,7 @@ class Scribbling(Task):
 
 @dataclass(frozen=True)
 class Averaging(Task):
-    """Means where sums are asked for."""
+    """Gives means instead of sums."""
 
     max_length: int = 16
     columns = CausalLM().columns

@@ -56,9 +56,9 @@ def test_keys_are_the_same_in_every_process() -> None:
     # A golden value: a change of it would break every resumed run.
     assert Key.root(7).fold("noise", 3, "alice").digest.hex()[:16] == "abe60f838c8dfbfc"
     code = "from fedfm.core.keys import Key; print(Key.root(7).fold('noise', 3, 'alice').seed(), 'torch' in __import__('sys').modules)"
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": "src", "PYTHONHASHSEED": "1"},
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": "src", "PYTHONHASHSEED": "1"},
                           cwd=Path(__file__).parent.parent).stdout.split()  # fmt: skip
-    assert told == [str(Key.root(7).fold("noise", 3, "alice").seed()), "False"]
+    assert lines == [str(Key.root(7).fold("noise", 3, "alice").seed()), "False"]
 
 
 def test_streams_repeat_and_are_uniform() -> None:
@@ -286,17 +286,17 @@ def test_the_default_plan_is_sound() -> None:
     ids=repr,
 )
 def test_order_of_transforms(left, right, sound: bool) -> None:
-    found = refusals(transforms=(left, right))
-    assert sound == (not found)
-    if found:
-        assert found[0].where == "transforms.1" and f"Put {type(right).__name__} before {type(left).__name__}" in found[0].text
+    findings = refusals(transforms=(left, right))
+    assert sound == (not findings)
+    if findings:
+        assert findings[0].where == "transforms.1" and f"Put {type(right).__name__} before {type(left).__name__}" in findings[0].text
 
 
 def test_cohorts_that_are_too_small_or_too_large() -> None:
     assert "7 owners" in refusals(7, sampler=Uniform(clients=8))[0].text
     assert "TrimmedMean needs 5" in refusals(10, sampler=Uniform(clients=4), aggregator=TrimmedMean(trim=2))[0].text
-    (found,) = refusals(10, sampler=Uniform(clients=2), min_clients=3)
-    assert found.where == "min_clients" and "min_clients is 3" in found.text
+    (finding,) = refusals(10, sampler=Uniform(clients=2), min_clients=3)
+    assert finding.where == "min_clients" and "min_clients is 3" in finding.text
     assert not refusals(None, sampler=Uniform(clients=1000))
 
 
@@ -334,9 +334,9 @@ def test_the_index_knows_every_part_without_importing_it() -> None:
         "from fedfm.core import registry; import sys\n"
         "print(sum(len(registry.entries(room)) for room in registry.ROOMS), *(m for m in ('torch', 'numpy', 'transformers') if m in sys.modules))"
     )
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": "src"},
+    lines = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env={"PYTHONPATH": "src"},
                           cwd=Path(__file__).parent.parent).stdout.split()  # fmt: skip
-    assert len(told) == 1 and int(told[0]) >= 25
+    assert len(lines) == 1 and int(lines[0]) >= 25
 
 
 @pytest.mark.parametrize("room", list(registry.ROOMS))

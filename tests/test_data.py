@@ -37,7 +37,7 @@ def tokenizer():
 
 
 @pytest.fixture
-def made(tmp_path, tokenizer):
+def prepared(tmp_path, tokenizer):
     """Prepares data below ``tmp_path``, with the defaults of these tests."""
 
     def make(data, task=None, key=KEY, **options):
@@ -98,7 +98,7 @@ def shares(partition, labels, seed=0):
     client_n = partition.assign(codes(labels), np.random.default_rng(seed))
     names = sorted(set(labels))
     counts = np.array(
-        [[sum(c == k and found == name for c, found in zip(client_n, labels)) for name in names] for k in range(partition.clients)]
+        [[sum(c == k and label == name for c, label in zip(client_n, labels)) for name in names] for k in range(partition.clients)]
     )
     return counts / counts.sum(1, keepdims=True)
 
@@ -170,15 +170,15 @@ ROWS = [{"text": 'a "b",\nc', "who": "x"}, {"text": "ü", "who": "y"}]
 
 
 def test_every_kind_of_file_gives_the_same_rows(tmp_path):
-    found = [jsonl(tmp_path / "a.jsonl", ROWS), jsonl(tmp_path / "a.jsonl.gz", ROWS), str(tmp_path / "a.csv")]
-    with Path(found[2]).open("w", newline="", encoding="utf-8-sig") as file:
+    locations = [jsonl(tmp_path / "a.jsonl", ROWS), jsonl(tmp_path / "a.jsonl.gz", ROWS), str(tmp_path / "a.csv")]
+    with Path(locations[2]).open("w", newline="", encoding="utf-8-sig") as file:
         writer = csv.DictWriter(file, ["text", "who"])
         writer.writeheader()
         writer.writerows(ROWS)
-    for location in found:
+    for location in locations:
         assert list(open_source(location).rows()) == ROWS
-    assert [row.where for row in open_source(found[0]).rows()] == [f"{found[0]}:1", f"{found[0]}:2"]
-    assert [row.where for row in open_source(found[2]).rows()] == [f"{found[2]}:3", f"{found[2]}:4"]
+    assert [row.where for row in open_source(locations[0]).rows()] == [f"{locations[0]}:1", f"{locations[0]}:2"]
+    assert [row.where for row in open_source(locations[2]).rows()] == [f"{locations[2]}:3", f"{locations[2]}:4"]
 
 
 def test_parquet(tmp_path):
@@ -196,14 +196,14 @@ def test_a_saved_data_set(tmp_path):
     datasets = pytest.importorskip("datasets", reason="the extra 'data' is not installed")
     features = datasets.Features({"text": datasets.Value("string"), "label": datasets.ClassLabel(names=["no", "yes"])})
 
-    def made(**columns):
+    def data_set(**columns):
         # Named here, as its own naming of tables in memory fails with some versions of pyarrow.
         table = datasets.table.InMemoryTable.from_pydict(columns, schema=features.arrow_schema)
         return datasets.Dataset(table, info=datasets.DatasetInfo(features=features), fingerprint=f"rows{len(columns['text'])}")
 
-    one = made(text=["a", "b"], label=[1, 0])
+    one = data_set(text=["a", "b"], label=[1, 0])
     one.save_to_disk(str(tmp_path / "one"))
-    datasets.DatasetDict({"train": one, "test": made(text=["b"], label=[0])}).save_to_disk(str(tmp_path / "two"))
+    datasets.DatasetDict({"train": one, "test": data_set(text=["b"], label=[0])}).save_to_disk(str(tmp_path / "two"))
     rows = [{"text": "a", "label": "yes"}, {"text": "b", "label": "no"}]
     assert list(open_source(str(tmp_path / "one")).rows()) == list(open_source(str(tmp_path / "two")).rows()) == rows
     assert list(open_source(f"hf:{tmp_path / 'two'}:test").rows()) == rows[1:]
@@ -289,10 +289,10 @@ def test_files_that_are_not_there_or_of_no_kind(tmp_path):
 # --- preparation -----------------------------------------------------------------------------------------------------
 
 
-def test_each_owner_has_its_own_rows_and_nothing_is_lost(tmp_path, made, tokenizer):
+def test_each_owner_has_its_own_rows_and_nothing_is_lost(tmp_path, prepared, tokenizer):
     counts = {"ann": 41, "bob": 7, "cy/../é": 23}
     source = jsonl(tmp_path / "a.jsonl", answers(counts))
-    owners = made(Data(source, by="who"))
+    owners = prepared(Data(source, by="who"))
     assert owners.ids == tuple(sorted(counts)) and owners.left_out == {} and owners.dropped == 0
     for owner, n in counts.items():
         shard = owners.shard(owner)
@@ -307,57 +307,57 @@ def test_each_owner_has_its_own_rows_and_nothing_is_lost(tmp_path, made, tokeniz
             shard.train.ids(len(shard.train))
 
 
-def test_preparing_again_finds_the_same(tmp_path, made, tokenizer):
+def test_preparing_again_finds_the_same(tmp_path, prepared, tokenizer):
     rows = answers({"ann": 30, "bob": 30})
     source = jsonl(tmp_path / "a.jsonl", rows)
-    data, seen = Data(source, by="who"), []
-    first = made(data, progress=lambda stage, n: seen.append((stage, n)))
-    assert seen[-1] == ("Tokenizing rows", 60)
-    again = made(data, progress=lambda stage, n: pytest.fail("it was read again"))
+    data, stages = Data(source, by="who"), []
+    first = prepared(data, progress=lambda stage, n: stages.append((stage, n)))
+    assert stages[-1] == ("Tokenizing rows", 60)
+    again = prepared(data, progress=lambda stage, n: pytest.fail("it was read again"))
     assert again.folder == first.folder and again.picture() == first.picture()
     copied = tmp_path / "copy"
     copied.mkdir()
-    assert made(replace(data, source=jsonl(copied / "a.jsonl", rows))).fingerprint == first.fingerprint
+    assert prepared(replace(data, source=jsonl(copied / "a.jsonl", rows))).fingerprint == first.fingerprint
     changed = [
-        made(replace(data, limit=20)),
-        made(data, CausalLM()),
-        made(data, key=Key.root(1)),
-        made(replace(data, source=jsonl(tmp_path / "a.jsonl", rows[:-1]))),
+        prepared(replace(data, limit=20)),
+        prepared(data, CausalLM()),
+        prepared(data, key=Key.root(1)),
+        prepared(replace(data, source=jsonl(tmp_path / "a.jsonl", rows[:-1]))),
     ]
     other = AutoTokenizer.from_pretrained(tokenizer_folder())
     other.add_tokens(["king?"])
-    changed.append(made(data, tokenizer=other))
+    changed.append(prepared(data, tokenizer=other))
     assert len({owners.fingerprint for owners in [first, *changed]}) == 6
     # Calls in between leave their mark on a tokenizer, but it is the same one.
     tokenizer("a b c", truncation=True, max_length=2)
     jsonl(tmp_path / "a.jsonl", rows)
-    assert made(data).fingerprint == first.fingerprint
+    assert prepared(data).fingerprint == first.fingerprint
     assert not list((tmp_path / "cache").glob(".*"))
 
 
-def test_what_is_held_out_depends_on_the_owner_alone(tmp_path, made, tokenizer):
-    alone = made(Data(jsonl(tmp_path / "a.jsonl", answers({"ann": 40})), by="who"))
-    among = made(Data(jsonl(tmp_path / "b.jsonl", answers({"ann": 40, "bob": 55})), by="who"))
+def test_what_is_held_out_depends_on_the_owner_alone(tmp_path, prepared, tokenizer):
+    alone = prepared(Data(jsonl(tmp_path / "a.jsonl", answers({"ann": 40})), by="who"))
+    among = prepared(Data(jsonl(tmp_path / "b.jsonl", answers({"ann": 40, "bob": 55})), by="who"))
     assert decoded(tokenizer, alone.shard("ann").test) == decoded(tokenizer, among.shard("ann").test)
-    none = made(Data(str(tmp_path / "a.jsonl"), by="who", test_fraction=0.0))
+    none = prepared(Data(str(tmp_path / "a.jsonl"), by="who", test_fraction=0.0))
     assert len(none.shard("ann").test) == 0 and len(none.shard("ann").train) == 40
-    half = made(Data(str(tmp_path / "a.jsonl"), by="who", test_fraction=0.5))
+    half = prepared(Data(str(tmp_path / "a.jsonl"), by="who", test_fraction=0.5))
     assert 17 <= len(half.shard("ann").test) <= 20
 
 
-def test_a_test_file_and_a_limit(tmp_path, made, tokenizer):
+def test_a_test_file_and_a_limit(tmp_path, prepared, tokenizer):
     train = jsonl(tmp_path / "train.jsonl", answers({"ann": 30, "bob": 12}))
     test = jsonl(tmp_path / "test.jsonl", answers({"ann": 4, "eve": 3}))
-    owners = made(Data(train, test=test, by="who", limit=20))
+    owners = prepared(Data(train, test=test, by="who", limit=20))
     assert [(row["owner"], row["train"], row["test"]) for row in owners.picture()] == [("ann", 20, 4), ("bob", 12, 0)]
     assert owners.left_out == {"eve": "it has test rows but no training rows"}
-    limited = made(Data(train, by="who", limit=20)).shard("ann")
+    limited = prepared(Data(train, by="who", limit=20)).shard("ann")
     assert len(limited.train) == 20 and len(limited.test) <= 3
 
 
-def test_owners_without_usable_data_are_named(tmp_path, made, caplog):
+def test_owners_without_usable_data_are_named(tmp_path, prepared, caplog):
     rows = [*answers({"ann": 5, "one": 1}), *({"who": "mute", "instruction": "a", "response": " "} for _ in range(3))]
-    owners = made(Data(jsonl(tmp_path / "a.jsonl", rows), by="who"))
+    owners = prepared(Data(jsonl(tmp_path / "a.jsonl", rows), by="who"))
     assert owners.ids == ("ann",) and owners.dropped == 3
     assert owners.left_out == {
         "mute": "none of its 3 training rows holds usable text",
@@ -367,14 +367,14 @@ def test_owners_without_usable_data_are_named(tmp_path, made, caplog):
     with pytest.raises(DataError, match=r"no owner 'one'.*left out: it has 1 usable"):
         owners.shard("one")
     with pytest.raises(DataError, match=r"No owner in .* has usable data"):
-        made(Data(jsonl(tmp_path / "b.jsonl", rows[5:]), by="who", min_examples=9))
+        prepared(Data(jsonl(tmp_path / "b.jsonl", rows[5:]), by="who", min_examples=9))
     assert [path.name for path in owners.folder.iterdir() if path.is_dir()] == [disk.slug("ann")]
 
 
-def test_labels_are_those_of_training_sorted(tmp_path, made):
+def test_labels_are_those_of_training_sorted(tmp_path, prepared):
     rows = answers({"ann": 30, "bob": 30}, label="dacb")
     source, task = jsonl(tmp_path / "a.jsonl", rows), Classification()
-    owners = made(Data(source, by="who"), task)
+    owners = prepared(Data(source, by="who"), task)
     assert owners.labels == ("a", "b", "c", "d")
     where = {row["text"]: row["label"] for row in rows}
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder())
@@ -384,58 +384,58 @@ def test_labels_are_those_of_training_sorted(tmp_path, made):
             for i, words in enumerate(decoded(tokenizer, examples)):
                 assert owners.labels[examples.label(i)] == where[words]
         assert sum(shard.histogram().values()) == len(shard.train) and shard.labels == owners.labels
-    given = made(Data(source, by="who"), Classification(labels=("d", "c", "b", "a", "z")))
-    assert given.labels == ("d", "c", "b", "a", "z")
-    label = given.shard("ann").train.label(0)
-    assert given.labels[label] == where[decoded(tokenizer, given.shard("ann").train)[0]]
+    named = prepared(Data(source, by="who"), Classification(labels=("d", "c", "b", "a", "z")))
+    assert named.labels == ("d", "c", "b", "a", "z")
+    label = named.shard("ann").train.label(0)
+    assert named.labels[label] == where[decoded(tokenizer, named.shard("ann").train)[0]]
     with pytest.raises(DataError, match="has the label 'c', which is not in the task's labels"):
-        made(Data(source, by="who"), Classification(labels=("a", "b", "d")))
+        prepared(Data(source, by="who"), Classification(labels=("a", "b", "d")))
     test = jsonl(tmp_path / "test.jsonl", [{**rows[0], "label": "new"}])
     with pytest.raises(DataError, match="'ann' has the test label 'new', which is not in the training data"):
-        made(Data(source, test=test, by="who"), task)
+        prepared(Data(source, test=test, by="who"), task)
 
 
-def test_simulated_owners(tmp_path, made, tokenizer):
+def test_simulated_owners(tmp_path, prepared, tokenizer):
     rows = answers({"ann": 300}, label="abcd")
     source = jsonl(tmp_path / "a.jsonl", rows)
     test = jsonl(tmp_path / "test.jsonl", rows[:100])
     for partition in (IID(12), Dirichlet(0.3, 12), QuantitySkew(0.5, 12), Shards(12, 2)):
-        owners = made(Data(source, partition=partition), Classification())
+        owners = prepared(Data(source, partition=partition), Classification())
         assert set(owners.ids) | set(owners.left_out) == {f"client{k:02d}" for k in range(12)}
-        found = [
+        texts = [
             words for owner in owners.ids for part in ("train", "test") for words in decoded(tokenizer, getattr(owners.shard(owner), part))
         ]
-        assert len(found) == len(set(found)) >= 290
-    skewed = made(Data(source, test=test, partition=Dirichlet(0.1, 4)), Classification())
+        assert len(texts) == len(set(texts)) >= 290
+    skewed = prepared(Data(source, test=test, partition=Dirichlet(0.1, 4)), Classification())
     assert sum(row["test"] for row in skewed.picture()) == 100
     # Test rows follow their client's own labels: they never have one that it does not train on.
     for owner in skewed.ids:
         shard = skewed.shard(owner)
         assert {skewed.labels[shard.test.label(i)] for i in range(len(shard.test))} <= set(shard.histogram())
-    labelled = made(Data(source, partition=Dirichlet(0.1, 4, label="label")), CausalLM())
+    labelled = prepared(Data(source, partition=Dirichlet(0.1, 4, label="label")), CausalLM())
     assert len(labelled.ids) >= 2 and labelled.labels == ()
     with pytest.raises(ConfigError, match=r"divides rows by label, but the task .* has none"):
-        made(Data(source, partition=Dirichlet(0.1, 4)), CausalLM())
+        prepared(Data(source, partition=Dirichlet(0.1, 4)), CausalLM())
 
 
-def test_packed_and_masked_examples_on_disk(tmp_path, made, tokenizer):
+def test_packed_and_masked_examples_on_disk(tmp_path, prepared, tokenizer):
     rows = answers({"ann": 700, "bob": 3})
     source = jsonl(tmp_path / "a.jsonl", rows)
-    owners = made(Data(source, by="who", test_fraction=0.0), CausalLM(max_length=16))
+    owners = prepared(Data(source, by="who", test_fraction=0.0), CausalLM(max_length=16))
     train = owners.shard("ann").train
     assert set(train.lengths[:-1].tolist()) == {16}
     packed = tokenizer.decode(np.concatenate([train.ids(i) for i in range(len(train))]))
     assert packed.replace(tokenizer.bos_token or "", "").split(tokenizer.eos_token)[:700] == [f"ann {i}" for i in range(700)]
     assert owners.picture()[0]["tokens"] == train.lengths.sum()
     task = MaskedLM()
-    masked = made(Data(source, by="who"), task).shard("ann").train
+    masked = prepared(Data(source, by="who"), task).shard("ann").train
     assert masked.vocabulary.mask == tokenizer.mask_token_id and masked.vocabulary.size == len(tokenizer)
     assert len(task.rows(masked, np.arange(5), np.random.default_rng(0))) == 5
 
 
-def test_everybody_as_one_without_a_copy(tmp_path, made, tokenizer):
+def test_everybody_as_one_without_a_copy(tmp_path, prepared, tokenizer):
     counts = {"ann": 12, "bob": 31, "cy": 5}
-    owners = made(Data(jsonl(tmp_path / "a.jsonl", answers(counts)), by="who"), Classification())
+    owners = prepared(Data(jsonl(tmp_path / "a.jsonl", answers(counts)), by="who"), Classification())
     pooled = owners.pooled()
     assert pooled.ids == ("all",) and pooled.labels == owners.labels
     everyone, shards = pooled.shard("all"), [owners.shard(owner) for owner in owners.ids]
@@ -451,8 +451,8 @@ def test_everybody_as_one_without_a_copy(tmp_path, made, tokenizer):
     assert len(owners.only("bob").pooled().shard("all").train) == len(owners.shard("bob").train)
 
 
-def test_an_owners_folder_is_all_its_process_needs(tmp_path, made, tokenizer):
-    owners = made(Data(jsonl(tmp_path / "a.jsonl", answers({"ann": 12, "bob": 31})), by="who"), Classification())
+def test_an_owners_folder_is_all_its_process_needs(tmp_path, prepared, tokenizer):
+    owners = prepared(Data(jsonl(tmp_path / "a.jsonl", answers({"ann": 12, "bob": 31})), by="who"), Classification())
     away = tmp_path / "elsewhere"
     owners.path("bob").rename(away)
     alone = Shard.open(away)
@@ -461,13 +461,13 @@ def test_an_owners_folder_is_all_its_process_needs(tmp_path, made, tokenizer):
     assert alone.vocabulary.size == len(tokenizer)
 
 
-def test_a_thousand_owners_hold_few_files_open(tmp_path, made):
+def test_a_thousand_owners_hold_few_files_open(tmp_path, prepared):
     source = jsonl(tmp_path / "a.jsonl", answers({f"owner {k}": 4 for k in range(1000)}))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     layout._mapped.cache_clear()
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(int(path.name) for path in Path("/proc/self/fd").iterdir()) + 300, hard))
     try:
-        owners = made(Data(source, by="who"))
+        owners = prepared(Data(source, by="who"))
         shards = [owners.shard(owner) for owner in owners.ids]
         assert sum(len(shard.train.ids(0)) > 0 for shard in shards) == 1000
         pooled = owners.pooled().shard("all").train
@@ -477,22 +477,22 @@ def test_a_thousand_owners_hold_few_files_open(tmp_path, made):
         layout._mapped.cache_clear()
 
 
-def test_what_the_recipe_must_say(tmp_path, made):
+def test_what_the_recipe_must_say(tmp_path, prepared):
     source = jsonl(tmp_path / "a.jsonl", answers({"ann": 5}))
     with pytest.raises(ConfigError, match=r"does not say who owns the rows.*'by'.*'partition'"):
-        made(Data(source))
+        prepared(Data(source))
     with pytest.raises(DataError, match=r"a\.jsonl:1 has no column 'wo'\. Did you mean 'who'\?"):
-        made(Data(source, by="wo"))
+        prepared(Data(source, by="wo"))
     with pytest.raises(DataError, match=r"a\.jsonl:1 has no column 'txt'\. Did you mean 'text'\?"):
-        made(Data(source, by="who"), CausalLM(text="txt"))
+        prepared(Data(source, by="who"), CausalLM(text="txt"))
     with pytest.raises(ConfigError, match="max_length is 256 tokens, but the model's context is 64"):
-        made(Data(source, by="who"), max_context=64)
+        prepared(Data(source, by="who"), max_context=64)
     with pytest.raises(DataError, match=r"a\.jsonl:2: column 'who' holds NoneType None"):
-        made(Data(jsonl(tmp_path / "a.jsonl", [{"who": 1, "text": "a"}, {"who": None, "text": "a"}]), by="who"), CausalLM())
+        prepared(Data(jsonl(tmp_path / "a.jsonl", [{"who": 1, "text": "a"}, {"who": None, "text": "a"}]), by="who"), CausalLM())
     assert not list((tmp_path / "cache").glob("*")) or not list((tmp_path / "cache").glob(".*"))
 
 
-def test_a_cache_that_cannot_be_written_or_read(tmp_path, tokenizer, made, monkeypatch):
+def test_a_cache_that_cannot_be_written_or_read(tmp_path, tokenizer, prepared, monkeypatch):
     data = Data(jsonl(tmp_path / "a.jsonl", answers({"ann": 5})), by="who")
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match=r"could not be written|cannot be written"):
@@ -508,39 +508,39 @@ def test_a_cache_that_cannot_be_written_or_read(tmp_path, tokenizer, made, monke
         Owners.open(owners.folder)
 
 
-def test_memory_does_not_grow_with_the_file(tmp_path, made):
+def test_memory_does_not_grow_with_the_file(tmp_path, prepared):
     rows = ({"who": str(i % 7), "text": f"cat {i} " * 20, "else": "x" * 20_000} for i in range(3000))
     source = jsonl(tmp_path / "a.jsonl", rows)
     assert Path(source).stat().st_size > 60e6
     tracemalloc.start()
     try:
-        made(Data(source, by="who"), CausalLM())
+        prepared(Data(source, by="who"), CausalLM())
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
     assert peak < 12e6
 
 
-def test_the_shared_sets(tmp_path, made):
+def test_the_shared_sets(tmp_path, prepared):
     folder = SHARED / "banking77"
     if not folder.is_dir():
         pytest.skip(f"{folder} is not there; set FEDFM_SHARED_DATA")
-    owners = made(Data(str(folder / "train.jsonl.gz"), test=str(folder / "test.jsonl.gz"), by="client"), Classification())
+    owners = prepared(Data(str(folder / "train.jsonl.gz"), test=str(folder / "test.jsonl.gz"), by="client"), Classification())
     assert len(owners.ids) == 10 and len(owners.labels) == 77
     pooled = owners.pooled().shard("all")
     assert (len(pooled.train), len(pooled.test)) == (8978, 1025)
 
 
-def test_the_standard_library_is_prepared(tmp_path, made, monkeypatch):
+def test_the_standard_library_is_prepared(tmp_path, prepared, monkeypatch):
     monkeypatch.setattr(stdlib, "rows", lambda rows=stdlib.rows: islice(rows(), 150))
-    owners = made(Data("stdlib"), CausalLM())
+    owners = prepared(Data("stdlib"), CausalLM())
     assert len(owners.ids) >= 1 and owners.picture()[0]["tokens"] > 10_000
 
 
-def test_prepared_rows_are_their_users_alone(tmp_path, made):
+def test_prepared_rows_are_their_users_alone(tmp_path, prepared):
     before = os.umask(0o000)
     try:
-        owners = made(Data(jsonl(tmp_path / "rows.jsonl", answers({"ann": 4})), by="who"))
+        owners = prepared(Data(jsonl(tmp_path / "rows.jsonl", answers({"ann": 4})), by="who"))
     finally:
         os.umask(before)
     assert owners.folder.stat().st_mode & 0o777 == 0o700

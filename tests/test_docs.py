@@ -1,4 +1,4 @@
-"""The pages say what the code does, and lead where they say."""
+"""The pages agree with the code, and their links lead somewhere."""
 
 from __future__ import annotations
 

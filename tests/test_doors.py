@@ -102,7 +102,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Federation:
 
 @pytest.fixture(scope="module")
 def pair(base: Federation) -> Federation:
-    """It with two of the owners: a process takes seconds to start."""
+    """The base federation with two of its owners, because a process takes seconds to start."""
     rows = Path(base.data.source)
     two = rows.with_name("pair.jsonl")
     two.write_text("".join(line for line in rows.read_text().splitlines(keepends=True) if '"cid"' not in line))
@@ -150,7 +150,7 @@ def require_same(x: ServerState, y: ServerState) -> None:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """What a run's metrics say, but for time."""
+    """A run's metrics without seconds."""
     return [{name: value for name, value in line.items() if name != "seconds"} for line in read_lines(folder / "metrics.jsonl")]
 
 
@@ -221,7 +221,7 @@ def test_scalars_rebuild_the_mean_of_the_clients_parameters(base: Federation) ->
     mean_d = (torch.stack([own.params_d for own in trained]) * weights[:, None]).sum(dim=0) / weights.sum()
     assert len(weights.unique()) > 1
     assert torch.allclose(spec.flatten(after.params), mean_d, atol=1e-6)
-    # Three numbers a client, beside what is told of any update.
+    # Three numbers a client, beside the numbers of any update.
     assert record.bytes_up < 3 * 400
     assert plan.local.leaves(spec, spec)[0].size == 3 < spec.size
 
@@ -250,7 +250,7 @@ def test_each_owner_keeps_its_own_leaf_and_is_evaluated_with_it(base: Federation
     with simulation.open() as session:
         report = Evaluation().report(plan, state, session, OWNERS, house.key)
     expected = {client: by_hand(house, client, params) for client, params in own.items()}
-    assert {client: told["loss"] for client, told in report["owners"].items()} == pytest.approx(expected, rel=1e-5)
+    assert {client: numbers["loss"] for client, numbers in report["owners"].items()} == pytest.approx(expected, rel=1e-5)
     # With anybody else's leaf the numbers are others.
     assert all(abs(by_hand(house, client, state.params) - loss) > 1e-4 for client, loss in expected.items())
 
@@ -318,10 +318,10 @@ def test_masks_show_a_sum_alone_and_it_is_the_plain_one(base: Federation, weight
             # A channel that shows each client weights the losses by examples even where the clients count alike.
             for what in ("weight", "num_clients", "update_norm", *(["train_loss"] if weights == "examples" else [])):
                 assert masked["metrics"][what] == pytest.approx(plain["metrics"][what], rel=1e-5), what
-    for name, told in (("plain", True), ("masks", False)):
+    for name, shown in (("plain", True), ("masks", False)):
         rows = json.loads((tmp_path / name / "split.json").read_text())
         assert [row["owner"] for row in rows] == list(OWNERS)
-        assert all((row["train"] is not None) == told for row in rows)
+        assert all((row["train"] is not None) == shown for row in rows)
     notes = {name: next(line for line in read_lines(tmp_path / name / "journal.jsonl") if line["event"] == "roster") for name in states}
     assert notes["plain"]["totals"] == notes["masks"]["totals"] and notes["masks"]["totals"]["train"] > 20
 

@@ -62,7 +62,7 @@ def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]
 
 @pytest.fixture(scope="module")
 def pair(federation: Federation) -> Federation:
-    """It with two of the owners: a process takes seconds to start."""
+    """The base federation with two of its owners, because a process takes seconds to start."""
     return replace(federation, data=data(Path(federation.data.source).with_name("pair.jsonl"), PAIR))
 
 
@@ -204,7 +204,7 @@ def test_what_a_server_says_of_tickets_is_not_trusted(federation: Federation, ow
 
 @pytest.mark.parametrize("task", [CausalLM(max_length=16), MaskedLM(max_length=16)])
 def test_an_owners_evaluation_does_not_depend_on_who_shares_its_batch(federation: Federation, task: CausalLM | MaskedLM) -> None:
-    """With masked tokens too, which are drawn."""
+    """Masked tokens, which are drawn, too."""
     site = Simulation.build(replace(federation, task=task, model=tiny.spec("Bert") if isinstance(task, MaskedLM) else federation.model))
     params = begin(site).params
     with site.open() as session:

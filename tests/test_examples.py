@@ -1,4 +1,4 @@
-"""The course works from end to end, and shows what it says."""
+"""Every example of the course runs, and its numbers show what its text says."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COURSE = sorted(path.stem for path in FOLDER.glob("0*.py"))
 
 @pytest.fixture(scope="module", autouse=True)
 def _alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A cache of its own, so that what is tested is what a newcomer runs."""
+    """Each test has an empty cache, as a newcomer has."""
     threads = torch.get_num_threads()
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDFM_CACHE", str(tmp_path_factory.mktemp("cache")))
@@ -72,11 +72,11 @@ def test_nobody_lies_unless_asked_to() -> None:
 
 
 def test_fewer_bytes_cost_little() -> None:
-    found = play("05_fewer_bytes")
-    weights = [weight for _, weight in found.values()]
+    weighed = play("05_fewer_bytes")
+    weights = [weight for _, weight in weighed.values()]
     assert weights == sorted(weights, reverse=True) and weights[0] > 10 * weights[-1]
-    whole, _ = found.pop("float32")
-    assert all(abs(found[name][0] - whole) < 0.02 for name in ("bfloat16", "int8", "int4"))
+    whole, _ = weighed.pop("float32")
+    assert all(abs(weighed[name][0] - whole) < 0.02 for name in ("bfloat16", "int8", "int4"))
 
 
 def test_scaffold_goes_further_than_fedavg() -> None:

@@ -47,8 +47,8 @@ def everything(journal: Journal) -> Any:
 
 def record(round: int, owners: int = 0) -> dict[str, Any]:
     report = {"pooled": {"loss": 2.5}, "owners": {f"owner-{i:05d}": {"loss": 2.5, "perplexity": 12.2} for i in range(owners)}}
-    told = {"cohort": [], "failures": [], "clients": {}, "metrics": {"eval": report}, "bytes_up": 0, "bytes_down": 0, "seconds": {}}
-    return {"round": round, **told}
+    fields = {"cohort": [], "failures": [], "clients": {}, "metrics": {"eval": report}, "bytes_up": 0, "bytes_down": 0, "seconds": {}}
+    return {"round": round, **fields}
 
 
 def begin(path: Path) -> Journal:
@@ -272,8 +272,8 @@ def test_evaluation_records_are_not_kept_in_memory(tmp_path: Path) -> None:
     one = path.stat().st_size // 30
     tracemalloc.start()
     again = Journal.read(path)
-    for told in again.records(29):
-        assert len(told["metrics"]["eval"]["owners"]) == owners
+    for kept in again.records(29):
+        assert len(kept["metrics"]["eval"]["owners"]) == owners
     kept, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert kept < 15 * one and peak < 20 * one, "a few lines, not thirty"

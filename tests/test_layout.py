@@ -67,7 +67,7 @@ def imports(body: list[ast.stmt], deferred: bool) -> Iterator[tuple[str, int]]:
                     yield from imports(inner, deferred)
 
 
-def found(path: Path, deferred: bool = False) -> set[tuple[str, int]]:
+def other_rooms(path: Path, deferred: bool = False) -> set[tuple[str, int]]:
     return {(room, line) for room, line in imports(ast.parse(path.read_text(encoding="utf-8")).body, deferred) if room != room_of(path)}
 
 
@@ -79,7 +79,7 @@ def test_every_room_has_its_layer() -> None:
 def test_imports_run_down(path: Path) -> None:
     level = next(i for i, layer in enumerate(LAYERS) if room_of(path) in layer)
     below = set().union(*LAYERS[:level])
-    wrong = [f"line {line}: fedfm.{room}" for room, line in found(path) if room not in below and room != "__version__"]
+    wrong = [f"line {line}: fedfm.{room}" for room, line in other_rooms(path) if room not in below and room != "__version__"]
     assert not wrong, f"{path.name} stands below what it imports: {wrong}"
 
 
@@ -87,7 +87,7 @@ def test_imports_run_down(path: Path) -> None:
 def test_rooms_know_only_what_they_stand_on(room: str) -> None:
     for path in FILES:
         if room_of(path) == room:
-            wrong = [f"line {line}: fedfm.{other}" for other, line in found(path, deferred=True) if other not in STRICT[room]]
+            wrong = [f"line {line}: fedfm.{other}" for other, line in other_rooms(path, deferred=True) if other not in STRICT[room]]
             assert not wrong, f"{path} imports {wrong}"
 
 

@@ -135,7 +135,7 @@ def test_published_tokenizers(name: str, short: None) -> None:
 
 
 def test_memory_does_not_grow_with_a_row(tmp_path: Path) -> None:
-    """Four times the text takes as much room while it is tokenized, but for the text and its ids."""
+    """A text four times as long takes the same memory while it is tokenized, apart from the text and its ids."""
     import subprocess
     import sys
 

@@ -61,11 +61,11 @@ def test_nobodys_examples_are_opened_to_say_how_many_there_are(tmp_path: Path, m
 
     monkeypatch.setattr(layout, "_mapped", refuse)
     list(run(federation, out=tmp_path / "run"))
-    told = read_journal(tmp_path / "run").first["roster"]["holdings"]
+    holdings = read_journal(tmp_path / "run").first["roster"]["holdings"]
     monkeypatch.undo()
     monkeypatch.setenv("FEDFM_CACHE", str(tmp_path / "cache"))
     house = Simulation.build(federation).house
-    assert {client: row["tokens"] for client, row in told.items()} == {
+    assert {client: row["tokens"] for client, row in holdings.items()} == {
         client: int(house.shard(client).train.lengths.sum()) for client in house.clients
     }
 

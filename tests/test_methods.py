@@ -93,19 +93,19 @@ def test_fedavg_stops_at_the_analytic_biased_point_and_scaffold_at_the_optimum()
     drifted, _, _ = simulate(sgd, FedAvg(), 200)
     assert np.abs(drifted - BIASED).max() < 1e-6
     assert np.linalg.norm(BIASED - OPTIMUM) > 0.05
-    found, _, _ = simulate(ScaffoldLocal(sgd), ScaffoldServer(), 200)
-    assert np.abs(found - OPTIMUM).max() < 1e-6
+    params, _, _ = simulate(ScaffoldLocal(sgd), ScaffoldServer(), 200)
+    assert np.abs(params - OPTIMUM).max() < 1e-6
 
 
 def test_scaffold_reaches_the_optimum_with_half_of_the_clients_and_with_a_schedule() -> None:
     halves = [(0, 1), (1, 2), (2, 3), (3, 0), (0, 2), (1, 3)]
-    found, _, _ = simulate(
+    params, _, _ = simulate(
         ScaffoldLocal(SGD(lr=LR, steps=STEPS, batch_size=None)), ScaffoldServer(), 400, take=lambda round: halves[round % 6]
     )
-    assert np.abs(found - OPTIMUM).max() < 1e-5
+    assert np.abs(params - OPTIMUM).max() < 1e-5
     cosine = SGD(lr=LR, steps=STEPS, batch_size=None, schedule="cosine", warmup=2)
-    found, _, _ = simulate(ScaffoldLocal(cosine), ScaffoldServer(), 300)
-    assert np.abs(found - OPTIMUM).max() < 1e-6
+    params, _, _ = simulate(ScaffoldLocal(cosine), ScaffoldServer(), 300)
+    assert np.abs(params - OPTIMUM).max() < 1e-6
 
 
 def test_scaffold_is_the_papers_algorithm_1() -> None:
@@ -200,8 +200,8 @@ def refusals(**parts) -> str:
 @pytest.mark.parametrize("local", [AdamW(), SGD(momentum=0.9), FedProx(inner=SGD(), mu=0.1)], ids=repr)
 def test_only_plain_sgd_can_be_corrected(local: LocalTrainer) -> None:
     resolved = replace(BASE, method=Scaffold(), local=local).resolved()
-    found = [finding.text for finding in check(resolved, 5) if finding.level == "refusal"]
-    assert len(found) == 1 and type(local).__name__ in found[0] and "momentum" in found[0]
+    texts = [finding.text for finding in check(resolved, 5) if finding.level == "refusal"]
+    assert len(texts) == 1 and type(local).__name__ in texts[0] and "momentum" in texts[0]
 
 
 def test_one_half_needs_the_other() -> None:

@@ -1,4 +1,4 @@
-"""What a bank relies on is seen first: a base that mixes rows runs one client at a time, and a causal task needs a base that is causal."""
+"""A bank checks what it relies on: a base that mixes rows runs one client at a time, and a causal task needs a base that is causal."""
 
 from __future__ import annotations
 
@@ -86,11 +86,11 @@ def test_a_base_that_mixes_rows_runs_one_client_at_a_time(head: Kind, dtype: str
     assert all(torch.equal(x.params_d, y.params_d) and x.metrics == y.metrics for x, y in zip(together, alone, strict=True))
     (warning,) = warnings_of(caplog)
     assert "mixes the rows of a batch" in warning and "Longformer" in warning
-    theta_kd = torch.stack([own.params_d for own in alone])
+    theta_kd = torch.stack([trained.params_d for trained in alone])
     sums = bank.evaluate(theta_kd, [job.examples for job in jobs])
     for k, job in enumerate(jobs):
-        own = bank.evaluate(theta_kd[k : k + 1], [job.examples])
-        assert all(torch.equal(sums[name][k], value[0]) for name, value in own.items())
+        sums_alone = bank.evaluate(theta_kd[k : k + 1], [job.examples])
+        assert all(torch.equal(sums[name][k], value[0]) for name, value in sums_alone.items())
     if (head, dtype) == ("masked_lm", "float32"):
         # What the probe prevents: in one batch clients would train each other's tensors.
         bank._shares = True
@@ -118,9 +118,9 @@ def test_a_base_that_keeps_rows_apart_banks(architecture: str, head: Kind, tunin
     bank.look(start, [job.examples for job in jobs])
     assert bank.shares(start, [job.examples for job in jobs])
     if dtype == "float32":
-        for mine, job in zip(bank.train(start, jobs, 1), jobs, strict=True):
-            (own,) = bank.train(start, [job], 1)
-            assert (mine.params_d - own.params_d).norm() <= 1e-4 * (own.params_d - bank.tuned.spec.flatten(start)).norm()
+        for in_bank, job in zip(bank.train(start, jobs, 1), jobs, strict=True):
+            (alone,) = bank.train(start, [job], 1)
+            assert (in_bank.params_d - alone.params_d).norm() <= 1e-4 * (alone.params_d - bank.tuned.spec.flatten(start)).norm()
 
 
 class FirstForAll(BankedModel):
@@ -171,7 +171,7 @@ def test_virtual_tokens_in_front_are_not_looked_ahead_at() -> None:
 def test_nothing_to_look_with_is_looked_at_later() -> None:
     bank = looking_ahead(LoRA(r=2))
     start = start_of(bank)
-    assert [own.metrics["steps"] for own in bank.train(start, [Job("nobody", tiny.examples(0, 0))], 1)] == [0.0]
+    assert [trained.metrics["steps"] for trained in bank.train(start, [Job("nobody", tiny.examples(0, 0))], 1)] == [0.0]
     with pytest.raises(ModelError, match="looks ahead"):
         bank.train(start, jobs_of()[:1], 1)
 
@@ -203,8 +203,8 @@ def test_the_embedded_engine_respects_what_was_seen(
 
 def test_dropout_draws_for_every_token_where_a_layer_sees_tokens_as_rows() -> None:
     """With a probability that never drops anything, dropout changes nothing."""
-    said = []
+    params = []
     for dropout in (0.0, 1e-12):
         bank = bank_of("opt", "causal_lm", LoRA(r=2, targets=("all-linear",), dropout=dropout))
-        said += [own.params_d for own in bank.train(start_of(bank), jobs_of(), 1)]
-    assert all(torch.equal(x, y) for x, y in zip(said[:3], said[3:], strict=True))
+        params += [trained.params_d for trained in bank.train(start_of(bank), jobs_of(), 1)]
+    assert all(torch.equal(x, y) for x, y in zip(params[:3], params[3:], strict=True))

@@ -56,7 +56,7 @@ send(nothing, verb="hello", round=0, client=me, meta={})
 while True:
     head, tensors = receive()
     verb = head["verb"]
-    told = {"verb": verb, "round": head["round"], "client": me, "meta": {"pid": os.getpid()}, "own": {}}
+    reply = {"verb": verb, "round": head["round"], "client": me, "meta": {"pid": os.getpid()}, "own": {}}
     if verb == "die":
         raw((99).to_bytes(8, "little") + b"half an answer")
         os.kill(os.getpid(), signal.SIGKILL)
@@ -65,25 +65,25 @@ while True:
     if verb == "grandchild":
         import subprocess
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=1)
-        told["meta"] = {"pid": os.getpid(), "grandchild": child.pid}
+        reply["meta"] = {"pid": os.getpid(), "grandchild": child.pid}
     if verb == "babble":
         sys.stderr.write("x" * (20 << 20))
         sys.stderr.flush()
     if verb == "scream":
-        told = {"kind": "failure", "client": me, "stage": "train", "reason": "\\x1b[2J" + "WARNING: all is lost\\n" * 10000}
+        reply = {"kind": "failure", "client": me, "stage": "train", "reason": "\\x1b[2J" + "WARNING: all is lost\\n" * 10000}
     if verb == "nap":
         time.sleep(0.3)
     if verb == "close":
         os.close(1)
         time.sleep(60)
     if verb == "other-client":
-        told["client"] = "b" if me == "a" else "a"
+        reply["client"] = "b" if me == "a" else "a"
     if verb == "other-round":
-        told["round"] += 1
+        reply["round"] += 1
     if verb == "other-verb":
-        told["verb"] = "echo"
+        reply["verb"] = "echo"
     if verb == "request":
-        told["kind"] = "request"
+        reply["kind"] = "request"
     if verb == "garbage":
         raw((5).to_bytes(8, "little") + b"hello")
     if verb == "pickle":
@@ -91,8 +91,8 @@ while True:
     if verb == "huge":
         raw((1 << 60).to_bytes(8, "little"))
     if verb == "twice":
-        send(tensors, **told)
-    send(tensors, **told)
+        send(tensors, **reply)
+    send(tensors, **reply)
 """
 
 Open = Callable[..., ProcessSession]
@@ -307,12 +307,12 @@ def test_unknown_clients_fail_and_start_nothing(open_session: Open, tmp_path: Pa
 
 def test_no_more_processes_than_allowed(open_session: Open) -> None:
     session = open_session("abcde", max_processes=2)
-    seen: set[int] = set()
+    pids: set[int] = set()
     for round in (1, 2):
         for answer in session.exchange({client: Request.of("echo", round) for client in "abcde"}, 30.0):
-            seen.add(pid(answer))
-            assert sum(map(alive, seen)) <= 2
-    assert len(seen) > 5
+            pids.add(pid(answer))
+            assert sum(map(alive, pids)) <= 2
+    assert len(pids) > 5
 
 
 def test_closing_ends_everyone_and_can_be_done_twice(open_session: Open) -> None:

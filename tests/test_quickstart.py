@@ -1,4 +1,4 @@
-"""The tour: everything of it on next to nothing, and the second time from what the first has left."""
+"""The tour: all of it with very little data, and a second time with the base model of the first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Recipes: what is written is what is read, and what is wrong is told with its place."""
+"""Recipes: what is written is what is read, and an error names its place."""
 
 from __future__ import annotations
 
@@ -181,17 +181,17 @@ def test_plain_words_are_text() -> None:
 )
 def test_any_field_can_be_overridden(override: str, variant) -> None:  # type: ignore[no-untyped-def]
     text = BASE + "tuning: {LoRA: {alpha: 32}}\ntransforms: [{ClipByNorm: {max_norm: 1.0}}, Int8]\n"
-    found = load(text, [override])
-    assert variant is None or found == variant(load(text))
-    assert load(dump(found)) == found
+    federation = load(text, [override])
+    assert variant is None or federation == variant(load(text))
+    assert load(dump(federation)) == federation
 
 
 def test_overrides_of_a_nested_part_and_of_a_config() -> None:
     text = "model: {Llama: {hidden_size: 8, tokenizer: t}}\ndata: {source: s, partition: {IID: {clients: 3}}}\nlocal: {FedProx: {inner: SGD}}\n"
-    found = load(text, ["model.hidden_size=16", "model.Llama.rope_theta=1e4", "data.partition.clients=5", "local.inner.lr=0.5"])
-    assert dict(found.model.config) == {"hidden_size": 16, "rope_theta": 1e4}
-    assert found.data.partition == IID(5) and found.local == FedProx(SGD(lr=0.5))
-    assert load(dump(found), ["model.hidden_size=32", "model.config.x=1"]).model.config == (
+    federation = load(text, ["model.hidden_size=16", "model.Llama.rope_theta=1e4", "data.partition.clients=5", "local.inner.lr=0.5"])
+    assert dict(federation.model.config) == {"hidden_size": 16, "rope_theta": 1e4}
+    assert federation.data.partition == IID(5) and federation.local == FedProx(SGD(lr=0.5))
+    assert load(dump(federation), ["model.hidden_size=32", "model.config.x=1"]).model.config == (
         ("hidden_size", 32),
         ("rope_theta", 1e4),
         ("x", 1),
@@ -234,15 +234,15 @@ REFUSED = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_is_wrong_is_told_with_its_place(case: str) -> None:
-    text, told = REFUSED[case]
+    text, words = REFUSED[case]
     with pytest.raises(ConfigError) as caught:
         load(text)
-    for part in told:
+    for part in words:
         assert part in str(caught.value), str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("override", "told"),
+    ("override", "words"),
     [
         ("round=3", "Did you mean 'rounds'?"),
         ("rounds", "key=value"),
@@ -256,8 +256,8 @@ def test_what_is_wrong_is_told_with_its_place(case: str) -> None:
         ("data.sorce=x", "Did you mean 'source'?"),
     ],
 )
-def test_overrides_that_name_nothing(override: str, told: str) -> None:
-    with pytest.raises(ConfigError, match=re.escape(told)) as caught:
+def test_overrides_that_name_nothing(override: str, words: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(words)) as caught:
         load(BASE + "tuning: LoRA", [override])
     assert "override" in str(caught.value)
 
@@ -270,10 +270,12 @@ def test_paths_are_taken_from_the_recipe_then_from_here(tmp_path: Path, monkeypa
         path.touch()
     (home / "r.yaml").write_text("model: hub/name\ndata: {source: near.jsonl, test: far.jsonl, by: client}\n")
     monkeypatch.chdir(here)
-    found = read(home / "r.yaml")
-    assert found.data.source == str(home / "near.jsonl") and found.data.test == "far.jsonl" and found.model.source == "hub/name"
-    assert located(found).data.test == str(here / "far.jsonl")
-    assert load(home / "r.yaml") == load(str(home / "r.yaml")) == found
+    federation = read(home / "r.yaml")
+    assert (
+        federation.data.source == str(home / "near.jsonl") and federation.data.test == "far.jsonl" and federation.model.source == "hub/name"
+    )
+    assert located(federation).data.test == str(here / "far.jsonl")
+    assert load(home / "r.yaml") == load(str(home / "r.yaml")) == federation
     (home / "stdlib").touch()
     (home / "s.yaml").write_text("model: m\ndata: {source: stdlib}\n")
     assert read(home / "s.yaml").data.source == "stdlib", "a source by name is no path"

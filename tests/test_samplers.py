@@ -45,23 +45,23 @@ def test_limit_is_all(sampler: Sampler) -> None:
 
 
 def frequencies(sampler: Sampler, rounds: int) -> dict[str, float]:
-    seen = Counter(client for round in range(rounds) for client in sample(sampler, CLIENTS, context({}, round)))
-    return {client: seen[client] / rounds for client in CLIENTS}
+    counts = Counter(client for round in range(rounds) for client in sample(sampler, CLIENTS, context({}, round)))
+    return {client: counts[client] / rounds for client in CLIENTS}
 
 
 @pytest.mark.parametrize(("sampler", "rate"), [(Uniform(clients=3), 0.25), (Poisson(rate=0.25), 0.25), (Weighted(clients=3), 0.25)])
 def test_clients_are_equally_likely(sampler: Sampler, rate: float) -> None:
     rounds = 4000
     slack = 5 * math.sqrt(rate * (1 - rate) / rounds)
-    assert all(abs(seen - rate) < slack for seen in frequencies(sampler, rounds).values())
+    assert all(abs(frequency - rate) < slack for frequency in frequencies(sampler, rounds).values())
 
 
 def test_first_weighted_draw_is_proportional() -> None:
     weights = {client: float(i + 1) for i, client in enumerate(CLIENTS)}
     rounds, total = 4000, sum(weights.values())
-    for client, seen in frequencies(Weighted(clients=1, weights=weights), rounds).items():
+    for client, frequency in frequencies(Weighted(clients=1, weights=weights), rounds).items():
         p = weights[client] / total
-        assert abs(seen - p) < 5 * math.sqrt(p * (1 - p) / rounds)
+        assert abs(frequency - p) < 5 * math.sqrt(p * (1 - p) / rounds)
 
 
 def test_second_weighted_draw_is_proportional_among_those_left() -> None:

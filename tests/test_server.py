@@ -27,12 +27,12 @@ def trajectory(server: ServerOptimizer, scale: float = 1.0):
     """Parameters after each round of deltas that are drawn once for all optimizers."""
     params = parameters()
     state = server.init(params)
-    seen = []
+    history = []
     for round in range(1, ROUNDS + 1):
         delta = {name: leaf * scale for name, leaf in like(params, "server", round).items()}
         params, state = server.step(params, Update(delta), state, context(params, round))
-        seen.append(params)
-    return seen
+        history.append(params)
+    return history
 
 
 def flat(params) -> np.ndarray:

@@ -57,8 +57,8 @@ def test_a_task_with_a_loss_and_an_input_of_its_own_conforms(tokenizer):
 
 def encode(task, tokenizer, rows, chunk=3):
     encoder = task.encoder(tokenizer)
-    found = [example for i in range(0, len(rows), chunk) for example in encoder.add(rows[i : i + chunk])]
-    return found + encoder.flush(), encoder.dropped
+    examples = [example for i in range(0, len(rows), chunk) for example in encoder.add(rows[i : i + chunk])]
+    return examples + encoder.flush(), encoder.dropped
 
 
 def rows_of(task, tokenizer, rows, seed=0):
@@ -206,7 +206,7 @@ def test_a_text_has_one_class(tokenizer):
 
 
 def asked(label):
-    """A batch that asks for these classes, a row each."""
+    """A batch of one row for each of these classes."""
     return collate([[Row(np.array([5]), np.array([int(i)])) for i in label]], Shaping(per_row=True))
 
 
@@ -226,8 +226,10 @@ def test_metrics_of_each_client_and_of_all():
     task = Classification()
     sums = task.stats(logits, asked(target), owner, 4)
     for k in range(3):
-        mine = owner == k
-        assert task.summarise({name: x[k] for name, x in sums.items()}) == pytest.approx(by_hand(logits[mine], target[mine]), rel=1e-5)
+        is_client = owner == k
+        assert task.summarise({name: x[k] for name, x in sums.items()}) == pytest.approx(
+            by_hand(logits[is_client], target[is_client]), rel=1e-5
+        )
     assert task.summarise({name: x.sum(0) for name, x in sums.items()}) == pytest.approx(by_hand(logits, target), rel=1e-5)
     assert all(math.isnan(x) for x in task.summarise({name: x[3] for name, x in sums.items()}).values())
 

@@ -41,8 +41,8 @@ def test_every_test_that_is_named_exists() -> None:
     named = 0
     for line in (ROOT / "docs" / "THREATS.md").read_text(encoding="utf-8").splitlines():
         file = ""
-        for found in re.findall(r"`((?:\w+\.py::)?test_\w+)`", line):
-            file, _, name = (found if "::" in found else f"{file}::{found}").partition("::")
+        for name_of_test in re.findall(r"`((?:\w+\.py::)?test_\w+)`", line):
+            file, _, name = (name_of_test if "::" in name_of_test else f"{file}::{name_of_test}").partition("::")
             assert f"def {name}(" in (ROOT / "tests" / file).read_text(encoding="utf-8"), f"{file} has no {name}"
             named += 1
     assert named > 20
@@ -89,10 +89,10 @@ def test_a_client_that_remembers_adds_its_ticket(plan: Federation) -> None:
 
 
 def test_what_a_client_is_told_is_its_plan(plan: Federation) -> None:
-    own = plan.client_plan()
-    assert {item.name for item in fields(own)} == {"model", "task", "tuning", "local", "transforms", "channel"}
-    assert notation.build(ClientPlan, notation.write(own), "plan") == own
-    words = notation.write(own)
+    client_plan = plan.client_plan()
+    assert {item.name for item in fields(client_plan)} == {"model", "task", "tuning", "local", "transforms", "channel"}
+    assert notation.build(ClientPlan, notation.write(client_plan), "plan") == client_plan
+    words = notation.write(client_plan)
     assert all(word not in words for word in (plan.data.source, "sampler", "aggregator", "server", "seed", "rounds"))
 
 
@@ -100,12 +100,12 @@ def test_a_process_is_told_its_own_client_and_the_runs_key(plan: Federation) -> 
     simulation = Simulation.build(replace(plan, engine=Process(device="cpu")))
     with simulation.open() as session:
         assert isinstance(session, ProcessSession)
-        told = session._hello("a", Path("home")).meta
-    assert told["key"] == simulation.key.digest.hex() and told["client"] == "a"
-    assert set(told) == {
+        meta = session._hello("a", Path("home")).meta
+    assert meta["key"] == simulation.key.digest.hex() and meta["client"] == "a"
+    assert set(meta) == {
         "client", "plan", "data", "folder", "key", "device", "threads", "choices", "num_clients", "withhold", "max_bytes",
     }  # fmt: skip
-    assert str(simulation.house.shards["b"]) not in str(told)
+    assert str(simulation.house.shards["b"]) not in str(meta)
 
 
 def test_a_policy_withholds_counts_and_labels_and_not_an_evaluation(plan: Federation) -> None:
@@ -127,8 +127,8 @@ def test_a_policy_withholds_counts_and_labels_and_not_an_evaluation(plan: Federa
 
 def test_embeddings_travel_only_with_full_tuning_and_the_check_says_so() -> None:
     base = Federation(Model("nowhere"), Data("stdlib"))
-    told = {type(tuning): [f.text for f in check(replace(base, tuning=tuning)) if f.where == "tuning"] for tuning in (LoRA(), Full())}
-    assert not told[LoRA] and "rows show which tokens" in told[Full][0]
+    texts = {type(tuning): [f.text for f in check(replace(base, tuning=tuning)) if f.where == "tuning"] for tuning in (LoRA(), Full())}
+    assert not texts[LoRA] and "rows show which tokens" in texts[Full][0]
     for shape, tuning in (("Llama", LoRA(targets=("all-linear",))), ("GPT2", BitFit())):
         foundation = tiny.foundation(shape)
         embedding = foundation.model.get_input_embeddings().weight.shape
@@ -136,7 +136,7 @@ def test_embeddings_travel_only_with_full_tuning_and_the_check_says_so() -> None
 
 
 class Marks:
-    """Unpickled, it leaves a mark."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, mark: Path) -> None:
         self.mark = mark

@@ -1,4 +1,4 @@
-"""On an update in flight: laws of every transform, bounds, unbiasedness, telescoping sums, and what is refused on arrival."""
+"""Changes of an update in flight: laws of every transform, bounds, unbiasedness, telescoping sums, and what is refused on arrival."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ CTX = context(PARAMS, client="client-1")
 
 
 def trip(transform: Transform, payload, ctx: RoundContext = CTX):
-    """What arrives of ``payload``."""
+    """The payload as it is decoded on arrival."""
     encoded, _ = transform.encode(Update(payload), {}, ctx)
     return transform.decode(encoded, ctx).payload
 
@@ -114,11 +114,11 @@ def test_quantisation_is_unbiased_and_bounded(transform: Transform) -> None:
     x = torch.randn(64, generator=torch.Generator().manual_seed(0))
     params = {"w": torch.zeros(64)}
     ctx = context(params, client="client-1")
-    seen = torch.stack([trip(transform, {"w": x}, replace(ctx, round=round))["w"] for round in range(draws)]).double()
+    decoded = torch.stack([trip(transform, {"w": x}, replace(ctx, round=round))["w"] for round in range(draws)]).double()
     step = x.view(-1, 16).abs().amax(1).repeat_interleave(16).double() / levels
-    assert ((seen - x).abs() < step * (1 + 1e-6)).all()
+    assert ((decoded - x).abs() < step * (1 + 1e-6)).all()
     # Stochastic rounding has a deviation of at most half a step.
-    assert ((seen.mean(0) - x).abs() <= 5 * step / 2 / math.sqrt(draws) + 1e-7).all()
+    assert ((decoded.mean(0) - x).abs() <= 5 * step / 2 / math.sqrt(draws) + 1e-7).all()
 
 
 @pytest.mark.parametrize("transform", [Int8(block=4), Int4(block=4)], ids=repr)
@@ -287,14 +287,14 @@ def test_a_bound_before_an_error_feedback_is_no_bound() -> None:
         sent, memory = topk.encode(bounded, memory, ctx)
         longest = max(longest, tree.norm(topk.decode(sent, ctx).payload))
     assert longest > 1.05
-    (found,) = refusals(transforms=(clip, CastBF16(), topk))
-    assert found.where == "transforms.2" and "Put ClipByNorm after TopK" in found.text
+    (finding,) = refusals(transforms=(clip, CastBF16(), topk))
+    assert finding.where == "transforms.2" and "Put ClipByNorm after TopK" in finding.text
     assert not refusals(transforms=(clip, replace(topk, error_feedback=False))) and not refusals(transforms=(topk, clip))
 
 
 @pytest.mark.parametrize("rule", [CoordinateMedian(), TrimmedMean(trim=1)], ids=repr)
 @pytest.mark.parametrize("feedback", [True, False])
 def test_what_is_not_sent_is_no_vote(rule: Aggregator, feedback: bool) -> None:
-    (found,) = refusals(transforms=(TopK(fraction=0.1, error_feedback=feedback),), aggregator=rule)
-    assert found.where == "aggregator" and "needs every-value, which TopK (transforms.0) hides" in found.text
+    (finding,) = refusals(transforms=(TopK(fraction=0.1, error_feedback=feedback),), aggregator=rule)
+    assert finding.where == "aggregator" and "needs every-value, which TopK (transforms.0) hides" in finding.text
     assert not refusals(transforms=(ClipByNorm(1.0),), aggregator=rule)

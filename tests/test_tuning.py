@@ -149,10 +149,10 @@ BANKED = {
 def test_peft_loads_what_we_save_and_gives_the_same_logits(shape: str, kind: str, tmp_path: Path) -> None:
     foundation = tiny.foundation(shape)
     batch, tuning = tiny.batch_of(foundation), BANKED[kind](shape)
-    mine, params = ours(tuning, foundation, batch)
+    our_logits, params = ours(tuning, foundation, batch)
     tuning.save(foundation, params, tmp_path / "adapter")
-    theirs = PeftModel.from_pretrained(plain_copy(foundation), str(tmp_path / "adapter")).eval()
-    torch.testing.assert_close(mine, tiny.logits_of(theirs, batch), **TOLERANCE)
+    peft_model = PeftModel.from_pretrained(plain_copy(foundation), str(tmp_path / "adapter")).eval()
+    torch.testing.assert_close(our_logits, tiny.logits_of(peft_model, batch), **TOLERANCE)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -170,18 +170,18 @@ def test_we_load_what_peft_saves_and_give_the_same_logits(shape: str, kind: str,
         else IA3Config(target_modules=["k_proj", "down_proj"], feedforward_modules=["down_proj"])
     )
     config.fan_in_fan_out = shape == "GPT2"
-    theirs = get_peft_model(plain_copy(foundation), config).eval()
+    peft_model = get_peft_model(plain_copy(foundation), config).eval()
     with torch.no_grad():
-        for name, p in theirs.named_parameters():
+        for name, p in peft_model.named_parameters():
             if "lora_" in name or "ia3_" in name:
                 p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
-    theirs.save_pretrained(str(tmp_path))
+    peft_model.save_pretrained(str(tmp_path))
     tuning, params = load_adapter(tmp_path)
     tuned = tuning.attach(foundation)
     tuned.bind(tuned.spec.flatten(params).unsqueeze(0))
     with torch.no_grad():
-        mine = tuned.logits(batch)
-    torch.testing.assert_close(mine, tiny.logits_of(theirs, batch), **TOLERANCE)
+        our_logits = tuned.logits(batch)
+    torch.testing.assert_close(our_logits, tiny.logits_of(peft_model, batch), **TOLERANCE)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -193,8 +193,8 @@ def test_merged_model_gives_the_same_logits(shape: str, kind: str) -> None:
             BitFit().attach(foundation)
         return
     batch, tuning = tiny.batch_of(foundation), BANKED[kind](shape)
-    mine, params = ours(tuning, foundation, batch)
-    torch.testing.assert_close(mine, tiny.logits_of(tuning.merge(foundation, params), batch), **TOLERANCE)
+    our_logits, params = ours(tuning, foundation, batch)
+    torch.testing.assert_close(our_logits, tiny.logits_of(tuning.merge(foundation, params), batch), **TOLERANCE)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -223,11 +223,11 @@ def test_row_block_k_is_computed_with_client_k(shape: str, kind: str) -> None:
 def test_a_new_head_is_saved_with_the_adapter_and_loads_in_peft(tmp_path: Path) -> None:
     foundation = tiny.foundation("Bert", "sequence_classification", ("a", "b", "c"))
     batch, tuning = tiny.batch_of(foundation), LoRA(r=2)
-    mine, params = ours(tuning, foundation, batch)
+    our_logits, params = ours(tuning, foundation, batch)
     assert any("classifier" in name for name in params)
     tuning.save(foundation, params, tmp_path)
-    theirs = PeftModel.from_pretrained(plain_copy(foundation), str(tmp_path)).eval()
-    torch.testing.assert_close(mine, tiny.logits_of(theirs, batch), **TOLERANCE)
+    peft_model = PeftModel.from_pretrained(plain_copy(foundation), str(tmp_path)).eval()
+    torch.testing.assert_close(our_logits, tiny.logits_of(peft_model, batch), **TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
@@ -238,17 +238,17 @@ def test_a_head_of_several_layers_is_saved_with_the_adapter_and_loads_in_peft(ar
     foundation = load(spec, "sequence_classification", ("a", "b", "c"), "cpu", Key.root(0))
     tuning = LoRA(r=2) if kind == "lora" else IA3()
     batch = tiny.batch_of(foundation)
-    mine, params = ours(tuning, foundation, batch)
+    our_logits, params = ours(tuning, foundation, batch)
     # DistilBERT's are two modules side by side.
     head = {name for name in params if "classifier" in name}
     assert len(head) == 4
     tuning.save(foundation, params, tmp_path)
-    theirs = PeftModel.from_pretrained(plain_copy(foundation), str(tmp_path)).eval()
-    torch.testing.assert_close(mine, tiny.logits_of(theirs, batch), **TOLERANCE)
+    peft_model = PeftModel.from_pretrained(plain_copy(foundation), str(tmp_path)).eval()
+    torch.testing.assert_close(our_logits, tiny.logits_of(peft_model, batch), **TOLERANCE)
     again, tuned, loaded = attach_adapter(tmp_path, load(spec, "sequence_classification", ("a", "b", "c"), "cpu", Key.root(0)))
     tuned.bind(tuned.spec.flatten(loaded).unsqueeze(0))
     with torch.no_grad():
-        assert torch.equal(mine, tuned.logits(batch)), again
+        assert torch.equal(our_logits, tuned.logits(batch)), again
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -266,12 +266,12 @@ def test_full_is_the_model_itself(shape: str, tmp_path: Path) -> None:
 
     foundation = tiny.foundation(shape)
     batch = tiny.batch_of(foundation)
-    mine, params = ours(Full(), foundation, batch)
+    our_logits, params = ours(Full(), foundation, batch)
     Full().save(foundation, params, tmp_path)
     auto = getattr(
         transformers, {"Bert": "AutoModelForMaskedLM", "Roberta": "AutoModelForSequenceClassification"}.get(shape, "AutoModelForCausalLM")
     )
-    torch.testing.assert_close(mine, tiny.logits_of(auto.from_pretrained(tmp_path).eval(), batch), **TOLERANCE)
+    torch.testing.assert_close(our_logits, tiny.logits_of(auto.from_pretrained(tmp_path).eval(), batch), **TOLERANCE)
 
 
 @pytest.mark.parametrize("shape", [shape for shape in SHAPES if shape != "Roberta"])
@@ -282,12 +282,12 @@ def test_what_an_output_layer_learned_does_not_move_the_embeddings_tied_to_it(sh
     foundation = tiny.foundation(shape, tie_word_embeddings=True)
     batch, output = tiny.batch_of(foundation), ("decoder" if shape == "Bert" else "lm_head",)
     tuning = LoRA(r=2, targets=output) if kind == "lora" else Head(modules=output)
-    mine, params = ours(tuning, foundation, batch)
+    our_logits, params = ours(tuning, foundation, batch)
     model = tuning.merge(foundation, params)
-    torch.testing.assert_close(mine, tiny.logits_of(model, batch), **TOLERANCE)
+    torch.testing.assert_close(our_logits, tiny.logits_of(model, batch), **TOLERANCE)
     save(foundation, model, tmp_path)
     auto = AutoModelForMaskedLM if shape == "Bert" else AutoModelForCausalLM
-    torch.testing.assert_close(mine, tiny.logits_of(auto.from_pretrained(tmp_path).eval(), batch), **TOLERANCE)
+    torch.testing.assert_close(our_logits, tiny.logits_of(auto.from_pretrained(tmp_path).eval(), batch), **TOLERANCE)
 
 
 def test_a_copy_keeps_what_the_base_was_published_with() -> None:
@@ -371,9 +371,9 @@ def test_a_trained_head_keeps_its_classes_or_is_a_new_one(shape: str, tmp_path: 
     def opened(*labels: str, seed: int = 1) -> tuple[Foundation, bool]:
         again = load(Model(str(tmp_path)), "sequence_classification", labels, "cpu", Key.root(seed))
         assert list(again.model.config.label2id) == list(labels)
-        mine, weights = base.model.state_dict(), again.model.state_dict()
-        assert all(torch.equal(weights[name], mine[name]) for name in weights if not name.startswith(head))
-        return again, all(name in mine and weights[name].equal(mine[name]) for name in weights if name.startswith(head))
+        before, weights = base.model.state_dict(), again.model.state_dict()
+        assert all(torch.equal(weights[name], before[name]) for name in weights if not name.startswith(head))
+        return again, all(name in before and weights[name].equal(before[name]) for name in weights if name.startswith(head))
 
     kept, same_head = opened("b", "a")
     assert same_head and kept.fresh == () and not caplog.records
@@ -407,18 +407,18 @@ def test_we_load_what_peft_names_by_its_own_habits(kind: str, tmp_path: Path) ->
         if kind == "lora"
         else IA3Config(task_type="SEQ_CLS", target_modules=["key", "value", "output.dense"], feedforward_modules=["output.dense"])
     )
-    theirs = get_peft_model(plain_copy(foundation), config).eval()
+    peft_model = get_peft_model(plain_copy(foundation), config).eval()
     with torch.no_grad():
-        for p in theirs.parameters():
+        for p in peft_model.parameters():
             if p.requires_grad:
                 p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p))))
-    theirs.save_pretrained(str(tmp_path))
+    peft_model.save_pretrained(str(tmp_path))
     tuning, params = load_adapter(tmp_path)
     tuned = tuning.attach(foundation)
     assert set(tuned.spec.names) == set(params)
     tuned.bind(tuned.spec.flatten(params).unsqueeze(0))
     with torch.no_grad():
-        torch.testing.assert_close(tuned.logits(batch), tiny.logits_of(theirs, batch), **TOLERANCE)
+        torch.testing.assert_close(tuned.logits(batch), tiny.logits_of(peft_model, batch), **TOLERANCE)
 
 
 def saved_by_peft(config: PeftConfig, folder: Path) -> None:
@@ -533,10 +533,10 @@ def test_an_adapter_that_peft_would_not_load_is_refused_before_training(architec
             LoRA(targets=targets).attach(base())
     foundation = base()
     tuning, batch = LoRA(r=2, targets=("in_proj",)), tiny.batch_of(foundation)
-    mine, params = ours(tuning, foundation, batch)
+    our_logits, params = ours(tuning, foundation, batch)
     tuning.save(foundation, params, tmp_path)
-    theirs = PeftModel.from_pretrained(plain_copy(foundation), str(tmp_path)).eval()
-    torch.testing.assert_close(mine, tiny.logits_of(theirs, batch), **TOLERANCE)
+    peft_model = PeftModel.from_pretrained(plain_copy(foundation), str(tmp_path)).eval()
+    torch.testing.assert_close(our_logits, tiny.logits_of(peft_model, batch), **TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["LOHA", "PROMPT_TUNING"])
@@ -549,14 +549,14 @@ def test_a_foreign_adapter_brings_the_base_that_exists_nowhere_else(shape: str, 
     foundation = tiny.foundation(shape, "sequence_classification" if classify else None, ("a", "b", "c") if classify else ())
     batch, target = tiny.batch_of(foundation), "query" if classify else "q_proj"
     tuning = Peft(kind, {"r": 2, "target_modules": [target]} if kind == "LOHA" else {"num_virtual_tokens": 3})  # type: ignore[arg-type]
-    mine, params = ours(tuning, foundation, batch)
+    our_logits, params = ours(tuning, foundation, batch)
     tuning.save(foundation, params, tmp_path)
     auto = AutoModelForSequenceClassification if classify else AutoModelForCausalLM
     base = auto.from_pretrained(peft.PeftConfig.from_pretrained(str(tmp_path)).base_model_name_or_path)
-    theirs = PeftModel.from_pretrained(base, str(tmp_path)).eval()
+    peft_model = PeftModel.from_pretrained(base, str(tmp_path)).eval()
     with torch.no_grad():
-        out = theirs(**batch.inputs).logits
-    torch.testing.assert_close(mine, out if classify else out[:, -7:].reshape(-1, out.shape[-1]), **TOLERANCE)
+        out = peft_model(**batch.inputs).logits
+    torch.testing.assert_close(our_logits, out if classify else out[:, -7:].reshape(-1, out.shape[-1]), **TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["LOHA", "PROMPT_TUNING"])
@@ -564,12 +564,12 @@ def test_any_other_method_of_peft_runs_and_saves(kind: str, tmp_path: Path) -> N
     foundation = tiny.foundation("Llama")
     plain, batch = plain_copy(foundation), tiny.batch_of(foundation)
     tuning = Peft(kind, {"r": 2, "target_modules": ["q_proj"]} if kind == "LOHA" else {"num_virtual_tokens": 3})  # type: ignore[arg-type]
-    mine, params = ours(tuning, foundation, batch)
+    our_logits, params = ours(tuning, foundation, batch)
     tuning.save(foundation, params, tmp_path)
-    theirs = PeftModel.from_pretrained(plain, str(tmp_path)).eval()
+    peft_model = PeftModel.from_pretrained(plain, str(tmp_path)).eval()
     with torch.no_grad():
-        out = theirs(**batch.inputs).logits[:, -7:]
-    torch.testing.assert_close(mine, out.reshape(-1, out.shape[-1]), **TOLERANCE)
+        out = peft_model(**batch.inputs).logits[:, -7:]
+    torch.testing.assert_close(our_logits, out.reshape(-1, out.shape[-1]), **TOLERANCE)
 
 
 def test_refusals() -> None:

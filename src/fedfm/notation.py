@@ -346,7 +346,7 @@ def _construct(cls: type, values: dict[str, Any], nodes: Mapping[str, Node], nod
     try:
         return cls(**values)
     except ConfigError as error:
-        # A constructor's message names its field; point there.
+        # A constructor's message names its field, so the error gives the place of that field.
         named = re.findall(r"\w+", str(error))
         culprit = next((nodes[word] for word in named if word in nodes), node)
         raise type(error)(f"{_mark(culprit)}: {at + ': ' if at else ''}{error}") from error

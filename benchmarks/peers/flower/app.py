@@ -28,23 +28,23 @@ WARMUP = 2
 
 
 class Timed(FedAvg):  # type: ignore[misc]
-    """FedAvg that notes when each round's aggregate was there."""
+    """FedAvg that notes when each round's aggregate is complete."""
 
     ended: tuple[float, ...] = ()
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
-        """As FedAvg's."""
+        """FedAvg's aggregate; notes the time."""
         replies = list(replies)
         failed = [reply.error for reply in replies if reply.has_error()]
         if failed:
             raise RuntimeError(f"round {server_round}: {len(failed)} clients failed: {failed[0]}")
-        found = super().aggregate_train(server_round, replies)
+        aggregate = super().aggregate_train(server_round, replies)
         self.ended = (*self.ended, time.perf_counter())
-        return found
+        return aggregate
 
 
 def main() -> None:
-    """One simulation."""
+    """Runs one simulation."""
     given = json.loads(sys.argv[1])
     logging.getLogger("flwr").setLevel(logging.ERROR)
     strategy = Timed(

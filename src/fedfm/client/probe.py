@@ -52,7 +52,7 @@ def probe_rows(learner: Learner, start_d: torch.Tensor, examples: Examples, key:
         # A site raises this where it cannot divide its activations, or its dropout, among clients.
         return f"two clients do not fit into one batch ({str(error).splitlines()[0]})"
     for k, grad_kd in enumerate(usual.grads):
-        # Exact: what a loss does not depend on has a gradient of zero, whatever the type.
+        # This is exact: a tensor on which the loss does not depend has a gradient of zero, whatever its type.
         if ((grad_kd[1 - k] != 0) & grad_kd[1 - k].isfinite()).any():
             return "a client's loss depends on another client's trainable tensors"
         if not grad_kd[k].any():

@@ -351,7 +351,7 @@ class _Child:
         self.outbox.send(*pack_parts(waiting.request))
         self.owed.append(waiting)
         if self.log.stat().st_size > _MAX_LOG:
-            # Opened for appending, so what follows begins anew.
+            # The file is open for appending, so the next line begins it anew.
             os.truncate(self.log, 0)
 
     def flush(self) -> bool:

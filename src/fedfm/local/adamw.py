@@ -80,6 +80,6 @@ class AdamW(GradientTrainer):
         m_kd.lerp_(grad_kd, 1 - self.beta1)
         v_kd.mul_(self.beta2).addcmul_(grad_kd, grad_kd, value=1 - self.beta2)
         c1, c2 = 1 - self.beta1 ** (step + 1), 1 - self.beta2 ** (step + 1)
-        # In place after the root: a new (K, D) costs more than the arithmetic. A rate of 0 divides by infinity.
+        # Everything after the root is in place, because a new (K, D) costs more than the arithmetic. A rate of 0 divides by infinity.
         scale_kd = torch.sqrt(v_kd).div_(math.sqrt(c2)).add_(self.eps).div_(lr_k / -c1)
         cohort.theta_kd.addcdiv_(m_kd, scale_kd)

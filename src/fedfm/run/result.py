@@ -40,7 +40,7 @@ class Result:
         state = latest_state(path)
         federation = read(path / RECIPE).resolved()
         known = read_journal(path).first
-        # On the CPU, where the model is merged and saved: a result must open on machines that could not have trained it.
+        # The model is merged and saved on the CPU: a result must open on machines that could not have trained it.
         labels, key = known.get("data", {}).get("labels", ()), Key.root(federation.seed)
         foundation = load(federation.model, federation.task.head, labels, "cpu", key)
         require_base(known.get("base"), foundation, path)

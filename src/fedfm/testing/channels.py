@@ -181,7 +181,7 @@ class _Bench:
             self._require_failed(self.collect(without), first, f"no answer to {verb}")
             outcomes = self.collect(failing)
             self._require_failed(outcomes, first, f"a failure of {verb}")
-            assert Failure(first, "train", "no memory") in outcomes, f"{self.what}: a client's own failure does not arrive as it was told"
+            assert Failure(first, "train", "no memory") in outcomes, f"{self.what}: a client's own failure does not arrive unchanged"
 
     def check_strangers(self) -> None:
         """What nobody asked for changes nothing: answers of others, and second answers."""
@@ -254,7 +254,7 @@ class _Bench:
     def _require_close(self, total: Partial, plain: Partial) -> None:
         sums, plain_sums = total.totals(), plain.totals()
         assert list(sums) == list(plain_sums), f"{self.what}: the sum holds {list(sums)}, not {list(plain_sums)}"
-        # Half a unit each; a sum of float64 may round by what it holds.
+        # Each client may add half a unit; a sum in float64 may round a little more.
         unit = 0.0 if self.grid == 80 else len(self.updates) * 2.0 ** -(self.grid + 1)
         for name, leaf in plain_sums.items():
             difference = float((sums[name] - leaf).abs().max())

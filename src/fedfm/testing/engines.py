@@ -39,7 +39,7 @@ def check_engine(engine: Engine, federation: Federation, folder: Path, exact: bo
 
     with reference.open() as alone:
         for round in (1, 2):
-            # Each round in a session of its own: what a client remembers is the client's, not the session's.
+            # Each round has a session of its own, because a memory is the client's, not the session's.
             simulation = Simulation.build(replace(federation, engine=engine), folder, owners=reference.owners)
             with simulation.open() as session:
                 if round == 1:

@@ -93,12 +93,12 @@ class _Bench:
         """Whoever gets a damaged request fails, whoever shares a bank with it does not, and nothing is raised."""
         first, *others = self.requests
         for law, must_fail, damaged in self._damaged(self.arrived()[first]):
-            # Those whose request is whole share the damaged one's body where that is whole too.
+            # The others' requests are whole. They share the damaged request's body where only its own part is wrong.
             whole = {client: request for client, request in self.arrived().items() if client != first}
             if "its own" in law:
                 whole = {client: replace(request, body=damaged.body) for client, request in whole.items()}
             try:
-                # A runtime would make a failure of whatever is raised, and could not say what is wrong.
+                # A runtime turns any exception into a failure, which would hide what is wrong.
                 with suppress(FedfmError):
                     list(self.verb.answer({first: damaged}, self.house))
             except Exception as error:

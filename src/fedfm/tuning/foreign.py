@@ -100,7 +100,7 @@ class Peft(Tuning):
     def _filled(self, foundation: Foundation, params: Tree) -> Any:
         if foundation.adapted is None:
             self.attach(foundation)
-        # Training never changes the model itself, and merging would: work on a copy.
+        # A merge would change the model, which training never does, so this is a copy.
         model = copy.deepcopy(foundation.adapted)
         parameters = dict(model.named_parameters())
         with torch.no_grad():

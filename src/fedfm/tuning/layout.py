@@ -51,8 +51,8 @@ def save_adapter(foundation: Foundation, params: Tree, modules: Tree, config: Ma
 def _whole(model: nn.Module, names: set[str]) -> list[str]:
     """The outermost modules of which every weight is among ``names``.
 
-    PEFT keeps a copy of each module that it is told of, and of a classifier's ``classifier`` and ``score`` untold: a name inside one of
-    those would be a copy within a copy, which it does not load.
+    PEFT keeps a copy of each module that the config names, and always of a classifier's ``classifier`` and ``score``. A name inside one of
+    those would be a copy within a copy, which PEFT does not load.
     """
     whole: list[str] = []
     # A module comes before those inside it.
@@ -123,7 +123,7 @@ def refuse(used: Sequence[str], what: str) -> None:
         ModelError: naming them, where there are some.
     """
     if used:
-        raise ModelError(f"It uses {', '.join(used)}, which this {what} has not.")
+        raise ModelError(f"It uses {', '.join(used)}, which this {what} does not have.")
 
 
 def names_in(config: Mapping[str, object], key: str) -> tuple[str, ...]:
@@ -168,7 +168,7 @@ def merged(
         ModelError: if a tensor belongs to no parameter.
     """
     values = {name.removeprefix(PREFIX): p for name, p in modules.items()}
-    # A weight's second name is the output layer's, tied to the embeddings: what was learned there alone must not move them.
+    # A weight with a second name is an output layer tied to the embeddings. A delta of that layer alone must not move the embeddings.
     second = dict(foundation.model.named_parameters(remove_duplicate=False)).keys() - dict(foundation.model.named_parameters()).keys()
     model: nn.Module = plain_copy(foundation, untie=not second.isdisjoint({*values, *(f"{name}.weight" for name in deltas)}))
     parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -196,7 +196,7 @@ def plain_copy(foundation: Foundation, untie: bool = False) -> Any:
     if untie:
         config.tie_word_embeddings = False
     with torch.random.fork_rng(devices=[]):
-        # Not built and then cast: a rotary embedding's frequencies stay float32 in a model of any type.
+        # The model is not built and then cast, because a rotary embedding's frequencies stay float32 in a model of any type.
         fresh = type(model)._from_config(config, dtype=model.dtype)
     fresh.load_state_dict(model.state_dict())
     if model.can_generate():

@@ -89,9 +89,10 @@ def test_flatten_follows_the_spec_not_the_tree() -> None:
     assert Spec.of({}).flatten({}).shape == (0,)
 
 
-def test_norm_bytes_and_equality() -> None:
+def test_arithmetic() -> None:
     x, y = like(parameters(), 1), like(parameters(), 2)
     flat = Spec.of(x).flatten
+    assert torch.equal(flat(tree.sub(x, y)), flat(x) - flat(y))
     assert tree.norm(x) == pytest.approx(flat(x).double().norm().item(), rel=1e-12)
     assert tree.num_bytes(x) == 4 * Spec.of(x).size
     assert tree.equal(x, dict(reversed(x.items()))) and not tree.equal(x, y)

@@ -96,6 +96,11 @@ def first_not_finite(tree: Tree) -> str | None:
     return None
 
 
+def sub(x: Tree, y: Tree) -> dict[str, torch.Tensor]:
+    """``x - y``, leaf by leaf."""
+    return {name: leaf - y[name] for name, leaf in x.items()}
+
+
 def added(name: str, params: Tree) -> bool:
     """Whether a method added this leaf of a payload (SCAFFOLD's control variate).
 

@@ -36,8 +36,8 @@ def test_a_killed_run_ends_as_one_that_was_not(sweep: str, tmp_path: Path) -> No
         [sys.executable, __file__, str(tmp_path), sweep], capture_output=True, text=True, env=environment, timeout=800, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    outcome = json.loads(done.stdout.splitlines()[-1])
-    assert outcome["kills"] >= outcome["wanted"] and outcome["differences"] == []
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["kills"] >= told["wanted"] and told["differences"] == []
 
 
 class Sweep:

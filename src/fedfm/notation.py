@@ -127,15 +127,15 @@ def _refuse_duplicates(node: Node) -> None:
         for item in node.value:
             _refuse_duplicates(item)
     elif isinstance(node, MappingNode):
-        keys: dict[str, Node] = {}
+        seen: dict[str, Node] = {}
         for key, value in node.value:
             if not isinstance(key, ScalarNode):
                 raise ConfigError(f"{_mark(key)}: a key must be a name, not a list or a mapping.")
-            if key.value in keys:
+            if key.value in seen:
                 raise ConfigError(
-                    f"{_mark(key)}: the key {key.value!r} stands here and at {_mark(keys[key.value])}; which of the two holds? Remove one."
+                    f"{_mark(key)}: the key {key.value!r} stands here and at {_mark(seen[key.value])}; which of the two holds? Remove one."
                 )
-            keys[key.value] = key
+            seen[key.value] = key
             _refuse_duplicates(value)
 
 

@@ -29,7 +29,7 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Federation:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        near = suggest(path.name, (file.name for file in path.parent.glob("*.y*ml"))) if path.parent.is_dir() else ""
+        near = suggest(path.name, (found.name for found in path.parent.glob("*.y*ml"))) if path.parent.is_dir() else ""
         raise ConfigError(f"There is no recipe at {path} (looked from {Path.cwd()}).{near}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The recipe {path} cannot be read: {error}") from error

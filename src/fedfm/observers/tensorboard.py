@@ -79,7 +79,7 @@ def scalars(record: RoundRecord) -> Iterator[tuple[str, float]]:
         "owners/mean": report.get("mean"),
         "owners/worst": report.get("worst", {}).get("loss"),
         "owners/spread": report.get("spread"),
-        **{f"owner/{owner}": metrics.get("loss") for owner, metrics in report.get("owners", {}).items()},
+        **{f"owner/{owner}": told.get("loss") for owner, told in report.get("owners", {}).items()},
         "update/norm": record.metrics.get("update_norm"),
         "bytes/up": record.bytes_up,
         "bytes/down": record.bytes_down,

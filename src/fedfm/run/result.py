@@ -70,9 +70,7 @@ class Result:
         """The model's answer to ``prompt``, which is put into the task's template where it has one.
 
         Args:
-            max_new_tokens: Most tokens of the answer.
             temperature: 0 takes the likeliest token each time.
-            seed: Sampling seed; used when ``temperature`` > 0.
 
         Raises:
             ConfigError: if the model does not write text.

@@ -27,7 +27,7 @@ class Full(Tuning):
     """Every parameter trains and travels. Cannot bank: each client needs its own weights in every layer."""
 
     def check(self, plan: Plan) -> Iterator[Finding]:
-        """Warns that embedding rows show which tokens an owner has."""
+        """Embedding rows tell which tokens an owner has."""
         yield warn(
             "tuning",
             "trainable embeddings travel: their rows show which tokens an owner's text has. Freeze them (LoRA), or add differential privacy.",

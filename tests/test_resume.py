@@ -1,7 +1,8 @@
 """Exact resume, with real processes: killed with SIGKILL at every durable step and at random instants, then resumed.
 
-``python tests/test_resume.py FOLDER`` runs one sweep and tells what differed; the tests start it as a process of its own,
-because it forks: everything is imported once, and each job is a fork that runs and is killed.
+``python tests/test_resume.py FOLDER SWEEP ENGINE`` runs one sweep and tells what differed; the tests start it as a process of its own,
+because it forks: everything is imported once, and each job is a fork that runs and is killed. ``ENGINE`` is ``defaults`` (the bank and the
+threads that a recipe gets which says nothing of them) or ``halved`` (the same, and no bank of two clients fits into memory).
 """
 
 from __future__ import annotations
@@ -25,33 +26,39 @@ ROUNDS = 2
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sweep", ["every-step", "random-instants"])
-def test_a_killed_run_ends_as_one_that_was_not(sweep: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("sweep", "engine"), [("every-step", "defaults"), ("random-instants", "halved")])
+def test_a_killed_run_ends_as_one_that_was_not(sweep: str, engine: str, tmp_path: Path) -> None:
     environment = os.environ | {
         "PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}",
-        "OMP_NUM_THREADS": "1",
         "FEDFM_CACHE": str(tmp_path / "cache"),
     }
     done = subprocess.run(
-        [sys.executable, __file__, str(tmp_path), sweep], capture_output=True, text=True, env=environment, timeout=800, check=False
+        [sys.executable, __file__, str(tmp_path), sweep, engine], capture_output=True, text=True, env=environment, timeout=800, check=False
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told["kills"] >= told["wanted"] and told["differences"] == []
+    report = json.loads(done.stdout.splitlines()[-1])
+    assert report["kills"] >= report["wanted"] and report["differences"] == []
 
 
 class Sweep:
-    """Jobs in forks of this process, and what an unbroken run left."""
+    """Jobs in forks of this process, and what an unbroken run left.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        crowded: Whether a bank of more than one client runs out of memory.
+    """
+
+    def __init__(self, folder: Path, crowded: bool = False) -> None:
         import torch
         from test_run import STATEFUL, small
 
+        from fedfm.engines import Embedded
         from fedfm.run.loop import run
 
+        # A fork cannot use the threads of its parent, so the parent never starts any.
+        self.threads = torch.get_num_threads()
         torch.set_num_threads(1)
-        self.folder, self.kills, self.differences = folder, 0, list[str]()
-        self.federation = small(folder, rounds=ROUNDS, **STATEFUL)
+        self.folder, self.crowded, self.kills, self.runs, self.differences = folder, crowded, 0, 0, list[str]()
+        self.federation = small(folder, rounds=ROUNDS, engine=Embedded(), **STATEFUL)
         # Imports what a job will need, once. No gradients here: autograd refuses to work in a fork of a process that used it.
         for _ in run(replace(self.federation, rounds=0), out=folder / "warm"):
             pass
@@ -80,10 +87,15 @@ class Sweep:
         return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
     def work(self, out: Path, kill_at: int | None, count: bool) -> None:
+        import torch
+
         from fedfm.core import disk
         from fedfm.run.folder import RECIPE
         from fedfm.run.loop import resume, run
 
+        torch.set_num_threads(self.threads)
+        if self.crowded:
+            crowd()
         if kill_at is not None:
             os.environ["FEDFM_KILL_AT"] = str(kill_at)
         if count:
@@ -100,6 +112,7 @@ class Sweep:
         """Resumes without a kill and compares."""
         assert self.job(out) == 0
         left = self.left(out)
+        self.runs += 1
         self.differences += [f"{how}: {name}" for name in self.whole.keys() | left.keys() if self.whole.get(name) != left.get(name)]
 
     def every_step(self) -> int:
@@ -126,7 +139,27 @@ class Sweep:
         return runs // 2
 
 
+def crowd() -> None:
+    """No bank of more than one client fits into memory."""
+    import torch
+
+    from fedfm.client.bank import Bank
+
+    train = Bank.train
+
+    def crowded(bank: Bank, start: Any, jobs: Any, *others: Any, **named: Any) -> Any:
+        if len(jobs) > 1:
+            raise torch.OutOfMemoryError("a bank of two does not fit")
+        return train(bank, start, jobs, *others, **named)
+
+    Bank.train = crowded  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
-    sweep = Sweep(Path(sys.argv[1]))
+    sweep = Sweep(Path(sys.argv[1]), crowded=sys.argv[3] == "halved")
+    from fedfm.run.folder import read_journal
+
     wanted = sweep.every_step() if sys.argv[2] == "every-step" else sweep.random_instants()
-    print(json.dumps({"kills": sweep.kills, "wanted": wanted, "steps": sweep.num_steps, "differences": sweep.differences}))
+    report = {"kills": sweep.kills, "wanted": wanted, "runs": sweep.runs, "differences": sweep.differences}
+    report["bank"] = read_journal(sweep.folder / "whole").choices.get("bank")
+    print(json.dumps({**report, "steps": sweep.num_steps, "threads": sweep.threads}))

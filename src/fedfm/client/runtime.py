@@ -2,6 +2,8 @@
 
 A runtime hosts one client in an owner's house, or many on a simulation's machine; several that are asked the same thing share a batch.
 What they can be asked are the verbs in the index and the exchanges of their channel. Anything else is refused.
+
+Covered here: a server that asks the wrong client, for an unknown verb, or in a round that no federation reaches.
 """
 
 from __future__ import annotations
@@ -20,15 +22,21 @@ from fedfm.core.parts import Scratch, Sealed
 from fedfm.core.session import Answer
 
 log = logging.getLogger(__name__)
+# Rounds are counted one by one.
+_MAX_ROUND = 1 << 31
 
 
 class Runtime:
-    """Answers requests for the clients of a house."""
+    """Answers requests for the clients of a house.
+
+    Attributes:
+        scratch: What the channel keeps of each client between the exchanges of one round; dropped when a client is asked in another round.
+    """
 
     def __init__(self, house: House) -> None:
         self.house = house
-        # What the channel keeps of a client between the exchanges of one round.
-        self._scratch: dict[ClientId, tuple[int, Scratch]] = {}
+        self.scratch: dict[ClientId, Scratch] = {}
+        self._scratch_round = 0
 
     def handle(self, requests: Mapping[ClientId, Request]) -> Iterator[Answer]:
         """One answer for each request. Requests with equal bodies are answered together, as one bank."""
@@ -37,6 +45,8 @@ class Runtime:
         for client, request in requests.items():
             if client not in self.house.shards:
                 yield Failure(client, "exchange", f"no client {client!r} is hosted here")
+            elif request.round >= _MAX_ROUND:
+                yield Failure(client, "exchange", f"the round {request.round} is refused; a federation has fewer than {_MAX_ROUND}")
             elif request.verb in channel.verbs:
                 scratch = self._scratch_of(client, request.round)
                 yield self._reply(client, request, partial(channel.answer, client, request, scratch))
@@ -97,11 +107,11 @@ class Runtime:
         return Reply(client, request.verb, request.round, sealed.tensors, sealed.meta)
 
     def _scratch_of(self, client: ClientId, round: int) -> Scratch:
-        known_round, scratch = self._scratch.get(client, (round, {}))
-        if known_round != round:
-            scratch = {}
-        self._scratch[client] = (round, scratch)
-        return scratch
+        if round != self._scratch_round:
+            # A round that is over leaves no secret behind, whoever is asked next.
+            self.scratch.clear()
+            self._scratch_round = round
+        return self.scratch.setdefault(client, {})
 
 
 def by_body(requests: Mapping[ClientId, Request]) -> list[dict[ClientId, Request]]:

@@ -1,7 +1,7 @@
 """What a client has spent for good: privacy, mask contexts, quotas. Append-only, synced before anything leaves, never rolled back.
 
 On disk it is ``<folder>/clients/<slug>/spent.jsonl``, a line for each expense, each with a digest of all before it. A line that a crash cut
-short was never synced, so nothing left on its account, and it is dropped. Covered here: damage, and lines that were changed, moved,
+short was never synced, so nothing left on its account, and it is dropped; one that lacks its newline alone is taken as spent. Covered here: damage, and lines that were changed, moved,
 put in, or taken out from among others. Not covered: an owner who puts back an older copy of the file, cuts off its last lines or deletes it.
 """
 
@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,12 +59,10 @@ class SpentStore:
         if self.folder is None:
             self._held.setdefault(client, []).append((what, float(amount)))
             return
-        lines, torn = self._lines(client)
-        if torn:
+        lines, size = self._lines(client)
+        if size is not None:
             # What follows must begin on a line of its own.
-            with self._path(client).open("r+b") as file:
-                file.truncate(self._path(client).stat().st_size - torn)
-                os.fsync(file.fileno())
+            disk.cut(self._path(client), size, b"\n" if size else b"")
         before = lines[-1]["digest"] if lines else ""
         entry = {"what": what, "amount": float(amount)}
         disk.append(self._path(client), json.dumps({**entry, "digest": _digest(before, client, entry)}))
@@ -74,28 +71,25 @@ class SpentStore:
         assert self.folder is not None
         return home(self.folder, client) / "spent.jsonl"
 
-    def _lines(self, client: ClientId) -> tuple[list[dict[str, Any]], int]:
-        """The complete lines, and how many bytes of an unfinished one follow them."""
+    def _lines(self, client: ClientId) -> tuple[list[dict[str, Any]], int | None]:
+        """The complete lines, and how many bytes they take without the last newline; ``None`` where there is no file."""
         path = self._path(client)
         try:
             *complete, rest = path.read_bytes().split(b"\n")
         except FileNotFoundError:
-            return [], 0
+            return [], None
         except OSError as error:
             raise RunError(f"{path} cannot be read: {error}. Nothing leaves this house until it can.") from error
-        lines, before = [], ""
+        if _is_object(rest):
+            # Only its newline is missing or changed. An expense is rather counted too often than forgotten.
+            complete.append(rest)
+        lines: list[dict[str, Any]] = []
         for i, text in enumerate(complete, 1):
-            try:
-                line = json.loads(text)
-                entry = {"what": str(line["what"]), "amount": float(line["amount"])}
-                intact = line["digest"] == _digest(before, client, entry)
-            except (ValueError, KeyError, TypeError) as error:
-                raise _changed(path, i) from error
-            if not intact:
+            line = _checked(lines[-1]["digest"] if lines else "", client, text)
+            if line is None:
                 raise _changed(path, i)
-            lines.append({**entry, "digest": line["digest"]})
-            before = line["digest"]
-        return lines, len(rest)
+            lines.append(line)
+        return lines, max(sum(len(text) + 1 for text in complete) - 1, 0)
 
 
 @dataclass(frozen=True)
@@ -108,6 +102,27 @@ class _Account(Spent):
 
     def total(self, what: str) -> float:
         return math.fsum(amount for name, amount in self.store.entries(self.client) if name == what)
+
+
+def _is_object(text: bytes) -> bool:
+    """Whether a whole JSON object stands at the beginning."""
+    try:
+        json.JSONDecoder().raw_decode(text.decode(errors="replace"))
+    except (ValueError, RecursionError):
+        return False
+    return True
+
+
+def _checked(before: str, client: ClientId, text: bytes) -> dict[str, Any] | None:
+    """A line of the file; ``None`` where it is not what was written after ``before``."""
+    try:
+        line = json.loads(text)
+        entry = {"what": str(line["what"]), "amount": float(line["amount"])}
+        if line["digest"] != _digest(before, client, entry):
+            return None
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        return None
+    return {**entry, "digest": line["digest"]}
 
 
 def _digest(before: str, client: ClientId, entry: dict[str, Any]) -> str:

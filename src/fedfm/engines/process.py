@@ -50,7 +50,8 @@ class Process(Engine):
     """Each client in a process of its own, its messages bytes on a pipe.
 
     At the same number of threads its numbers are those of ``Embedded(bank=1)``, bit for bit. A process takes a few seconds to
-    start and holds a base model of its own: for tens of clients, not thousands.
+    start and holds a base model of its own: for tens of clients, not thousands. Where the channel has several exchanges for one answer, all
+    clients must fit at once, because a client that is ended in between loses what it keeps for the next exchange.
 
     Args:
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``; all clients share it.
@@ -75,7 +76,13 @@ class Process(Engine):
             raise ConfigError(f"Process: start_timeout is {self.start_timeout} seconds; it must be more than 0.")
 
     def open(self, house: House, clock: Clock | None = None) -> ProcessSession:
-        """A session in which no client has been started yet."""
+        """A session in which no client has been started yet.
+
+        Raises:
+            ConfigError: if a channel with several exchanges asks more clients than may be alive at a time.
+        """
+        most = self.max_processes or processes_that_fit(house)
+        _require_room(house, most)
         text, threads = notation.write(house.plan), self.threads or torch.get_num_threads()
         # A value and its place take at most 16 bytes, whatever a transform makes of them; the rest is for names and for what an evaluation sums.
         spec = house.tuned.spec
@@ -100,8 +107,18 @@ class Process(Engine):
 
         # Two more for each leaf, which a quantiser or a sparsifier may send beside it.
         max_tensors = 3 * len(house.plan.local.leaves(spec, spec)) + 64
-        most = self.max_processes or processes_that_fit(house)
         return ProcessSession(house.clients, hello, _WORKER, house.folder, max_bytes, most, self.start_timeout, clock, max_tensors)
+
+
+def _require_room(house: House, most: int) -> None:
+    # The first question goes to all owners at once, through the channel.
+    channel = house.plan.channel
+    if channel.verbs and most < len(house.clients):
+        raise ConfigError(
+            f"Process: at most {most} processes live at a time (max_processes, or what the memory holds), and there are {len(house.clients)} owners. "
+            f"{type(channel).__name__} asks each of them more than once for one answer, and a client that is ended in between loses what it keeps. "
+            f"Set max_processes to {len(house.clients)}, or use Embedded."
+        )
 
 
 def processes_that_fit(house: House) -> int:

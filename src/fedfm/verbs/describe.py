@@ -60,6 +60,7 @@ class Describe(Verb):
         declared = _declared(len(house.labels))
         for client in requests:
             try:
+                _require_countable(client, house)
                 yield Contribution(_answer(client, house), declared)
             except FedfmError as error:
                 yield Failure(client, self.name, str(error))
@@ -69,6 +70,21 @@ def _declared(num_labels: int) -> tuple[Leaf, ...]:
     counts = tuple(leaves.number(name, nan=True, bound=2.0**37) for name in _COUNTS)
     histogram = Leaf(_LABELS, (num_labels,), torch.float64, "told", leaves.MOST, "sum", signed=False, nan=True)
     return (*counts, histogram) if num_labels else counts
+
+
+def _require_countable(client: ClientId, house: House) -> None:
+    """Refuses to answer where a number that the owner withholds would be missing in the sum of all.
+
+    Raises:
+        DataError: naming what is withheld, and the channel.
+    """
+    withheld, channel = house.policy(client).withhold, house.plan.channel
+    what = [name for name in ("counts", "labels") if name in withheld and (name == "counts" or house.labels)]
+    if what and "single-updates" in channel.traits().hides:
+        raise DataError(
+            f"its owner withholds its {' and '.join(what)}, and {type(channel).__name__} shows sums alone, in which they cannot be left out. "
+            "Ask the owner to tell them to this sum, leave the owner out, or use a channel that shows single answers."
+        )
 
 
 def _answer(client: ClientId, house: House) -> Update:

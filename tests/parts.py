@@ -158,7 +158,8 @@ class Masks(Channel):
         self, session: Session, errand: Errand, clients: Sequence[ClientId], deadline: float | None, ctx: RoundContext
     ) -> Iterator[Update | Partial | Failure]:
         publics: dict[ClientId, str] = {}
-        for answer in ask(session, dict.fromkeys(clients, Request(Body(HELLO, errand.body.round))), deadline):
+        hello = Body(HELLO, errand.body.round)
+        for answer in ask(session, {name: errand.request(name, hello) for name in clients}, deadline):
             value = None if isinstance(answer, Failure) else answer.meta.get("public")
             if isinstance(answer, Failure):
                 yield answer
@@ -168,7 +169,7 @@ class Masks(Channel):
                 publics[answer.client] = value
         meta = {**errand.body.meta, HELLOS: json.dumps(publics, sort_keys=True), UNIFORM: errand.uniform}
         body = replace(errand.body, meta=meta)
-        yield from self._sum(errand, list(ask(session, {name: Request(body, errand.own.get(name, {})) for name in publics}, deadline)))
+        yield from self._sum(errand, list(ask(session, {name: errand.request(name, body) for name in publics}, deadline)))
 
     def _sum(self, errand: Errand, answers: Sequence[Answer]) -> Iterator[Partial | Failure]:
         """The sum of all rings, if none is missing."""

@@ -62,11 +62,15 @@ def test_a_client_that_never_remembered_has_no_ticket(memory: Memory, tmp_path: 
     assert memory.save("a", 3, 2, {}) == 3 and memory.load("a", 3) == {} and equal(memory.load("a", 2), tree(2))
 
 
-def test_what_was_counted_and_the_newest_are_kept(tmp_path: Path) -> None:
+def test_what_was_counted_twice_last_and_the_newest_are_kept(tmp_path: Path) -> None:
     memory = Memory(tmp_path)
     for ticket in range(1, 6):
         memory.save("a", ticket, ticket - 1 or None, tree(ticket))
-    assert sorted(path.name for path in home(tmp_path, "a").iterdir()) == ["memory-000004.safetensors", "memory-000005.safetensors"]
+    assert sorted(path.name for path in home(tmp_path, "a").iterdir()) == [
+        "memory-000003.safetensors",
+        "memory-000004.safetensors",
+        "memory-000005.safetensors",
+    ]
 
 
 def test_a_memory_that_is_gone_is_refused_and_not_taken_for_none(memory: Memory) -> None:
@@ -74,8 +78,8 @@ def test_a_memory_that_is_gone_is_refused_and_not_taken_for_none(memory: Memory)
         memory.load("a", 3)
     for ticket in range(1, 6):
         memory.save("a", ticket, ticket - 1 or None, tree(ticket))
-    with pytest.raises(RunError, match=r"'a' no longer has what it remembered with ticket 3, .*\[4, 5\]"):
-        memory.load("a", 3)
+    with pytest.raises(RunError, match=r"'a' no longer has what it remembered with ticket 2, .*\[3, 4, 5\]"):
+        memory.load("a", 2)
 
 
 def test_memories_share_no_storage(memory: Memory) -> None:

@@ -66,6 +66,9 @@ while True:
         import subprocess
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"], stdout=1)
         reply["meta"] = {"pid": os.getpid(), "grandchild": child.pid}
+    if verb == "stall":
+        raw((2 << 20).to_bytes(8, "little") + b"x" * 64)
+        time.sleep(60)
     if verb == "babble":
         sys.stderr.write("x" * (20 << 20))
         sys.stderr.flush()
@@ -182,6 +185,14 @@ def test_a_deadline_names_who_is_late_and_ends_it(open_session: Open) -> None:
     assert answers["a"] == Failure("a", "deadline", "it did not answer in time, and its process was ended.")
     assert time.monotonic() - began < 10 and not alive(late)
     assert isinstance(ask(session, {"a": "echo"}, round=2)["a"], Reply)
+
+
+def test_a_client_that_stalls_in_its_answer_fails_alone(open_session: Open) -> None:
+    session = open_session("abcd")
+    ask(session, dict.fromkeys("abcd", "echo"))
+    answers = ask(session, {"a": "stall", "b": "nap", "c": "nap", "d": "nap"}, deadline=2.5)
+    assert {client for client, answer in answers.items() if isinstance(answer, Failure)} == {"a"}
+    assert answers["a"].stage == "deadline"  # type: ignore[union-attr]
 
 
 def test_a_deadline_covers_starting_and_waiting_for_room(open_session: Open) -> None:

@@ -52,15 +52,16 @@ class Mean(Aggregator):
 
     def __call__(self, updates: Iterable[Update | Partial], ctx: RoundContext) -> Update:
         """Adds each update, or sum of updates, as it arrives; then divides by the weight."""
-        total = Partial(ctx.leaves or deltas(Spec.of(ctx.params)), self.uniform())
+        total: Partial | None = None
         for item in updates:
             if isinstance(item, Partial):
                 # The only sum of a round is taken as it is; a copy would hold the model twice.
-                total = item if not total.clients else _sum(total, item)
+                total = item if total is None else _sum(total, item)
                 continue
-            if not total.clients and not ctx.leaves:
-                total = Partial(deltas(Spec.of(item.payload)), self.uniform())
+            if total is None:
+                total = Partial(ctx.leaves or deltas(Spec.of(item.payload)), self.uniform())
             total.add(item.client or "*", item.payload, {"weight": item.weight, **item.metrics}, item.weight)
+        total = total or Partial(ctx.leaves or deltas(Spec.of(ctx.params)), self.uniform())
         return Update(total.mean(), weight=total.weight, num_clients=total.num_clients)
 
 

@@ -11,10 +11,9 @@ from fedfm.core import leaves, words
 from fedfm.core.errors import MessageError
 from fedfm.core.leaves import Leaf
 from fedfm.core.messages import ClientId, Failure, Reply, Request
-from fedfm.core.parts import Channel, Errand, Partial, RoundContext, Scratch, Sealed, Session, Update
+from fedfm.core.parts import TICKET, Channel, Errand, Partial, RoundContext, Scratch, Sealed, Session, Update
 
 log = logging.getLogger(__name__)
-TICKET = "ticket"
 
 
 @dataclass(frozen=True)
@@ -29,19 +28,19 @@ class Plain(Channel):
     ) -> Iterator[Update | Partial | Failure]:
         """The updates as they arrive, or their sum at the end, and who failed."""
         waiting = dict.fromkeys(clients)
-        total = Partial(errand.leaves, errand.uniform)
+        total = Partial(errand.leaves, errand.uniform) if errand.sums else None
         for answer in session.exchange({client: errand.request(client) for client in clients}, deadline):
             if answer.client not in waiting:
                 log.warning("round %d: dropped an answer of %r, who was not asked or has answered already", ctx.round, answer.client)
                 continue
             del waiting[answer.client]
             opened = answer if isinstance(answer, Failure) else _opened(answer, errand, ctx)
-            outcome = _added(total, opened) if isinstance(opened, Update) and errand.sums else opened
+            outcome = _added(total, opened) if isinstance(opened, Update) and total is not None else opened
             if outcome is not None:
                 yield outcome
         for client in sorted(waiting):
             yield Failure(client, "channel", "it gave no answer.")
-        if total.num_clients:
+        if total is not None and total.num_clients:
             yield total
 
     def seal(self, update: Update, leaves: tuple[Leaf, ...], request: Request, scratch: Scratch) -> Sealed:
@@ -82,8 +81,9 @@ def _read(reply: Reply, errand: Errand) -> Update:
         numbers[leaf.name] = math.nan if number is None else number
         leaf.require(numbers[leaf.name], "its answer")
     ticket = reply.meta.get(TICKET)
-    if ticket is not None and (not isinstance(ticket, int) or isinstance(ticket, bool) or ticket < 0):
-        raise MessageError(f"its ticket is {ticket!r:.20}, not a count.")
+    given = errand.own.get(reply.client, {}).get(TICKET)
+    if ticket is not None and (not isinstance(ticket, int) or isinstance(ticket, bool) or ticket != given):
+        raise MessageError(f"its ticket is {ticket!r:.20}; the one that it was given is {given}.")
     unknown = reply.meta.keys() - numbers.keys() - {TICKET}
     if unknown:
         raise MessageError(f"it tells {sorted(unknown)[:3]}, which nobody asked for.")

@@ -251,7 +251,14 @@ class Bank:
         if theta_kd.shape[0] == 1:
             return self._evaluate_shared(theta_kd, sets, max_tokens, fold)
         if self.shares(start, sets):
-            return self._evaluate_bank(theta_kd, sets, max_tokens, fold)
+            longest = max((int(own.lengths.max()) for own in sets if len(own)), default=1)
+            # As many owners together as one example of each keeps within the bound.
+            size = max(1, max_tokens // longest)
+            banks = [
+                self._evaluate_bank(theta_kd[first : first + size], sets[first : first + size], max_tokens, fold)
+                for first in range(0, len(sets), size)
+            ]
+            return {name: torch.cat([sums[name] for sums in banks]) for name in banks[0]}
         alone = [
             self._evaluate_shared(theta_1d, [own], max_tokens, fold) for theta_1d, own in zip(torch.split(theta_kd, 1), sets, strict=True)
         ]

@@ -17,9 +17,12 @@ from fedfm.core.keys import Key
 from fedfm.core.messages import ClientId
 from fedfm.core.task import Examples
 from fedfm.core.tree import Tree
-from fedfm.data import Shard
+from fedfm.data import Shard, opened
 from fedfm.models import Foundation, load
 from fedfm.tuning.base import Tuned
+
+# The choice that bounds the tokens of an evaluation's batch.
+EVALUATE_TOKENS = "evaluate_tokens"
 
 
 @dataclass(frozen=True)
@@ -115,15 +118,17 @@ class House:
     def _training_sets(self) -> Iterator[Examples]:
         for client in self.clients:
             try:
-                yield self.shard(client).train
+                yield opened(self.shard(client).train)
             except DataError:
-                continue  # It will say so itself when it is asked to train.
+                continue  # Its own work will fail, and say why.
 
     @cached_property
     def bank(self) -> Bank:
         """The model, the task and the trainer; loads the model."""
         pad_id = self.foundation.tokenizer.pad_token_id
-        return Bank(self.tuned, self.plan.task, self.plan.local, pad_id, self.foundation.device, self.key)
+        bank = Bank(self.tuned, self.plan.task, self.plan.local, pad_id, self.foundation.device, self.key)
+        bank.max_tokens = self.choices.get(EVALUATE_TOKENS, bank.max_tokens)
+        return bank
 
 
 _OPEN = Policy()

@@ -66,7 +66,9 @@ class Memory:
         return {name: leaf.clone() for name, leaf in self._read(client, counted).items()}
 
     def save(self, client: ClientId, ticket: int, counted: int | None, tree: Tree) -> int | None:
-        """Keeps what the client knows after its work under ``ticket``, beside what was counted last; all else is forgotten.
+        """Keeps what the client knows after its work under ``ticket``, beside what was counted last and what was counted before that.
+
+        A server whose newest state is damaged goes on from the one before it. All else is forgotten.
 
         Returns:
             The ticket once the memory is durable, ``None`` where there was never anything to remember.
@@ -74,11 +76,14 @@ class Memory:
         Raises:
             RunError: if it cannot be written.
         """
-        if tree or counted is not None:
+        remembers = bool(tree) or counted is not None
+        if remembers:
             # A leaf may be a row of a bank that goes on changing, so it is copied out.
             self._write(client, ticket, {name: leaf.detach().to("cpu", copy=True).contiguous() for name, leaf in tree.items()})
-        self._drop(client, set(self._tickets(client)) - {ticket if tree or counted is not None else None, counted})
-        return ticket if tree or counted is not None else None
+        tickets = self._tickets(client)
+        before = max((known for known in tickets if counted is not None and known < counted), default=None)
+        self._drop(client, set(tickets) - {ticket if remembers else None, counted, before})
+        return ticket if remembers else None
 
     def _path(self, client: ClientId, ticket: int) -> Path:
         assert self.folder is not None

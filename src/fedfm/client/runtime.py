@@ -18,7 +18,7 @@ from fedfm.client.house import House
 from fedfm.client.verb import Contribution, Verb, verbs
 from fedfm.core.errors import FedfmError
 from fedfm.core.messages import ClientId, Failure, Reply, Request
-from fedfm.core.parts import Scratch, Sealed
+from fedfm.core.parts import Scratch, Sealed, errand_id
 from fedfm.core.session import Answer
 
 log = logging.getLogger(__name__)
@@ -30,12 +30,13 @@ class Runtime:
     """Answers requests for the clients of a house.
 
     Attributes:
-        scratch: What the channel keeps of each client between the exchanges of one round; dropped when a client is asked in another round.
+        scratch: What the channel keeps of each client between the exchanges of one errand, with the errand's name; dropped when a client is
+            asked in another round.
     """
 
     def __init__(self, house: House) -> None:
         self.house = house
-        self.scratch: dict[ClientId, Scratch] = {}
+        self.scratch: dict[ClientId, tuple[str, Scratch]] = {}
         self._scratch_round = 0
 
     def handle(self, requests: Mapping[ClientId, Request]) -> Iterator[Answer]:
@@ -48,7 +49,7 @@ class Runtime:
             elif request.round >= _MAX_ROUND:
                 yield Failure(client, "exchange", f"the round {request.round} is refused; a federation has fewer than {_MAX_ROUND}")
             elif request.verb in channel.verbs:
-                scratch = self._scratch_of(client, request.round)
+                scratch = self._scratch_of(client, request)
                 yield self._reply(client, request, partial(channel.answer, client, request, scratch))
             elif request.verb not in known:
                 yield Failure(client, "exchange", f"the verb {request.verb!r} is not known here; known are {', '.join(sorted(known))}")
@@ -96,7 +97,7 @@ class Runtime:
     def _sealed(self, request: Request, contribution: Contribution) -> Answer:
         update, channel = contribution.update, self.house.plan.channel
         client = update.client or ""
-        scratch = self._scratch_of(client, request.round)
+        scratch = self._scratch_of(client, request)
         return self._reply(client, request, partial(channel.seal, update, contribution.leaves, request, scratch))
 
     def _reply(self, client: ClientId, request: Request, seal: Callable[[], Sealed]) -> Answer:
@@ -106,12 +107,16 @@ class Runtime:
             return Failure(client, "channel", str(error))
         return Reply(client, request.verb, request.round, sealed.tensors, sealed.meta)
 
-    def _scratch_of(self, client: ClientId, round: int) -> Scratch:
-        if round != self._scratch_round:
+    def _scratch_of(self, client: ClientId, request: Request) -> Scratch:
+        if request.round != self._scratch_round:
             # A round that is over leaves no secret behind, whoever is asked next.
             self.scratch.clear()
-            self._scratch_round = round
-        return self.scratch.setdefault(client, {})
+            self._scratch_round = request.round
+        name, scratch = self.scratch.get(client, ("", {}))
+        if name != errand_id(request):
+            scratch = {}
+            self.scratch[client] = errand_id(request), scratch
+        return scratch
 
 
 def by_body(requests: Mapping[ClientId, Request]) -> list[dict[ClientId, Request]]:

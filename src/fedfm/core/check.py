@@ -8,7 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from fedfm.core.errors import PlanError
+from fedfm.core.leaves import Leaf
 from fedfm.core.parts import Finding, Plan, Transform, refuse
 from fedfm.core.roster import Roster
 from fedfm.core.tree import Spec
@@ -83,16 +86,28 @@ def _sums(plan: Plan) -> Iterator[Finding]:
                 f"transforms.{i}",
                 f"{type(transform).__name__} cannot be decoded from a sum, and {channel} shows sums alone. Leave one of the two out.",
             )
-    nothing = Spec((), (), ())
-    alone = [leaf.name for leaf in plan.local.leaves(nothing, nothing) if leaf.reduce == "each"]
+    if plan.on_failure == "retry":
+        yield refuse(
+            "on_failure",
+            f"retry asks few clients once more, whose sum tells more of each, and {channel} is there to hide it. Use leave_out.",
+        )
+    alone = [leaf.name for leaf in _leaves(plan) if leaf.reduce == "each"]
     if alone:
         yield refuse("local", f"{type(plan.local).__name__} sends {', '.join(alone)} that must stay apart, and {channel} shows sums alone.")
 
 
+def _leaves(plan: Plan) -> tuple[Leaf, ...]:
+    """What would leave a client with one parameter: before a model is loaded, that shows the kinds of leaves."""
+    one = Spec(("parameter",), ((1,),), (torch.float32,))
+    declared = plan.local.leaves(one, one)
+    for transform in plan.transforms:
+        declared = transform.leaves(declared)
+    return declared
+
+
 def _privacy(plan: Plan) -> Iterator[Finding]:
     """A privacy promise holds for what it covers; one leaf beside it breaks it."""
-    nothing = Spec((), (), ())
-    groups = {"delta", "told", *(leaf.group for leaf in plan.local.leaves(nothing, nothing))}
+    groups = {"delta", "told", *(leaf.group for leaf in _leaves(plan))}
     for i, transform in enumerate(plan.transforms):
         bare = sorted(groups - transform.covers)
         if "private" in transform.traits().is_ and bare:

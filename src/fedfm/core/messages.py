@@ -252,6 +252,8 @@ def unpack(data: bytes | memoryview, max_bytes: int | None = None, max_tensors: 
     own_tensors = _load(view[4 + n : 4 + n + own_bytes], max_tensors) if own_bytes else {}
     tensors = _load(view[4 + n + own_bytes :], max_tensors) if head.get("kind") != "failure" else {}
     kind = head.get("kind")
+    if own_bytes and kind != "request":
+        raise MessageError("Only a request has tensors of its own.")
     if kind == "failure":
         return Failure(_text(head, "client"), _text(head, "stage"), _text(head, "reason"))
     meta = _scalars(head, "meta")

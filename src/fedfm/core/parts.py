@@ -462,6 +462,7 @@ class Errand:
         received: What each transform sends to clients, by its index.
         sums: Whether a sum of the answers is enough.
         uniform: Whether every client counts alike.
+        attempt: How often it was given out before, in this round.
     """
 
     body: Body
@@ -474,10 +475,21 @@ class Errand:
     received: Mapping[int, Tree] = field(default_factory=dict)
     sums: bool = False
     uniform: bool = False
+    attempt: int = 0
 
-    def request(self, client: ClientId) -> Request:
-        """What one client is asked."""
-        return Request(self.body, self.own.get(client, {}))
+    @property
+    def id(self) -> str:
+        """Names the errand. What a channel keeps of a client for one errand never serves another."""
+        return f"{self.body.verb}/{self.body.round}/{self.attempt}"
+
+    def request(self, client: ClientId, body: Body | None = None) -> Request:
+        """What one client is asked.
+
+        Args:
+            body: Instead of the errand's own: what a channel asks in an exchange of its own, or relays with the errand.
+        """
+        named = {ERRAND: self.id} if body is not None or self.attempt else {}
+        return Request(body or self.body, {**self.own.get(client, {}), **named})
 
     def decoded(self, update: Update, ctx: RoundContext) -> Update:
         """One client's update as the aggregator takes it: decoded right to left, checked against what was declared, at full size.
@@ -515,6 +527,15 @@ class Sealed:
 
     tensors: Tree
     meta: Mapping[str, Scalar]
+
+
+# Names in the own part of a request: the ticket of what the client will remember, the one that was counted last, and the errand.
+TICKET, COUNTED, ERRAND = "ticket", "counted", "errand"
+
+
+def errand_id(request: Request) -> str:
+    """The errand that a request belongs to."""
+    return str(request.own.get(ERRAND, f"{request.verb}/{request.round}/0"))
 
 
 # What a channel keeps of one client between the exchanges of one errand, and no longer.
@@ -659,7 +680,7 @@ class Plan(Protocol):
 
 
 __all__ = [
-    "Aggregator", "Channel", "ClientId", "Cohort", "Errand", "Finding", "GradientTrainer", "Leaf", "LocalTrainer", "Method", "Objective", "P",
+    "COUNTED", "ERRAND", "TICKET", "Aggregator", "Channel", "ClientId", "Cohort", "Errand", "Finding", "GradientTrainer", "Leaf", "LocalTrainer", "Method", "Objective", "P",
     "Pacing", "Part", "Partial", "Plan", "RoundContext", "Sampler", "Scratch", "Sealed", "ServerOptimizer", "ServerState", "Session", "Spec",
-    "Spent", "Traits", "Transform", "Tree", "Update", "Work", "WrappedTrainer", "innermost", "refuse", "traits", "warn",
+    "Spent", "Traits", "Transform", "Tree", "Update", "Work", "WrappedTrainer", "errand_id", "innermost", "refuse", "traits", "warn",
 ]  # fmt: skip

@@ -134,7 +134,8 @@ class Arrivals:
         self.failures: list[Failure] = []
         self.by_client: dict[ClientId, Mapping[str, float]] = {}
         self.tickets: dict[ClientId, int] = {}
-        self.numbers = Partial(leaves.numbers(errand.leaves), errand.uniform)
+        # A number that may be withheld has no sum.
+        self.numbers = Partial([leaf for leaf in leaves.numbers(errand.leaves) if not leaf.nan], errand.uniform)
 
     def of(self, items: Iterator[Update | Partial | Failure]) -> Iterator[Update | Partial]:
         """The updates and sums among ``items``."""

@@ -224,9 +224,9 @@ class Partial:
 
     def only_numbers(self) -> Partial:
         """The same sum without its tensors."""
-        small = Partial(numbers(self.leaves), self.uniform)
+        small = Partial([leaf for leaf in numbers(self.leaves) if not leaf.nan], self.uniform)
         small.clients, small.by_client, small.tickets = list(self.clients), self.by_client, self.tickets
-        small._weight, small._numbers = self._weight, dict(self._numbers)
+        small._weight, small._numbers = self._weight, {name: self._numbers[name] for name in small._numbers}
         return small
 
     def mean(self) -> dict[str, torch.Tensor]:
@@ -250,8 +250,10 @@ class Partial:
             x_d = self._sums[reduce].value()
             if reduce == "mean" and self.clients:
                 x_d = x_d / weight
-            parts = torch.split(x_d.to(dtype), [leaf.size for leaf in leaves])
-            flat.update({leaf.name: part.view(leaf.shape) for leaf, part in zip(leaves, parts, strict=True)})
+            parts = torch.split(x_d, [leaf.size for leaf in leaves])
+            # A leaf in float64 counts beyond what float32 can.
+            wide = (torch.float64 if leaf.dtype == torch.float64 else dtype for leaf in leaves)
+            flat.update({leaf.name: part.to(to).view(leaf.shape) for leaf, part, to in zip(leaves, parts, wide, strict=True)})
         return {leaf.name: flat[leaf.name] for leaf in self.leaves if leaf.name in flat}
 
 

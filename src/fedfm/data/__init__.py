@@ -3,6 +3,7 @@
 from fedfm.data.batching import plan as plan
 from fedfm.data.owners import Owners as Owners
 from fedfm.data.owners import Shard as Shard
+from fedfm.data.owners import opened as opened
 from fedfm.data.partition import IID as IID
 from fedfm.data.partition import Dirichlet as Dirichlet
 from fedfm.data.partition import Partitioner as Partitioner

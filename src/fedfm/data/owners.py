@@ -26,7 +26,7 @@ import numpy as np
 from fedfm.core import disk
 from fedfm.core.batch import IntArray
 from fedfm.core.errors import DataError
-from fedfm.core.task import Vocabulary
+from fedfm.core.task import Examples, Vocabulary
 
 VERSION = 2
 POOLED = "all"
@@ -182,6 +182,19 @@ class Owners:
         if owner not in self._members:
             why = f" It was left out: {self.left_out[owner]}" if owner in self.left_out else ""
             raise DataError(f"There is no owner {owner!r} among the {len(self.ids)} with usable data.{why}")
+
+
+def opened(examples: Examples) -> Examples:
+    """The examples, their files opened, so that damaged ones are named before a bank begins."""
+    lengths = examples.lengths
+    if len(lengths) != len(examples):
+        raise DataError(
+            f"{len(lengths)} examples are there, and {len(examples)} were prepared. Clear the cache and prepare the data again."
+        )
+    # A truncated file lacks its end.
+    if len(examples) and len(examples.ids(len(examples) - 1)) != lengths[-1]:
+        raise DataError("its prepared token ids are fewer than its index says. Clear the cache and prepare the data again.")
+    return examples
 
 
 def write(path: Path, head: Mapping[str, Any]) -> None:

@@ -42,6 +42,8 @@ from fedfm.engines.base import Engine
 _PROCESS_BYTES = 400_000_000
 # An answer of this size is read alone, and a log of this size begins anew.
 _LARGE, _MAX_LOG = 1 << 20, 16 << 20
+# Seconds without a byte of it after which a long answer is no longer read alone.
+_STALLED = 1.0
 _WORKER = (sys.executable, "-P", "-m", "fedfm.client.worker")
 
 
@@ -165,6 +167,7 @@ class ProcessSession(Session):
         self._arrived: deque[Answer] = deque()
         self._given: float | None = None
         self._reader: _Child | None = None
+        self._reading_since = 0.0
 
     @property
     def processes(self) -> dict[ClientId, int]:
@@ -182,9 +185,7 @@ class ProcessSession(Session):
         """The next answer, once it is complete."""
         if self._given is not None:
             # A client does not pay for the time that the server spends on another's answer.
-            spent = self.clock.now() - self._given
-            for owed in [*self._waiting, *(owed for child in self._children.values() for owed in child.owed)]:
-                owed.expires += spent
+            self._excuse(self.clock.now() - self._given)
             self._given = None
         while not self._arrived and (self._waiting or any(child.owed for child in self._children.values())):
             self._write()
@@ -194,6 +195,11 @@ class ProcessSession(Session):
             return None
         self._given = self.clock.now()
         return self._arrived.popleft()
+
+    def _excuse(self, seconds: float, but: _Child | None = None) -> None:
+        """Gives everybody who owes an answer so much more time, one client excepted."""
+        for owed in [*self._waiting, *(owed for child in self._children.values() if child is not but for owed in child.owed)]:
+            owed.expires += seconds
 
     def abandon(self) -> None:
         """Ends the clients that still owe an answer."""
@@ -224,7 +230,10 @@ class ProcessSession(Session):
         """Reads from this client alone while its long answer arrives, so that one is held at a time; from all again with ``None``."""
         if self._reader is child:
             return
-        self._reader = child
+        if self._reader is not None:
+            # Nobody could be heard beside it.
+            self._excuse(self.clock.now() - self._reading_since, but=self._reader)
+        self._reader, self._reading_since = child, self.clock.now()
         for other in self._children.values():
             is_heard, hears = other.inbox.fd in self._selector.get_map(), child is None or other is child
             if is_heard and not hears:
@@ -279,7 +288,13 @@ class ProcessSession(Session):
     def _listen(self) -> list[Answer]:
         """Waits until something arrives or a client is late. Returns the complete answers."""
         soonest = min([*(child.expires for child in self._children.values()), *(waiting.expires for waiting in self._waiting)])
-        events = self._selector.select(None if soonest == inf else max(0.0, soonest - self.clock.now()))
+        patience = None if soonest == inf else max(0.0, soonest - self.clock.now())
+        if self._reader is not None:
+            patience = min(_STALLED, self._reader.expires - self.clock.now())
+        events = self._selector.select(None if patience is None else max(0.0, patience))
+        if not events and self._reader is not None:
+            # A client keeps the others waiting only while its bytes flow.
+            self._listen_to(None)
         now = self.clock.now()
         answers = []
         for key, _ in events:
@@ -291,11 +306,11 @@ class ProcessSession(Session):
                     answers.append(self._hear(child))
             elif child.flush():
                 self._selector.unregister(key.fd)
-        for child in [child for child in self._children.values() if child.expires <= now]:
+        for child in [child for child in self._children.values() if child.expires <= now and self._reader in (None, child)]:
             stage, what = ("deadline", "did not answer") if child.ready else ("start", "did not start")
             answers.append(Failure(child.client, stage, f"it {what} in time, and its process was ended."))
             self._end(child)
-        for waiting in [waiting for waiting in self._waiting if waiting.expires <= now]:
+        for waiting in [waiting for waiting in self._waiting if waiting.expires <= now and self._reader is None]:
             self._waiting.remove(waiting)
             answers.append(Failure(waiting.client, "deadline", "there was no room for its process in time."))
         return [answer for answer in answers if answer is not None]

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from fedfm.client.bank import Bank, Job
+from fedfm.client.requests import start_of, stays_home
 from fedfm.core.errors import DataError
 from fedfm.core.messages import ClientId
 from fedfm.core.parts import RoundContext, Update, Work, innermost
@@ -27,7 +28,6 @@ from fedfm.run.folder import COMPARE, RECIPE, RunFolder, latest_state
 from fedfm.run.loop import resume, run
 from fedfm.server import FedAvg
 from fedfm.simulation import Simulation
-from fedfm.verbs.train import HOME, under
 
 Stage = Callable[[str, int | None, int | None], None]
 Scores = dict[str, Any]
@@ -141,11 +141,12 @@ class _Ends:
 
     def federated(self) -> list[Tree]:
         """The model that came of the run; one for each owner where some parameters stay at home."""
-        params, plan, house = self.after.params, self.plan, self.house
-        if set(plan.tuning.travels(house.tuned.spec)) == set(house.tuned.spec.names):
+        params, house, counted = self.after.params, self.house, self.after.counted
+        own = {client: self.plan.tuning.own(client) for client in house.clients}
+        if not stays_home(house) and not any(own.values()):
             return [params]
-        memories = [house.memory.load(client, self.after.counted.get(client)) for client in house.clients]
-        return [{**params, **under(HOME, memory)} for memory in memories]
+        memories = {client: house.memory.load(client, counted.get(client)) if stays_home(house) else {} for client in house.clients}
+        return [start_of(params, own[client], memory, house).all for client, memory in memories.items()]
 
     def score(self, models: Sequence[Tree]) -> Scores:
         """Metrics on every owner's test data, and pooled, of one model for all or of one for each."""

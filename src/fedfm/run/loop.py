@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from fedfm.client.house import House
+from fedfm.client.requests import stays_home
 from fedfm.core import check
 from fedfm.core.errors import RunError
 from fedfm.core.messages import Failure, Reply
@@ -316,6 +317,8 @@ def _finish(house: House, folder: RunFolder, state: ServerState, ledger: Ledger)
         house.plan.tuning.save(house.foundation, state.params, to)
         house.foundation.tokenizer.save_pretrained(to)
 
+    if stays_home(house):
+        log.warning("model/ holds the parameters that stay at home as they were at the start; each owner's own are in its memory.")
     folder.rewrite_folder(MODEL, write)
     folder.note("end", round=state.round, ledger=ledger.to_json())
     render(folder.path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from fedfm.core.disk import cannot_write
 from fedfm.core.errors import ConfigError, RunError
 from fedfm.core.keys import Key
 from fedfm.core.parts import ServerState
+from fedfm.core.tree import Spec
 from fedfm.federation import Federation
 from fedfm.models import Foundation, load
 from fedfm.models.foundation import save
@@ -20,6 +22,8 @@ from fedfm.recipe import read
 from fedfm.run.base import require_base
 from fedfm.run.folder import RECIPE, latest_state, read_journal
 from fedfm.tasks import Instruct
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -55,6 +59,10 @@ class Result:
         if to.exists() and (not to.is_dir() or any(to.iterdir())):
             raise RunError(f"{to} holds files already, and an export does not overwrite. Choose another --to.")
         tuning = self.federation.tuning
+        params = self.state.params
+        home = sorted(set(params) - set(tuning.travels(Spec.of(params))))
+        if home:
+            log.warning("The export holds %d parameters that stay at home (%s, ...) as they were at the start.", len(home), home[0])
         whole = tuning.merge(self.foundation, self.state.params) if merge else None
         try:
             to.mkdir(parents=True, exist_ok=True)

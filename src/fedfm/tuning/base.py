@@ -17,7 +17,7 @@ from fedfm.core.batch import Batch
 from fedfm.core.errors import ModelError
 from fedfm.core.keys import Key
 from fedfm.core.messages import Scalar
-from fedfm.core.parts import ClientId, Part
+from fedfm.core.parts import ClientId, Part, Traits, traits
 from fedfm.core.tree import Spec, Tree
 from fedfm.models import Foundation
 
@@ -63,6 +63,11 @@ class Tuning(Part, ABC):
 
     room = "tuning"
     peft_type: ClassVar[str | None] = None
+
+    def traits(self) -> Traits:
+        """Whether every parameter travels."""
+        keeps = type(self).travels not in (Tuning.travels, WrappedTuning.travels)
+        return traits(hides=["all-parameters"] if keeps else [])
 
     @abstractmethod
     def attach(self, foundation: Foundation) -> Tuned:

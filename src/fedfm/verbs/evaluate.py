@@ -9,7 +9,8 @@ from typing import Any, Protocol
 
 import torch
 
-from fedfm.client.house import House
+from fedfm.client.house import EVALUATE_TOKENS, House
+from fedfm.client.requests import counted, remembered, require_parameters, start_of, stays_home
 from fedfm.client.verb import Contribution, Verb
 from fedfm.core.errors import FedfmError, MessageError
 from fedfm.core.keys import Key
@@ -18,9 +19,9 @@ from fedfm.core.messages import Body, ClientId, Failure, Request
 from fedfm.core.parts import Errand, Partial, RoundContext, ServerState, Session, Update
 from fedfm.core.task import Examples, Task
 from fedfm.core.tree import Tree
-from fedfm.data import Sample
+from fedfm.data import Sample, opened
 from fedfm.observers.evaluate import Evaluate, summary
-from fedfm.verbs.train import TrainPlan, counted, number, opened, parameters, require_parameters
+from fedfm.verbs.train import TrainPlan
 
 _SPLIT, _MOST = "split", "max_examples"
 
@@ -95,11 +96,12 @@ class Evaluation(Verb):
         leaves = declared(house.plan.task, max(len(house.labels), 2))
         starts: dict[ClientId, Tree] = {}
         sets: dict[ClientId, Examples] = {}
-        is_shared = True
+        is_shared, is_personal = True, stays_home(house)
         for client, request in requests.items():
             try:
-                memory = house.memory.load(client, number(request.own, "counted"))
-                _, starts[client], is_own = parameters(request, house, memory)
+                # A memory that nothing here depends on is not read.
+                memory = remembered(client, request, house) if is_personal else {}
+                _, starts[client], is_own = start_of(request.tensors, request.own, memory, house)
                 sets[client] = opened(_examples(request, house, client))
                 is_shared = is_shared and not is_own
             except FedfmError as error:
@@ -121,6 +123,7 @@ class Evaluation(Verb):
         if house.bank.max_tokens <= 256:
             return False
         house.bank.max_tokens //= 2
+        house.choices[EVALUATE_TOKENS] = house.bank.max_tokens
         return True
 
 

@@ -11,18 +11,20 @@ import torch
 
 from fedfm.client.bank import Job, Trained
 from fedfm.client.house import House
+from fedfm.client.plan import ClientPlan
+from fedfm.client.requests import HOME, counted, number, remembered, require_parameters, start_of, stays_home, under
 from fedfm.client.verb import Contribution, Verb
 from fedfm.core import leaves
-from fedfm.core.errors import DataError, FedfmError, MessageError
+from fedfm.core.errors import DataError, FedfmError
 from fedfm.core.leaves import Leaf
 from fedfm.core.messages import Body, ClientId, Failure, Request, Scalar
-from fedfm.core.parts import Errand, LocalTrainer, Plan, RoundContext, ServerState, Transform, Update, resized
+from fedfm.core.parts import COUNTED, TICKET, Errand, LocalTrainer, Plan, RoundContext, ServerState, Transform, Update
 from fedfm.core.task import Examples
 from fedfm.core.tree import Spec, Tree
+from fedfm.data import opened
 from fedfm.tuning.base import Tuning
 
-_TICKET, _COUNTED, _UNIFORM = "ticket", "counted", "uniform"
-HOME, _LOCAL = "home/", "local/"
+_UNIFORM, _LOCAL = "uniform", "local/"
 
 
 class TrainPlan(Plan, Protocol):
@@ -54,7 +56,7 @@ class Train(Verb):
             body=Body(self.name, ctx.round, tensors, {_UNIFORM: plan.aggregator.uniform()}),
             leaves=declared(plan.local, plan.transforms, Spec.of(state.params), full),
             params=params,
-            own={client: {_TICKET: ctx.round, **counted(state, client), **unequal.get(client, {})} for client in cohort},
+            own={client: {TICKET: ctx.round, **counted(state, client), **unequal.get(client, {})} for client in cohort},
             params_of=partial(tuning.cut, params) if unequal else None,
             pad=partial(_pad, tuning, full) if unequal else None,
             transforms=plan.transforms,
@@ -82,11 +84,37 @@ class Train(Verb):
         starts_kd = None
         if any(desk.is_own for desk in desks.values()):
             starts_kd = torch.stack([house.tuned.spec.flatten(desk.start) for desk in desks.values()])
+        layouts: dict[tuple[torch.Size, ...], Layout] = {}
         for trained in house.bank.train(start, jobs, some.request.round, starts_kd=starts_kd):
             try:
-                yield desks[trained.client].finish(trained)
+                desk = desks[trained.client]
+                if desk.shapes not in layouts:
+                    layouts[desk.shapes] = Layout.of(house.plan, house.tuned.spec, desk.params)
+                yield desk.finish(trained, layouts[desk.shapes])
             except FedfmError as error:
                 yield Failure(trained.client, self.name, str(error))
+            except Exception as error:
+                # The others have trained already, and must not do so again.
+                yield Failure(trained.client, self.name, f"{type(error).__name__}: {error}")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What clients of one size send: declared once for all of them.
+
+    Args:
+        sent: The payload before the transforms, as the trainer declares it.
+        leaves: All that the answer holds once it is decoded.
+    """
+
+    sent: tuple[Leaf, ...]
+    leaves: tuple[Leaf, ...]
+
+    @staticmethod
+    def of(plan: ClientPlan, trained: Spec, params: Tree) -> Layout:
+        """The layout of a client that holds these parameters."""
+        travelling = Spec.of(params)
+        return Layout(plan.local.leaves(trained, travelling), declared(plan.local, plan.transforms, trained, travelling))
 
 
 @dataclass
@@ -117,12 +145,17 @@ class Desk:
         Raises:
             FedfmError: if one of them is damaged, gone, or not what was asked for.
         """
-        memory = house.memory.load(client, number(request.own, _COUNTED))
-        params, start, is_own = parameters(request, house, memory)
+        memory = remembered(client, request, house)
+        params, start, is_own = start_of(request.tensors, request.own, memory, house)
         received = {name: leaf for name, leaf in request.tensors.items() if name not in house.tuned.spec.names}
         return Desk(client, request, house, memory, opened(house.shard(client).train), params, start, is_own, received)
 
-    def finish(self, trained: Trained) -> Contribution:
+    @property
+    def shapes(self) -> tuple[torch.Size, ...]:
+        """Of the parameters that travel: clients that agree in them send the same leaves."""
+        return tuple(leaf.shape for leaf in self.params.values())
+
+    def finish(self, trained: Trained, layout: Layout) -> Contribution:
         """The client's contribution. Its memory is durable when this returns.
 
         Raises:
@@ -134,20 +167,20 @@ class Desk:
         plan, spec = house.plan, house.tuned.spec
         travelling = {name: leaf for name, leaf in trained.delta.items() if name in self.params}
         made = {**trained.delta, **plan.tuning.cut(travelling, request.own)}
-        payload = {leaf.name: made[leaf.name] for leaf in plan.local.leaves(spec, Spec.of(self.params))}
-        own_params = spec.unflatten(trained.params_d)
+        payload = {leaf.name: made[leaf.name] for leaf in layout.sent}
         memory: dict[str, torch.Tensor] = {_LOCAL + name: leaf for name, leaf in trained.memory.items()}
-        memory |= {HOME + name: own_params[name] for name in spec.names if name not in self.params}
+        if stays_home(house):
+            values = spec.unflatten(trained.params_d)
+            memory |= {HOME + name: values[name] for name in spec.names if name not in self.params}
         update = Update(payload, self.weight(), 1, client, self.numbers(trained))
         ctx = RoundContext(request.round, house.key, self.params, house.num_clients, client, spent=house.spent.of(client))
         for i, transform in enumerate(plan.transforms):
             received = under(f"{place(i)}/", self.received)
             update, after = transform.encode(update, under(f"{place(i)}/", self.memory), replace(ctx, received=received))
             memory |= {f"{place(i)}/{name}": leaf for name, leaf in after.items()}
-        ticket = house.memory.save(client, number(request.own, _TICKET) or 0, number(request.own, _COUNTED), memory)
+        ticket = house.memory.save(client, number(request.own, TICKET) or 0, number(request.own, COUNTED), memory)
         metrics = {"weight": update.weight, **update.metrics}
-        full = declared(plan.local, plan.transforms, spec, Spec.of(self.params))
-        return Contribution(replace(update, metrics=metrics, ticket=ticket), resized(full, self.params, spec.names))
+        return Contribution(replace(update, metrics=metrics, ticket=ticket), layout.leaves)
 
     def weight(self) -> float:
         """The number of examples; 1 where the owner withholds it.
@@ -166,43 +199,6 @@ class Desk:
         if "counts" not in self.house.policy(self.client).withhold:
             return trained.metrics
         return {name: value if name == "loss" else 0.0 for name, value in trained.metrics.items()}
-
-
-def require_parameters(body: Body, house: House) -> None:
-    """Refuses a body that does not hold the parameters that travel, with the model's shapes and types, and finite.
-
-    Raises:
-        MessageError: naming the first that is missing or wrong.
-    """
-    spec = house.tuned.spec
-    travelling = set(house.plan.tuning.travels(spec))
-    missing = [name for name in spec.names if name in travelling and name not in body.tensors]
-    if missing:
-        raise MessageError(f"a request to {body.verb} must hold the parameters; {missing[:3]} are missing.")
-    rows = [row for row in zip(spec.names, spec.shapes, spec.dtypes, strict=True) if row[0] in travelling]
-    names, shapes, dtypes = zip(*rows, strict=True) if rows else ((), (), ())
-    Spec(names, shapes, dtypes).require({name: body.tensors[name] for name in names}, f"a request to {body.verb}")
-
-
-def parameters(request: Request, house: House, memory: Tree) -> tuple[Tree, Tree, bool]:
-    """A client's parameters: those that travel, as it holds them; all that it starts from, at full size; and whether that start is its own alone.
-
-    :func:`require_parameters` has checked the body.
-
-    Raises:
-        MessageError: if the request's own part is not what this plan's clients are sent.
-    """
-    tuning, spec = house.plan.tuning, house.tuned.spec
-    sent = {name: request.tensors[name] for name in tuning.travels(spec)}
-    params = tuning.cut(sent, request.own)
-    full = tuning.pad(params, spec, request.own)
-    home = [name for name in spec.names if name not in sent]
-    if not home:
-        return params, full, params.keys() != sent.keys() or any(params[name] is not sent[name] for name in sent)
-    kept = under(HOME, memory)
-    # In the order of the specification, which is how a row of the bank is laid out.
-    start = {name: full[name] if name in full else kept.get(name, house.start[name]) for name in spec.names}
-    return params, start, True
 
 
 def declared(local: LocalTrainer, transforms: Sequence[Transform], trained: Spec, travelling: Spec) -> tuple[Leaf, ...]:
@@ -224,46 +220,9 @@ def declared(local: LocalTrainer, transforms: Sequence[Transform], trained: Spec
     return answer_leaves
 
 
-def counted(state: ServerState, client: ClientId) -> dict[str, Scalar]:
-    """The part of a request that says which of the client's tickets was counted last."""
-    return {_COUNTED: state.counted[client]} if client in state.counted else {}
-
-
-def number(own: Mapping[str, Scalar], name: str) -> int | None:
-    """A count in a request's own part.
-
-    Raises:
-        MessageError: if it is something else.
-    """
-    value = own.get(name)
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value < 1 << 31:
-        raise MessageError(f"a request's {name} is {value!r:.20}, not a count.")
-    return value
-
-
-def opened(examples: Examples) -> Examples:
-    """The examples, their files opened, so that damaged ones are named before a bank begins."""
-    lengths = examples.lengths
-    if len(lengths) != len(examples):
-        raise DataError(
-            f"{len(lengths)} examples are there, and {len(examples)} were prepared. Clear the cache and prepare the data again."
-        )
-    # A truncated file lacks its end.
-    if len(examples) and len(examples.ids(len(examples) - 1)) != lengths[-1]:
-        raise DataError("its prepared token ids are fewer than its index says. Clear the cache and prepare the data again.")
-    return examples
-
-
 def place(i: int) -> str:
     """A transform's place in the recipe."""
     return f"transforms.{i}"
-
-
-def under(prefix: str, tree: Tree) -> dict[str, torch.Tensor]:
-    """The leaves of a tree whose names begin with ``prefix``, without it."""
-    return {name.removeprefix(prefix): leaf for name, leaf in tree.items() if name.startswith(prefix)}
 
 
 def _pad(tuning: Tuning, full: Spec, payload: Tree, own: Mapping[str, Scalar]) -> Tree:

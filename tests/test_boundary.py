@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +16,8 @@ from fedfm.client.memory import home
 from fedfm.client.runtime import Runtime
 from fedfm.client.spent import SpentStore
 from fedfm.core import registry
-from fedfm.core.errors import ConfigError, DataError, RunError
-from fedfm.core.messages import Failure, Reply, Request
+from fedfm.core.errors import ConfigError, DataError, MessageError, RunError
+from fedfm.core.messages import Failure, Reply, Request, unpack
 from fedfm.data import Data
 from fedfm.engines import Embedded, Process
 from fedfm.federation import Federation
@@ -102,6 +103,22 @@ def test_an_expense_that_lacks_its_newline_alone_is_spent(tmp_path: Path) -> Non
     assert store.of("a").total("epsilon") == 1.0
     store.of("a").add("epsilon", 2.0)
     assert SpentStore(tmp_path).entries("a") == [("epsilon", 1.0), ("epsilon", 2.0)]
+
+
+# --- many tensors -------------------------------------------------------------------------------------------------------------------
+
+
+def test_too_many_tensors_are_counted_and_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+    index = json.dumps({f"t{i}": empty for i in range(1000)}).encode()
+    head = json.dumps({"v": 2, "kind": "reply", "verb": "train", "round": 1, "client": "a", "meta": {}}).encode()
+    data = struct.pack("<I", len(head)) + head + struct.pack("<Q", len(index)) + index
+    assert len(getattr(unpack(data), "tensors")) == 1000  # noqa: B009
+    read, loads = list[int](), json.loads
+    monkeypatch.setattr(json, "loads", lambda text: read.append(len(text)) or loads(text))
+    with pytest.raises(MessageError, match="1000 tensors where at most 900"):
+        unpack(data, max_tensors=900)
+    assert sum(read) == len(head), "the index was read before it was refused"
 
 
 # --- lying servers ------------------------------------------------------------------------------------------------------------------

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import logging
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 from fedfm.core import check as plans
 from fedfm.core import words
@@ -37,12 +40,9 @@ def resume(path: Path, overrides: Sequence[str]) -> None:
 
 
 def _play(rounds: Iterable[object], out: Path) -> None:
-    try:
+    with _stoppable(f"fedfm resume {out}"):
         for _ in rounds:
             pass
-    except KeyboardInterrupt:
-        print(f"\nStopped; what was completed is kept. Go on with: fedfm resume {out}", file=sys.stderr)
-        sys.exit(130)
     print(f"model   {out / 'model'}\nreport  {out / 'report.html'}")
 
 
@@ -56,11 +56,8 @@ def compare(recipe: Path, overrides: Sequence[str], out: Path | None) -> None:
     federation = located(read(recipe, overrides))
     out = out or Path("runs") / federation.name
     progress = _progress()
-    try:
+    with _stoppable(f"fedfm compare {out}"):
         table = compare(federation, out, watchers=[progress], stage=Progress(live=False).stage).to_json()
-    except KeyboardInterrupt:
-        print(f"\nStopped; what was completed is kept. Go on with: fedfm compare {out}", file=sys.stderr)
-        sys.exit(130)
     print()
     show_comparison(table)
     print(f"\nreport  {out / 'report.html'}")
@@ -108,6 +105,31 @@ def generate(run: Path, prompt: str, max_new_tokens: int, temperature: float, se
     from fedfm.run.result import Result
 
     print(Result.open(run).generate(prompt, max_new_tokens, temperature, seed))
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does."""
+
+
+@contextmanager
+def _stoppable(command: str) -> Iterator[None]:
+    """Ends the process on Ctrl-C and on SIGTERM with a word on how to go on.
+
+    Args:
+        command: What goes on with the work.
+    """
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        print(f"\nStopped; what was completed is kept. Go on with: {command}", file=sys.stderr)
+        sys.exit(128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def _progress() -> Progress:

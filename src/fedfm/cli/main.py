@@ -12,8 +12,12 @@ from typing import Annotated
 
 import typer
 
-from fedfm.cli.group import Commands
+from fedfm.cli.group import Command, Commands
 from fedfm.core.errors import FedfmError
+from fedfm.core.version import VERSION
+
+# Characters of an error that are shown: a message may quote what it was given, and that may be a file.
+_LONGEST = 4000
 
 app = typer.Typer(
     name="fedfm",
@@ -26,16 +30,36 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).")]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.")]
+
+def _usable(value: Path | None) -> Path | None:
+    from fedfm.core.paths import usable
+
+    return None if value is None else usable(value, "The path")
+
+
+Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", callback=_usable)]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", callback=_usable)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Values for fields of the recipe, such as rounds=20 or tuning.LoRA.r=16."),
 ]
-Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/NAME.")]
+Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/NAME.", callback=_usable)]
 
 
-@app.command()
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"fedfm {VERSION}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and stop.", callback=_version, is_eager=True)] = False,
+) -> None:
+    """What comes before any command."""
+
+
+@app.command(cls=Command)
 def run(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -48,7 +72,7 @@ def run(
     commands.run(recipe, overrides or [], out, dry_run)
 
 
-@app.command()
+@app.command(cls=Command)
 def resume(run: Run, overrides: Overrides = None) -> None:
     """Continue a run after a crash, or for more rounds (rounds=30)."""
     from fedfm.cli import commands
@@ -56,9 +80,9 @@ def resume(run: Run, overrides: Overrides = None) -> None:
     commands.resume(run, overrides or [])
 
 
-@app.command()
+@app.command(cls=Command)
 def compare(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or a run's folder.")],
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or a run's folder.", callback=_usable)],
     overrides: Overrides = None,
     out: Out = None,
 ) -> None:
@@ -68,7 +92,7 @@ def compare(
     commands.compare(recipe, overrides or [], out)
 
 
-@app.command()
+@app.command(cls=Command)
 def check(
     recipe: Recipe,
     overrides: Overrides = None,
@@ -80,7 +104,7 @@ def check(
     commands.check(recipe, overrides or [], data)
 
 
-@app.command(name="list")
+@app.command(name="list", cls=Command)
 def list_(
     room: Annotated[str | None, typer.Argument(metavar="[ROOM]", help="Kind of part, such as tuning. Default: all kinds.")] = None,
 ) -> None:
@@ -90,7 +114,7 @@ def list_(
     parts.list_parts(room)
 
 
-@app.command()
+@app.command(cls=Command)
 def show(part: Annotated[str, typer.Argument(metavar="PART", help="A part's name, such as LoRA.")]) -> None:
     """Show a part: what it does, its fields, where it is."""
     from fedfm.cli import parts
@@ -98,7 +122,7 @@ def show(part: Annotated[str, typer.Argument(metavar="PART", help="A part's name
     parts.show(part)
 
 
-@app.command()
+@app.command(cls=Command)
 def report(run: Run) -> None:
     """Write a run's report.html again."""
     from fedfm.reports import render
@@ -106,10 +130,10 @@ def report(run: Run) -> None:
     print(render(run))
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
     run: Run,
-    to: Annotated[Path, typer.Option(help="The folder to write. It must be empty or not exist.")],
+    to: Annotated[Path, typer.Option(help="The folder to write. It must be empty or not exist.", callback=_usable)],
     merge: Annotated[bool, typer.Option("--merge", help="Write a whole model with the tuning merged in, instead of an adapter.")] = False,
 ) -> None:
     """Write a run's model as peft and transformers load it."""
@@ -118,7 +142,7 @@ def export(
     commands.export(run, to, merge)
 
 
-@app.command()
+@app.command(cls=Command)
 def generate(
     run: Run,
     prompt: Annotated[str, typer.Argument(help="A question, or the beginning of a text.")],
@@ -132,7 +156,7 @@ def generate(
     commands.generate(run, prompt, max_new_tokens, temperature, seed)
 
 
-@app.command()
+@app.command(cls=Command)
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete it; a run that needs it makes it again.")] = False,
     older_than: Annotated[float | None, typer.Option(metavar="DAYS", help="With --clear: only what is older.")] = None,
@@ -143,8 +167,8 @@ def cache(
     kept.show(clear, older_than)
 
 
-@app.command()
-def quickstart(out: Annotated[Path, typer.Option(help="The run's folder.")] = Path("runs/quickstart")) -> None:
+@app.command(cls=Command)
+def quickstart(out: Annotated[Path, typer.Option(help="The run's folder.", callback=_usable)] = Path("runs/quickstart")) -> None:
     """Take the tour: offline, in a few minutes."""
     from fedfm.quickstart import main as tour
 
@@ -161,7 +185,10 @@ def main() -> None:
     except FedfmError as error:
         if debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        text = str(error)
+        if len(text) > _LONGEST:
+            text = f"{text[:_LONGEST]} ... (cut; --debug shows all {len(text):,} characters)"
+        print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         # The reader of our output (head, less) closed the pipe.

@@ -367,7 +367,7 @@ def _construct(cls: type, values: dict[str, Any], nodes: Mapping[str, Node], nod
 
 def _override(cls: type, root: MappingNode, text: str) -> None:
     dotted, equals, value = text.partition("=")
-    where = f"{_OVERRIDE}{text!r}"
+    where = f"{_OVERRIDE}{text if len(text) <= 80 else text[:77] + '...'!r}"
     if not equals or not dotted.strip():
         raise ConfigError(f"{where}: an override is key=value, such as rounds=20 or tuning.LoRA.r=16.")
     new = _compose(value, where)

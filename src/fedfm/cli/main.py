@@ -44,6 +44,9 @@ Overrides = Annotated[
     typer.Argument(metavar="[KEY=VALUE]...", help="Values for fields of the recipe, such as rounds=20 or tuning.LoRA.r=16."),
 ]
 Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/NAME.", callback=_usable)]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress; warnings and errors alone.")]
+Json = Annotated[bool, typer.Option("--json", help="Answer in JSON on stdout; everything else goes to stderr.")]
+LogLevel = Annotated[str, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")]
 
 
 def _version(asked: bool) -> None:
@@ -65,19 +68,22 @@ def run(
     overrides: Overrides = None,
     out: Out = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the plan, print the resolved recipe, and stop.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    log_level: LogLevel = "warning",
 ) -> None:
     """Run a recipe."""
     from fedfm.cli import commands
 
-    commands.run(recipe, overrides or [], out, dry_run)
+    commands.run(recipe, overrides or [], out, dry_run, commands.Telling(quiet, as_json, log_level))
 
 
 @app.command(cls=Command)
-def resume(run: Run, overrides: Overrides = None) -> None:
+def resume(run: Run, overrides: Overrides = None, quiet: Quiet = False, as_json: Json = False, log_level: LogLevel = "warning") -> None:
     """Continue a run after a crash, or for more rounds (rounds=30)."""
     from fedfm.cli import commands
 
-    commands.resume(run, overrides or [])
+    commands.resume(run, overrides or [], commands.Telling(quiet, as_json, log_level))
 
 
 @app.command(cls=Command)
@@ -85,11 +91,14 @@ def compare(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or a run's folder.", callback=_usable)],
     overrides: Overrides = None,
     out: Out = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    log_level: LogLevel = "warning",
 ) -> None:
     """Compare federated, local-only and centralised training."""
     from fedfm.cli import commands
 
-    commands.compare(recipe, overrides or [], out)
+    commands.compare(recipe, overrides or [], out, commands.Telling(quiet, as_json, log_level))
 
 
 @app.command(cls=Command)
@@ -97,37 +106,44 @@ def check(
     recipe: Recipe,
     overrides: Overrides = None,
     data: Annotated[bool, typer.Option("--data", help="Open the model and the data too, and check the recipe against them.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Say whether a recipe's parts fit together, and run nothing."""
     from fedfm.cli import commands
 
-    commands.check(recipe, overrides or [], data)
+    commands.check(recipe, overrides or [], data, as_json)
 
 
 @app.command(name="list", cls=Command)
 def list_(
     room: Annotated[str | None, typer.Argument(metavar="[ROOM]", help="Kind of part, such as tuning. Default: all kinds.")] = None,
+    as_json: Json = False,
 ) -> None:
     """List the parts, by room and by concern."""
     from fedfm.cli import parts
 
-    parts.list_parts(room)
+    parts.list_parts(room, as_json)
 
 
 @app.command(cls=Command)
-def show(part: Annotated[str, typer.Argument(metavar="PART", help="A part's name, such as LoRA.")]) -> None:
+def show(part: Annotated[str, typer.Argument(metavar="PART", help="A part's name, such as LoRA.")], as_json: Json = False) -> None:
     """Show a part: what it does, its fields, where it is."""
     from fedfm.cli import parts
 
-    parts.show(part)
+    parts.show(part, as_json)
 
 
 @app.command(cls=Command)
-def report(run: Run) -> None:
+def report(run: Run, as_json: Json = False) -> None:
     """Write a run's report.html again."""
+    from fedfm.cli import parts
     from fedfm.reports import render
 
-    print(render(run))
+    path = render(run)
+    if as_json:
+        parts.show_json({"report": str(path)})
+    else:
+        print(path)
 
 
 @app.command(cls=Command)
@@ -187,7 +203,9 @@ def main() -> None:
             raise
         text = str(error)
         if len(text) > _LONGEST:
-            text = f"{text[:_LONGEST]} ... (cut; --debug shows all {len(text):,} characters)"
+            # The end of a message tells what to do.
+            half = _LONGEST // 2
+            text = f"{text[:half]} ... ({len(text) - 2 * half:,} characters left out, which --debug shows) ... {text[-half:]}"
         print(f"error: {text}", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:

@@ -21,7 +21,15 @@ def check(plan: Plan, num_clients: int | None = None, roster: Roster | None = No
         num_clients: How many owners there are, where that is known.
         roster: What they tell of themselves, where they were asked.
     """
-    findings = [*_traits(plan), *_order(plan), *_sums(plan), *_privacy(plan), *_cohort(plan, num_clients), *_withheld(plan, roster), *_idle(plan)]
+    findings = [
+        *_traits(plan),
+        *_order(plan),
+        *_sums(plan),
+        *_privacy(plan),
+        *_cohort(plan, num_clients),
+        *_withheld(plan, roster),
+        *_idle(plan),
+    ]
     for part in plan.parts().values():
         findings.extend(part.check(plan))
     order = {"refusal": 0, "warning": 1, "note": 2, "promise": 3}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,6 +75,6 @@ def _same(source: str, test: str) -> bool:
         names = [name if name.count(":") > 1 else f"{name}:train" for name in (source, test)]
         return names[0] == names[1]
     try:
-        return source == test or os.path.samefile(Path(source).expanduser(), Path(test).expanduser())
+        return source == test or Path(source).expanduser().samefile(Path(test).expanduser())
     except (OSError, ValueError, RuntimeError):
         return False  # One of them is not there, as whoever opens it will say.

@@ -316,7 +316,9 @@ def _build(spec: Model, head: Head, config: Any, key: Key, renew: bool) -> tuple
                 _draw(model, beside)
         except ModelError:
             raise
-        except Exception as error:  # layers are built of the config's numbers, and each kind fails in its own way of those that make no sense
+        except (
+            Exception
+        ) as error:  # layers are built of the config's numbers, and each kind fails in its own way of those that make no sense
             verb = "built" if spec.source is None else "loaded"
             raise ModelError(
                 f"The model {spec.source or spec.architecture!r} could not be {verb} as a {head.replace('_', ' ')} model: {_brief(error)}"

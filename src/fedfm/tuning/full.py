@@ -50,7 +50,7 @@ class Full(Tuning):
 def unbanked(tuning: Tuning, plan: Plan) -> Iterator[Finding]:
     """A bank that is asked for in vain."""
     bank = getattr(plan.parts().get("engine"), "bank", "auto")
-    if bank != "auto" and bank > 1:
+    if isinstance(bank, int) and bank > 1:
         yield warn(
             "engine",
             f"{type(tuning).__name__} cannot bank, so clients run one by one instead of {bank} at a time. Leave bank at auto, or tune with LoRA.",

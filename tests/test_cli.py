@@ -16,6 +16,7 @@ import pytest
 from test_run import small
 
 import fedfm
+import fedfm.core.version
 from fedfm.cli import main as cli
 from fedfm.recipe import dump, load
 from fedfm.run.folder import read_lines
@@ -293,6 +294,22 @@ BAD_WORDS = {
     "a folder that cannot be made": (["run", "recipe.yaml", "--out", "rows.jsonl/out"], "rows.jsonl"),
     "a folder that is none": (["resume", "nowhere"], "holds no run"),
     "a report of nothing": (["report", "nowhere"], "nowhere"),
+    "a hub name that is none": (["run", "recipe.yaml", "model={source: nosuch-model}"], "There is no folder 'nosuch-model' here"),
+    "a folder that is not there": (["run", "recipe.yaml", "model={source: ./nosuch}"], "There is no model folder"),
+    "a package that is none": (["run", "recipe.yaml", "model={source: 'package:os.path.nope/x'}"], "is not installed"),
+    "a home that is none": (["run", "recipe.yaml", "data.source=~nosuchuser/x"], "there is no such home folder"),
+    "a recipe in a home that is none": (["run", "~nosuchuser/x.yaml"], "there is no such home folder"),
+    "a NUL character": (["run", "recipe.yaml", 'data.source="a\\0b"'], "NUL character"),
+    "a path that is too long": (["run", "recipe.yaml", f"data.source={'a' * 5000}"], "File name too long"),
+    "a recipe's name that is too long": (["run", "a" * 5000], "File name too long"),
+    "a device as recipe": (["run", "/dev/zero"], "may never end"),
+    "a device as data": (["run", "recipe.yaml", "data.source=/dev/zero"], "may never end"),
+    "too many threads": (["run", "recipe.yaml", "engine.threads=1000000"], "from 1 to 1024"),
+    "threads beyond 64 bits": (["run", "recipe.yaml", f"engine.threads={2**70}"], "beyond 64 bits"),
+    "a rank above every width": (["run", "recipe.yaml", "tuning.r=1000000000"], "no target is wider than 32"),
+    "a negative width": (["run", "recipe.yaml", "model.hidden_size=-5"], "The config of Llama is not valid"),
+    "a test file that trains": (["check", "recipe.yaml", "data.test=rows.jsonl"], "is refused"),
+    "an unknown log level": (["run", "recipe.yaml", "--log-level", "loud"], "it must be debug, info, warning, error"),
     "an unknown room": (["list", "tunning"], "Did you mean 'tuning'?"),
     "an unknown part": (["show", "LORRA"], "Did you mean 'LoRA'?"),
 }
@@ -313,6 +330,62 @@ def test_bad_input_is_one_message(case: str, call: Fedfm, tmp_path: Path) -> Non
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     refused(call(*words), told)
     assert {path: path.read_bytes() for path in before} == before, "nothing that existed is lost"
+
+
+def test_a_pipe_is_refused_and_not_waited_for(call: Fedfm, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    refused(call("run", "pipe.jsonl"), "may never end")
+    refused(call("run", "recipe.yaml", "data.source=pipe.jsonl"), "may never end")
+
+
+def test_a_long_message_is_cut_in_its_middle(call: Fedfm) -> None:
+    code, _, err = call("run", "recipe.yaml", f"tuning={'x' * 40_000}")
+    assert code == 2 and len(err) < 5000 and "characters left out" in err and "Known: " in err
+
+
+def test_the_version_and_help_without_escapes(call: Fedfm) -> None:
+    assert call("--version")[:2] == (0, f"fedfm {fedfm.core.version.VERSION}\n")
+    _, out, _ = call("export", "--help")
+    assert "[required]" in out and "\\" not in out
+
+
+@pytest.mark.parametrize("words", [["--temperature", "nan"], ["--temperature", "1e-300"], ["--seed", 10**30], ["--seed", -1]])
+def test_numbers_that_cannot_be_drawn_with_are_refused(words: list[object], call: Fedfm) -> None:
+    assert call("run", "recipe.yaml", "rounds=0", "--out", "out", "--quiet")[0] == 0
+    refused(call("generate", "out", "the cat", *words), "it must be")
+
+
+def test_check_warns_of_what_learns_nothing(call: Fedfm, tmp_path: Path) -> None:
+    code, out, _ = call("check", "recipe.yaml", "rounds=0", "local.lr=0", "deadline=3", "tuning=Full", "engine.bank=8")
+    assert code == 0
+    for words in ("with 0 rounds", "has lr 0", "between banks only", "cannot bank, so clients run one by one instead of 8"):
+        assert re.search(f"^warning .*{words}", out, re.M), out
+    _, out, _ = call("check", "recipe.yaml", "engine={Process: {max_processes: 6400}}")
+    assert "6400 processes" in out
+    lines = (tmp_path / "rows.jsonl").read_text().splitlines()
+    (tmp_path / "test.jsonl").write_text("\n".join([*lines[:3], '{"owner": "ann", "text": "no such row"}', ""]))
+    code, out, _ = call("check", "recipe.yaml", "data.test=test.jsonl", "--data", "--json")
+    answer = json.loads(out)
+    assert code == 0 and answer["can_run"] and answer["owners"][0]["owner"] == "ann"
+    (shared,) = [entry["text"] for entry in answer["findings"] if entry["where"] == "data"]
+    assert re.match(r"\d+ of 4 test rows also stand in the training data", shared)
+
+
+def test_the_mean_of_factors_is_noted_by_check_and_not_by_runs(call: Fedfm, caplog: pytest.LogCaptureFixture) -> None:
+    assert call("check", "recipe.yaml")[1].count("the mean of LoRA factors") == 1
+    code, out, err = call("run", "recipe.yaml", "--out", "out")
+    assert code == 0 and "mean of LoRA factors" not in out + err + caplog.text
+
+
+def test_answers_in_json(call: Fedfm) -> None:
+    assert {"room": "tuning", "name": "LoRA"}.items() <= next(
+        x for x in json.loads(call("list", "--json")[1]) if x["name"] == "LoRA"
+    ).items()
+    assert json.loads(call("show", "LoRA", "--json")[1])["fields"][0] == {"name": "r", "type": "int", "default": "8"}
+    code, out, _ = call("run", "recipe.yaml", "--out", "out", "--json")
+    assert code == 0 and json.loads(out)["last_round"]["round"] == 1
+    assert json.loads(call("report", "out", "--json")[1]) == {"report": "out/report.html"}
+    assert call("resume", "out", "rounds=2", "--quiet")[:2] == (0, "")
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
@@ -346,16 +419,17 @@ def test_debug_shows_where(call: Fedfm, monkeypatch: pytest.MonkeyPatch) -> None
         cli.main()
 
 
-def test_a_stopped_run_says_how_to_go_on(call: Fedfm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_stopped_run_says_how_to_go_on(name: str, code: int, call: Fedfm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import signal
 
     from fedfm.core import disk
 
     monkeypatch.setattr(
-        disk, "on_step", lambda name: os.kill(os.getpid(), signal.SIGINT) if name == "written round-000000.safetensors" else None
+        disk, "on_step", lambda step: os.kill(os.getpid(), signal.Signals[name]) if step == "written round-000000.safetensors" else None
     )
-    code, _, err = call("run", "recipe.yaml", "--out", "out")
-    assert code == 130 and "fedfm resume out" in err
+    ended, _, err = call("run", "recipe.yaml", "--out", "out")
+    assert ended == code and "fedfm resume out" in err
     monkeypatch.setattr(disk, "on_step", None)
     assert call("resume", "out")[0] == 0
     assert re.search(r"1/1|round", (tmp_path / "out" / "report.html").read_text())

@@ -230,6 +230,19 @@ def test_a_new_head_is_saved_with_the_adapter_and_loads_in_peft(tmp_path: Path) 
     torch.testing.assert_close(our_logits, tiny.logits_of(peft_model, batch), **TOLERANCE)
 
 
+def test_a_classifiers_adapter_brings_its_labels(tmp_path: Path) -> None:
+    base = tiny.foundation("Bert", "masked_lm")
+    save(base, base.model, tmp_path / "base")
+    foundation = load(Model(str(tmp_path / "base")), "sequence_classification", ("neg", "neu", "pos"), "cpu", Key.root(0))
+    batch, tuning = tiny.batch_of(foundation), LoRA(r=2)
+    mine, params = ours(tuning, foundation, batch)
+    tuning.save(foundation, params, tmp_path / "adapter")
+    labels = json.loads((tmp_path / "adapter" / "labels.json").read_text(encoding="utf-8"))
+    theirs = AutoModelForSequenceClassification.from_pretrained(tmp_path / "adapter", id2label=dict(enumerate(labels))).eval()
+    assert theirs.config.id2label == {0: "neg", 1: "neu", 2: "pos"}
+    torch.testing.assert_close(mine, tiny.logits_of(theirs, batch), **TOLERANCE)
+
+
 @pytest.mark.parametrize("kind", ["lora", "ia3"])
 @pytest.mark.parametrize("architecture", ["Roberta", "XLMRoberta", "Electra", "DistilBert"])
 def test_a_head_of_several_layers_is_saved_with_the_adapter_and_loads_in_peft(architecture: str, kind: str, tmp_path: Path) -> None:

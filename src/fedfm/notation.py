@@ -63,7 +63,16 @@ for _tag, (_pattern, _first) in _SCALARS.items():
         _kind.add_implicit_resolver(_tag, re.compile(f"^(?:{_pattern})$"), [*_first, *([""] if _tag == _NULL else [])])
 # YAML folds some line breaks in plain text into spaces; written as escapes they stay what they are.
 _Dumper.add_representer(str, lambda dumper, text: dumper.represent_scalar(_STR, text, style=None if text.isprintable() else '"'))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
+
+
+def _whole(loader: _Loader, node: ScalarNode) -> int:
+    number = int(node.value)
+    if not -(2**63) <= number < 2**63:
+        raise ValueError("this whole number is beyond 64 bits")
+    return number
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _whole)
 
 
 def build(cls: type[T], text: str, name: str, overrides: Sequence[str] = ()) -> T:
@@ -118,25 +127,28 @@ def _compose(text: str, name: str) -> Node | None:
     except (yaml.YAMLError, RecursionError) as error:
         raise ConfigError(f"{name}: this is not YAML: {error}") from error
     if root is not None:
-        _refuse_duplicates(root)
+        _require_clear(root)
     return root
 
 
-def _refuse_duplicates(node: Node) -> None:
+def _require_clear(node: Node) -> None:
+    """Refuses keys that stand twice, and texts with a NUL character, which no path, column or name has."""
     if isinstance(node, SequenceNode):
         for item in node.value:
-            _refuse_duplicates(item)
+            _require_clear(item)
+    elif isinstance(node, ScalarNode) and "\0" in node.value:
+        raise ConfigError(f"{_mark(node)}: a text here has a NUL character, which no path, column or name can have. Remove it.")
     elif isinstance(node, MappingNode):
-        seen: dict[str, Node] = {}
+        first: dict[str, Node] = {}
         for key, value in node.value:
             if not isinstance(key, ScalarNode):
                 raise ConfigError(f"{_mark(key)}: a key must be a name, not a list or a mapping.")
-            if key.value in seen:
+            if key.value in first:
                 raise ConfigError(
-                    f"{_mark(key)}: the key {key.value!r} stands here and at {_mark(seen[key.value])}; which of the two holds? Remove one."
+                    f"{_mark(key)}: the key {key.value!r} stands here and at {_mark(first[key.value])}; which of the two holds? Remove one."
                 )
-            seen[key.value] = key
-            _refuse_duplicates(value)
+            first[key.value] = key
+            _require_clear(value)
 
 
 def _line(name: str, line: int) -> str:
@@ -357,7 +369,7 @@ def _construct(cls: type, values: dict[str, Any], nodes: Mapping[str, Node], nod
 
 def _override(cls: type, root: MappingNode, text: str) -> None:
     dotted, equals, value = text.partition("=")
-    where = f"{_OVERRIDE}{text!r}"
+    where = f"{_OVERRIDE}{text if len(text) <= 80 else text[:77] + '...'!r}"
     if not equals or not dotted.strip():
         raise ConfigError(f"{where}: an override is key=value, such as rounds=20 or tuning.LoRA.r=16.")
     new = _compose(value, where)

@@ -10,8 +10,11 @@ from pathlib import Path
 
 from fedfm import notation
 from fedfm.core.errors import ConfigError
+from fedfm.core.paths import usable
 from fedfm.core.registry import suggest
 from fedfm.federation import Federation
+
+_LARGEST = 1 << 20  # bytes of a recipe
 
 
 def read(path: Path | str, overrides: Sequence[str] = ()) -> Federation:
@@ -25,11 +28,13 @@ def read(path: Path | str, overrides: Sequence[str] = ()) -> Federation:
     Raises:
         ConfigError: telling the file, the line, the key, what was given and what is allowed.
     """
-    path = Path(path).expanduser()
+    path = usable(path, "The recipe")
     try:
+        if path.stat().st_size > _LARGEST:
+            raise ConfigError(f"The recipe {path} has more than {_LARGEST:,} bytes, which no recipe has. Is it another file?")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        near = suggest(path.name, (found.name for found in path.parent.glob("*.y*ml"))) if path.parent.is_dir() else ""
+        near = suggest(path.name, (beside.name for beside in path.parent.glob("*.y*ml"))) if path.parent.is_dir() else ""
         raise ConfigError(f"There is no recipe at {path} (looked from {Path.cwd()}).{near}") from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"The recipe {path} cannot be read: {error}") from error
@@ -57,18 +62,22 @@ def dump(federation: Federation) -> str:
 
 
 def located(federation: Federation, folder: Path | None = None) -> Federation:
-    """The federation with relative paths that exist made absolute, looked for in ``folder`` (default: the current directory)."""
+    """The federation with relative paths that exist made absolute, looked for in ``folder`` (default: the current directory).
 
-    def locate(value: str | None) -> str | None:
+    Raises:
+        ConfigError: if something that the recipe names cannot be a path, or is a pipe or a device.
+    """
+
+    def locate(value: str | None, what: str) -> str | None:
         if value is None or value == "stdlib" or re.match(r"\w+:", value):
             return value
-        path = (folder or Path.cwd()) / Path(value).expanduser()
+        path = usable((folder or Path.cwd()) / usable(value, what), what)
         # Not resolve(): a link's own name carries the suffix that tells the format.
         return os.path.normpath(path.absolute()) if path.exists() else value
 
     model, data = federation.model, federation.data
     return replace(
         federation,
-        model=replace(model, source=locate(model.source), tokenizer=locate(model.tokenizer)),
-        data=replace(data, source=locate(data.source) or data.source, test=locate(data.test)),
+        model=replace(model, source=locate(model.source, "model.source"), tokenizer=locate(model.tokenizer, "model.tokenizer")),
+        data=replace(data, source=locate(data.source, "data.source") or data.source, test=locate(data.test, "data.test")),
     )

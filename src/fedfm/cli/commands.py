@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import signal
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import FrameType
+from typing import TextIO
 
+from fedfm.cli.parts import show_json
 from fedfm.core import check as plans
 from fedfm.core import words
 from fedfm.core.errors import ConfigError
+from fedfm.core.parts import Finding, warn
+from fedfm.core.roster import Roster
+from fedfm.federation import Federation
+from fedfm.observers.base import Watcher
 from fedfm.observers.progress import Progress
 from fedfm.recipe import dump, located, read
-from fedfm.run.folder import RECIPE
+from fedfm.run.folder import LEDGER, METRICS, RECIPE, read_lines
+
+_LEVELS = ("debug", "info", "warning", "error")
 
 
-def run(recipe: Path, overrides: Sequence[str], out: Path | None, dry_run: bool) -> None:
+def run(recipe: Path, overrides: Sequence[str], out: Path | None, dry_run: bool, telling: Telling) -> None:
     """``fedfm run``."""
     from fedfm.run.loop import run
 
@@ -25,28 +38,31 @@ def run(recipe: Path, overrides: Sequence[str], out: Path | None, dry_run: bool)
         print(dump(federation), end="")
         return
     out = out or Path("runs") / federation.name
-    _play(run(federation, out=out, watchers=[_progress()]), out)
+    _play(run(federation, out=out, watchers=telling.watchers()), out, telling)
 
 
-def resume(path: Path, overrides: Sequence[str]) -> None:
+def resume(path: Path, overrides: Sequence[str], telling: Telling) -> None:
     """``fedfm resume``."""
     from fedfm.run.loop import resume
 
     federation = read(path / RECIPE, overrides) if overrides and (path / RECIPE).is_file() else None
-    _play(resume(path, federation=federation, watchers=[_progress()]), path)
+    _play(resume(path, federation=federation, watchers=telling.watchers()), path, telling)
 
 
-def _play(rounds: Iterable[object], out: Path) -> None:
-    try:
+def _play(rounds: Iterable[object], out: Path, telling: Telling) -> None:
+    with _stoppable(f"fedfm resume {out}"):
         for _ in rounds:
             pass
-    except KeyboardInterrupt:
-        print(f"\nStopped; what was completed is kept. Go on with: fedfm resume {out}", file=sys.stderr)
-        sys.exit(130)
-    print(f"model   {out / 'model'}\nreport  {out / 'report.html'}")
+    model, report = str(out / "model"), str(out / "report.html")
+    if telling.as_json:
+        last = read_lines(out / METRICS)[-1:]
+        ledger = json.loads((out / LEDGER).read_text(encoding="utf-8"))
+        show_json({"run": str(out), "model": model, "report": report, "last_round": last[0] if last else None, "ledger": ledger})
+    elif not telling.quiet:
+        print(f"model   {model}\nreport  {report}")
 
 
-def compare(recipe: Path, overrides: Sequence[str], out: Path | None) -> None:
+def compare(recipe: Path, overrides: Sequence[str], out: Path | None, telling: Telling) -> None:
     """``fedfm compare``."""
     from fedfm.reports import show_comparison
     from fedfm.run.compare import compare
@@ -55,44 +71,88 @@ def compare(recipe: Path, overrides: Sequence[str], out: Path | None) -> None:
         recipe, out = recipe / RECIPE, out or recipe
     federation = located(read(recipe, overrides))
     out = out or Path("runs") / federation.name
-    progress = _progress()
-    try:
-        table = compare(federation, out, watchers=[progress], stage=Progress(live=False).stage).to_json()
-    except KeyboardInterrupt:
-        print(f"\nStopped; what was completed is kept. Go on with: fedfm compare {out}", file=sys.stderr)
-        sys.exit(130)
-    print()
+    watchers = telling.watchers()
+    stage = Progress(file=telling.stream, live=False).stage if watchers else _unseen
+    with _stoppable(f"fedfm compare {out}"):
+        table = compare(federation, out, watchers=watchers, stage=stage).to_json()
+    if telling.as_json:
+        show_json(table)
+        return
+    if not telling.quiet:
+        print()
     show_comparison(table)
     print(f"\nreport  {out / 'report.html'}")
 
 
-def check(recipe: Path, overrides: Sequence[str], data: bool) -> None:
+def check(recipe: Path, overrides: Sequence[str], data: bool, as_json: bool) -> None:
     """``fedfm check``."""
     plan = located(read(recipe, overrides)).resolved()
-    num_clients, roster = None, None
-    if data:
-        from fedfm.simulation import Simulation
-        from fedfm.verbs import Describe
+    opened = _open(plan) if data else None
+    findings = plans.check(plan, *((None, None) if opened is None else (len(opened.roster.ids), opened.roster)))
+    findings = [*findings, *([] if opened is None else opened.findings)]
+    refused = any(finding.level == "refusal" for finding in findings)
+    if as_json:
+        known = {} if opened is None else opened.to_json()
+        show_json({"recipe": str(recipe), "can_run": not refused, "findings": [asdict(finding) for finding in findings], **known})
+    else:
+        if opened is not None:
+            opened.show()
+        for finding in findings:
+            print(f"{finding.level:<9} {finding.where}: {finding.text}")
+    if refused:
+        raise ConfigError(f"{recipe} is refused, for the reasons above.")
+    if not as_json:
+        print(f"{recipe} can run." if data else f"{recipe}: the plan is sound. Its model and data were not opened; --data does.")
 
-        simulation = Simulation.build(plan)
-        house = simulation.house
-        print(f"{words.count(house.foundation.num_params)} parameters, {words.count(house.tuned.spec.size)} trainable")
-        num_clients = len(house.clients)
-        with simulation.open() as session:
-            roster = Describe().roster(plan.channel, session, house.clients, house.labels, house.key)
-        for row in roster.picture():
+
+@dataclass(frozen=True)
+class _Opened:
+    """What a recipe's model and data turned out to be.
+
+    Args:
+        left_out: Owners without usable data, and why.
+        findings: What the plan alone does not show.
+    """
+
+    num_params: int
+    num_trainable: int
+    roster: Roster
+    left_out: Mapping[str, str]
+    findings: Sequence[Finding]
+
+    def show(self) -> None:
+        """Prints the sizes and a line for each owner."""
+        print(f"{words.count(self.num_params)} parameters, {words.count(self.num_trainable)} trainable")
+        for row in self.roster.picture():
             print(
                 f"{words.clean(row['owner'], 32):<34}{words.count(row['train']):>8} train {words.count(row['test']):>7} test "
                 f"{words.count(row['tokens']):>9} tokens"
             )
-        for owner, why in simulation.owners.left_out.items():
+        for owner, why in self.left_out.items():
             print(f"left out  {words.clean(owner)}: {words.clean(why)}")
-    findings = plans.check(plan, num_clients, roster)
-    for finding in findings:
-        print(f"{finding.level:<9} {finding.where}: {finding.text}")
-    if any(finding.level == "refusal" for finding in findings):
-        raise ConfigError(f"{recipe} is refused, for the reasons above.")
-    print(f"{recipe} can run." if data else f"{recipe}: the plan is sound. Its model and data were not opened; --data does.")
+
+    def to_json(self) -> dict[str, object]:
+        """The same in plain values."""
+        sizes = {"parameters": self.num_params, "trainable": self.num_trainable}
+        return {**sizes, "owners": self.roster.picture(), "left_out": dict(self.left_out)}
+
+
+def _open(plan: Federation) -> _Opened:
+    from fedfm.data.overlap import shared_rows
+    from fedfm.simulation import Simulation
+    from fedfm.verbs import Describe
+
+    simulation = Simulation.build(plan)
+    house = simulation.house
+    with simulation.open() as session:
+        roster = Describe().roster(plan.channel, session, house.clients, house.labels, house.key)
+    findings = []
+    shared, num_rows = shared_rows(plan.data, plan.task.columns)
+    if shared:
+        findings.append(
+            warn("data", f"{shared} of {num_rows} test rows also stand in the training data, where they are learned by heart. Remove them.")
+        )
+    return _Opened(house.foundation.num_params, house.tuned.spec.size, roster, simulation.owners.left_out, findings)
 
 
 def export(run: Path, to: Path, merge: bool) -> None:
@@ -110,10 +170,67 @@ def generate(run: Path, prompt: str, max_new_tokens: int, temperature: float, se
     print(Result.open(run).generate(prompt, max_new_tokens, temperature, seed))
 
 
-def _progress() -> Progress:
-    # What goes wrong on the way (a client that fails, an owner left out) is told as it happens.
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_Stderr()])
-    return Progress()
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does."""
+
+
+@contextmanager
+def _stoppable(command: str) -> Iterator[None]:
+    """Ends the process on Ctrl-C and on SIGTERM with a word on how to go on.
+
+    Args:
+        command: What goes on with the work.
+    """
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        raise _Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    except KeyboardInterrupt as stop:
+        print(f"\nStopped; what was completed is kept. Go on with: {command}", file=sys.stderr)
+        sys.exit(128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT))
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
+
+@dataclass(frozen=True)
+class Telling:
+    """What a command that runs says while it does.
+
+    Args:
+        quiet: No progress; warnings and errors alone.
+        as_json: One JSON object at the end on stdout, and everything else on stderr.
+        log_level: From which level on messages of the log are shown.
+    """
+
+    quiet: bool = False
+    as_json: bool = False
+    log_level: str = "warning"
+
+    @property
+    def stream(self) -> TextIO:
+        """Where progress goes."""
+        return sys.stderr if self.as_json else sys.stdout
+
+    def watchers(self) -> list[Watcher]:
+        """The progress, if it is wanted; what goes wrong on the way (a client that fails, an owner left out) is told as it happens.
+
+        Raises:
+            ConfigError: if there is no such level.
+        """
+        level = logging.getLevelNamesMapping().get(self.log_level.upper())
+        if self.log_level.lower() not in _LEVELS or level is None:
+            raise ConfigError(f"--log-level is {words.clean(self.log_level, 40)}; it must be {', '.join(_LEVELS)}.")
+        logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_Stderr()])
+        # Ours alone: below a warning, what the libraries log is for their authors.
+        logging.getLogger("fedfm").setLevel(level)
+        return [] if self.quiet else [Progress(file=self.stream)]
+
+
+def _unseen(text: str, done: int | None = None, total: int | None = None) -> None:
+    """The stages of a quiet command."""
 
 
 class _Stderr(logging.Handler):

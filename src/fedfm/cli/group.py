@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 import typer
-from typer.core import TyperGroup
+from typer.core import TyperCommand, TyperGroup
 
 from fedfm.core.errors import ConfigError
 
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 GROUP = "fedfm.commands"
+
+
+class Command(TyperCommand):
+    """One of our commands."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        """Its help. Typer escapes ``[required]`` for Rich even where Rich does not print it."""
+        return super().get_help(ctx).replace("\\[", "[")
 
 
 class Commands(TyperGroup):

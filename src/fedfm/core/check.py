@@ -12,7 +12,7 @@ import torch
 
 from fedfm.core.errors import PlanError
 from fedfm.core.leaves import Leaf
-from fedfm.core.parts import Finding, Plan, Transform, refuse
+from fedfm.core.parts import Finding, Plan, Transform, refuse, warn
 from fedfm.core.roster import Roster
 from fedfm.core.tree import Spec
 
@@ -24,10 +24,18 @@ def check(plan: Plan, num_clients: int | None = None, roster: Roster | None = No
         num_clients: How many owners there are, where that is known.
         roster: What they tell of themselves, where they were asked.
     """
-    findings = [*_traits(plan), *_order(plan), *_sums(plan), *_privacy(plan), *_cohort(plan, num_clients), *_withheld(plan, roster)]
+    findings = [
+        *_traits(plan),
+        *_order(plan),
+        *_sums(plan),
+        *_privacy(plan),
+        *_cohort(plan, num_clients),
+        *_withheld(plan, roster),
+        *_idle(plan),
+    ]
     for part in plan.parts().values():
         findings.extend(part.check(plan))
-    order = {"refusal": 0, "warning": 1, "promise": 2}
+    order = {"refusal": 0, "warning": 1, "note": 2, "promise": 3}
     return sorted(dict.fromkeys(findings), key=lambda finding: order[finding.level])
 
 
@@ -116,6 +124,15 @@ def _privacy(plan: Plan) -> Iterator[Finding]:
                 f"{type(transform).__name__} promises privacy and covers {', '.join(sorted(transform.covers))}, but leaves of the group "
                 f"{' and '.join(bare)} leave uncovered.",
             )
+
+
+def _idle(plan: Plan) -> Iterator[Finding]:
+    """Numbers with which a run learns nothing."""
+    if plan.rounds == 0:
+        yield warn("rounds", "with 0 rounds the base is evaluated and nothing is trained. Set rounds to 1 or more.")
+    for place, part in plan.parts().items():
+        if getattr(part, "lr", None) == 0:
+            yield warn(place, f"{type(part).__name__} has lr 0, so every step is zero and the model stays as it is. Set lr above 0.")
 
 
 def _withheld(plan: Plan, roster: Roster | None) -> Iterator[Finding]:

@@ -149,12 +149,12 @@ class Finding:
     """One thing the plan check has to say.
 
     Args:
-        level: ``refusal`` stops the run, ``warning`` does not, ``promise`` is what the plan guarantees.
+        level: ``refusal`` stops the run, ``warning`` does not, ``note`` is for ``fedfm check`` alone, ``promise`` is what the plan guarantees.
         where: The part's place in the recipe.
         text: What, why, and the remedy.
     """
 
-    level: Literal["refusal", "warning", "promise"]
+    level: Literal["refusal", "warning", "note", "promise"]
     where: str
     text: str
 
@@ -167,6 +167,11 @@ def refuse(where: str, text: str) -> Finding:
 def warn(where: str, text: str) -> Finding:
     """A finding that does not stop the run."""
     return Finding("warning", where, text)
+
+
+def note(where: str, text: str) -> Finding:
+    """A finding that is so of every plan with this part: ``fedfm check`` shows it, a run does not repeat it."""
+    return Finding("note", where, text)
 
 
 class Part:
@@ -662,6 +667,11 @@ class Plan(Protocol):
         """Seconds a client has to answer."""
         ...
 
+    @property
+    def rounds(self) -> int:
+        """How many rounds to run in all."""
+        ...
+
     def parts(self) -> dict[str, Part]:
         """Every part by its place in the recipe, nested ones too (``transforms.0``, ``local.inner``)."""
         ...
@@ -680,7 +690,7 @@ class Plan(Protocol):
 
 
 __all__ = [
-    "COUNTED", "ERRAND", "TICKET", "Aggregator", "Channel", "ClientId", "Cohort", "Errand", "Finding", "GradientTrainer", "Leaf", "LocalTrainer", "Method", "Objective", "P",
-    "Pacing", "Part", "Partial", "Plan", "RoundContext", "Sampler", "Scratch", "Sealed", "ServerOptimizer", "ServerState", "Session", "Spec",
-    "Spent", "Traits", "Transform", "Tree", "Update", "Work", "WrappedTrainer", "errand_id", "innermost", "refuse", "traits", "warn",
+    "COUNTED", "ERRAND", "TICKET", "Aggregator", "Channel", "ClientId", "Cohort", "Errand", "Finding", "GradientTrainer", "Leaf", "LocalTrainer",
+    "Method", "Objective", "P", "Pacing", "Part", "Partial", "Plan", "RoundContext", "Sampler", "Scratch", "Sealed", "ServerOptimizer", "ServerState", "Session", "Spec",
+    "Spent", "Traits", "Transform", "Tree", "Update", "Work", "WrappedTrainer", "errand_id", "innermost", "note", "refuse", "traits", "warn",
 ]  # fmt: skip

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from fedfm.core.errors import ConfigError
-from fedfm.core.parts import Part
+from fedfm.core.parts import Finding, Part, Plan, refuse
 from fedfm.data.partition import Partitioner
 
 
@@ -56,3 +58,23 @@ class Data(Part):
             )
         if self.limit is not None and self.limit < 1:
             raise ConfigError(f"data.limit is {self.limit}; it must be 1 or more, or null for all rows.")
+
+    def check(self, plan: Plan) -> Iterator[Finding]:
+        """Test rows must not be training rows."""
+        if self.test is not None and _same(self.source, self.test):
+            yield refuse(
+                "data",
+                f"test is {self.test}, which is the training source too, so an evaluation would measure what was learned by heart. "
+                "Give another file, or leave test out to hold out rows of each owner.",
+            )
+
+
+def _same(source: str, test: str) -> bool:
+    """Whether two sources are one, by another name or a link too."""
+    if source.startswith("hf:") or test.startswith("hf:"):
+        names = [name if name.count(":") > 1 else f"{name}:train" for name in (source, test)]
+        return names[0] == names[1]
+    try:
+        return source == test or Path(source).expanduser().samefile(Path(test).expanduser())
+    except (OSError, ValueError, RuntimeError):
+        return False  # One of them is not there, as whoever opens it will say.

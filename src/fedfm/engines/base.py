@@ -7,8 +7,12 @@ from typing import Literal
 
 from fedfm.client.house import House
 from fedfm.core.clock import Clock
+from fedfm.core.errors import ConfigError
 from fedfm.core.parts import Part
 from fedfm.core.session import Session
+
+# Every thread has a stack of its own, and a process that asks for more than the system has is ended without a word.
+_MAX_THREADS = 1024
 
 
 class Engine(Part, ABC):
@@ -31,3 +35,13 @@ class Engine(Part, ABC):
             house: The plan of the clients, and the data of those who are hosted on this machine.
             clock: Measures deadlines; default the machine's own clock.
         """
+
+
+def require_threads(name: str, threads: int | None) -> None:
+    """Checks a number of CPU threads.
+
+    Raises:
+        ConfigError: if it is out of range.
+    """
+    if threads is not None and not 1 <= threads <= _MAX_THREADS:
+        raise ConfigError(f"{name}.threads is {threads}; it must be from 1 to {_MAX_THREADS}, or null.")

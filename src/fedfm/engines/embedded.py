@@ -19,8 +19,9 @@ from fedfm.client.verb import verbs
 from fedfm.core.clock import Clock, Wall
 from fedfm.core.errors import ConfigError, DataError
 from fedfm.core.messages import ClientId, Failure, Request
+from fedfm.core.parts import Finding, Plan, warn
 from fedfm.core.session import Answer, Session
-from fedfm.engines.base import Engine
+from fedfm.engines.base import Engine, require_threads
 
 log = logging.getLogger(__name__)
 # Clients that are asked together what no bank is needed for.
@@ -53,10 +54,18 @@ class Embedded(Engine):
     def __post_init__(self) -> None:
         if self.bank != "auto" and self.bank < 1:
             raise ConfigError(f"Embedded.bank is {self.bank}; it must be 1 or more, or auto.")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError(f"Embedded.threads is {self.threads}; it must be 1 or more.")
+        require_threads("Embedded", self.threads)
         if self.memory is not None and not (self.memory > 0 and math.isfinite(self.memory)):
             raise ConfigError(f"Embedded.memory is {self.memory} GB; it must be a finite number above 0.")
+
+    def check(self, plan: Plan) -> Iterator[Finding]:
+        """A deadline cannot stop what runs in this process."""
+        if plan.deadline is not None:
+            yield warn(
+                "deadline",
+                f"the embedded engine looks at the {plan.deadline:g} s between banks only: a bank that has begun runs to its end, and only those "
+                "after it are late. For a deadline that ends a client's work, use the engine Process.",
+            )
 
     def open(self, house: House, clock: Clock | None = None) -> EmbeddedSession:
         """A session in this process; nothing is loaded before it is needed."""

@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from math import inf
@@ -33,13 +33,16 @@ from fedfm.client.footprint import base_bytes
 from fedfm.client.frames import Inbox, Outbox
 from fedfm.client.house import House
 from fedfm.client.memory import home
+from fedfm.core import words
 from fedfm.core.clock import Clock, Wall
 from fedfm.core.errors import ConfigError, MessageError
 from fedfm.core.messages import MAX_TENSORS, Body, ClientId, Failure, Reply, Request, Scalar, pack_parts, unpack
+from fedfm.core.parts import Finding, Plan, warn
 from fedfm.core.session import Answer, Session
-from fedfm.engines.base import Engine
+from fedfm.engines.base import Engine, require_threads
 
 _PROCESS_BYTES = 400_000_000
+_THREADS_PER_CORE = 4
 # An answer of this size is read alone, and a log of this size begins anew.
 _LARGE, _MAX_LOG = 1 << 20, 16 << 20
 # Seconds without a byte of it after which a long answer is no longer read alone.
@@ -71,11 +74,30 @@ class Process(Engine):
     start_timeout: float = 120.0
 
     def __post_init__(self) -> None:
-        for name, value in (("threads", self.threads), ("max_processes", self.max_processes)):
-            if value is not None and value < 1:
-                raise ConfigError(f"Process: {name} is {value}; it must be 1 or more, or null.")
+        require_threads("Process", self.threads)
+        if self.max_processes is not None and self.max_processes < 1:
+            raise ConfigError(f"Process: max_processes is {self.max_processes}; it must be 1 or more, or null.")
         if not self.start_timeout > 0:
             raise ConfigError(f"Process: start_timeout is {self.start_timeout} seconds; it must be more than 0.")
+
+    def check(self, plan: Plan) -> Iterator[Finding]:
+        """More processes than this machine has room for."""
+        if self.max_processes is None:
+            return
+        memory, cores = psutil.virtual_memory().total, os.cpu_count() or 1
+        needed, threads = self.max_processes * _PROCESS_BYTES, self.max_processes * (self.threads or 1)
+        if needed > memory / 2:
+            yield warn(
+                "engine",
+                f"{self.max_processes} processes take {words.size(needed)} before they load their models, and this machine has {words.size(memory)} "
+                "of memory. Leave max_processes out, for as many as half of it holds.",
+            )
+        if threads > _THREADS_PER_CORE * cores:
+            yield warn(
+                "engine",
+                f"{self.max_processes} processes with {self.threads or 1} or more threads each share {cores} processors: each becomes slow, and may "
+                f"miss a deadline. Set max_processes to about {max(1, cores // (self.threads or 1))}.",
+            )
 
     def open(self, house: House, clock: Clock | None = None) -> ProcessSession:
         """A session in which no client has been started yet.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import warnings
 from collections.abc import Sequence
@@ -11,8 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 
+from fedfm.core import words
 from fedfm.core.errors import ModelError
 from fedfm.core.keys import Key
 from fedfm.core.registry import suggest
@@ -27,6 +28,16 @@ _AUTO = {
     "causal_lm": "AutoModelForCausalLM",
     "masked_lm": "AutoModelForMaskedLM",
     "sequence_classification": "AutoModelForSequenceClassification",
+}
+_KINDS = {
+    "causal_lm": "MODEL_FOR_CAUSAL_LM_MAPPING",
+    "masked_lm": "MODEL_FOR_MASKED_LM_MAPPING",
+    "sequence_classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING",
+}
+_EXAMPLES = {
+    "causal_lm": "Llama, Qwen2 or GPT2, for example",
+    "masked_lm": "Bert, Roberta or ModernBert, for example",
+    "sequence_classification": "Bert, Roberta or Llama, for example",
 }
 # Their first position is the one after the padding token's id.
 _COUNT_FROM_PADDING = frozenset(
@@ -66,8 +77,8 @@ class Foundation:
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        found: torch.device = next(self.model.parameters()).device
-        return found
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def max_context(self) -> int | None:
@@ -131,24 +142,31 @@ def read_config(spec: Model) -> Any:
         try:
             return AutoConfig.from_pretrained(locate(spec.source), trust_remote_code=False)
         except (OSError, ValueError, KeyError) as error:
-            raise ModelError(f"No model could be loaded from {spec.source!r}: {str(error).splitlines()[0]}") from error
+            raise ModelError(f"No model could be loaded from {spec.source!r}: {_brief(error)}") from error
     known = {name.replace("-", "_").replace("_", ""): name for name in CONFIG_MAPPING}
     wanted = (spec.architecture or "").lower()
     if wanted not in known:
         raise ModelError(f"transformers has no architecture {spec.architecture!r}.{suggest(wanted, known)}")
     try:
         return AutoConfig.for_model(known[wanted], **dict(spec.config))
-    except (TypeError, ValueError) as error:
-        raise ModelError(f"The config of {spec.architecture} is not valid: {error}") from error
+    except Exception as error:  # each architecture computes with its numbers before, or without, checking them
+        raise ModelError(f"The config of {spec.architecture} is not valid: {_brief(error)}") from error
+
+
+def _brief(error: Exception) -> str:
+    """What another library's error says, on one line and not at length."""
+    return words.clean(" ".join(str(error).split()) or repr(error), 300)
 
 
 def configured(spec: Model, head: Head, tokenizer: Any) -> Any:
     """The config with which the model is built: read, and fitted to its tokenizer.
 
     Raises:
-        ModelError: if there is none, it has fewer tokens than the tokenizer, or an encoder is asked to be causal.
+        ModelError: if there is none, ``transformers`` has no model of its kind with this head, it has fewer tokens than the tokenizer, or an
+            encoder is asked to be causal.
     """
     config = read_config(spec)
+    _require_kind(spec, config, head)
     if head == "causal_lm":
         _require_causal(spec, config)
     given = dict(spec.config)
@@ -168,6 +186,17 @@ def configured(spec: Model, head: Head, tokenizer: Any) -> Any:
             "Use the tokenizer the model was trained with, or set vocab_size for a model from scratch."
         )
     return config
+
+
+def _require_kind(spec: Model, config: Any, head: Head) -> None:
+    import transformers
+
+    if type(config) not in getattr(transformers, _KINDS[head]):
+        kind = getattr(config, "model_type", "") or type(config).__name__
+        raise ModelError(
+            f"{spec.source or spec.architecture} is a model of the kind {kind}, and transformers has no {head.replace('_', ' ')} model of that kind. "
+            f"Choose another base ({_EXAMPLES[head]}) or another task."
+        )
 
 
 def classes_of(config: Any) -> tuple[str, ...]:
@@ -285,9 +314,14 @@ def _build(spec: Model, head: Head, config: Any, key: Key, renew: bool) -> tuple
                 if wrong:
                     raise ModelError(f"The weights at {spec.source!r} do not fit its config: {wrong[0]}.")
                 _draw(model, beside)
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except ModelError:
+            raise
+        except (
+            Exception
+        ) as error:  # layers are built of the config's numbers, and each kind fails in its own way of those that make no sense
+            verb = "built" if spec.source is None else "loaded"
             raise ModelError(
-                f"The model {spec.source or spec.architecture!r} could not be loaded as a {head.replace('_', ' ')} model: {error}"
+                f"The model {spec.source or spec.architecture!r} could not be {verb} as a {head.replace('_', ' ')} model: {_brief(error)}"
             ) from error
     return model, fresh
 
@@ -313,12 +347,12 @@ def _not_about_padding(record: logging.LogRecord) -> bool:
 
 def _without_dropout(config: Any) -> dict[str, float]:
     """Sets every dropout probability of a config to 0; returns what they were."""
-    found = {}
+    published = {}
     for name, value in config.to_dict().items():
         if ("dropout" in name or "pdrop" in name) and isinstance(value, float) and value > 0:
-            found[name] = value
+            published[name] = value
             setattr(config, name, 0.0)
-    return found
+    return published
 
 
 @contextmanager
@@ -350,6 +384,20 @@ def save(foundation: Foundation, model: Any, folder: Path) -> None:
         finally:
             model.config.use_cache = checkpointing
         foundation.tokenizer.save_pretrained(folder)
+
+
+def save_labels(foundation: Foundation, folder: Path) -> None:
+    """Writes ``labels.json`` beside the adapter of a classifier: an adapter's own config has no place for class names.
+
+    It is a list in the order of the indices, to be given when the base is loaded::
+
+        labels = json.loads((folder / "labels.json").read_text(encoding="utf-8"))
+        model = AutoModelForSequenceClassification.from_pretrained(folder, id2label=dict(enumerate(labels)))
+
+    A ``config.json`` would make ``transformers`` look for a whole model in the folder. Other models have no classes, and nothing is written.
+    """
+    if foundation.head == "sequence_classification":
+        (folder / "labels.json").write_text(json.dumps(foundation.labels, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def flops_per_token(num_params: int, num_trainable: int) -> int:

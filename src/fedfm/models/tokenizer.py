@@ -5,34 +5,91 @@ from __future__ import annotations
 import importlib.util
 import logging
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fedfm.core.errors import ConfigError, ModelError
+from fedfm.core.paths import usable
+from fedfm.core.registry import suggest
 
+log = logging.getLogger(__name__)
+
+# Seconds that the hub has to answer before its cache is asked.
+_PATIENCE = 5.0
 PAD, BOS, EOS, UNK = "<pad>", "<s>", "</s>", "<unk>"
 
 
 def locate(source: str) -> str:
-    """A source as ``transformers`` takes it: ``package:name/sub`` becomes a folder, anything else stays.
+    """A source as ``transformers`` takes it: a folder of this machine, or the name of a model on the Hugging Face hub.
+
+    ``package:name/sub`` is a folder inside an installed package. A source is a folder where it begins with ``.``, ``/`` or ``~``, has more than
+    one ``/``, or is there, or the folder above it is. Anything else is a hub name; where the hub does not answer, the copy in the hub's cache is taken.
 
     Raises:
-        ModelError: if the package is not installed, or a path that looks local does not exist.
+        ModelError: if the package is not installed, there is no such folder, or neither the hub nor its cache has the model.
     """
     if source.startswith("package:"):
-        name, _, rest = source.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(name)
-        if spec is None or not spec.submodule_search_locations:
-            raise ModelError(
-                f"The model is said to be in the Python package {name!r}, which is not installed. Remedy: pip install {name.replace('_', '-')}"
-            )
-        return str(Path(next(iter(spec.submodule_search_locations))) / rest)
-    looks_local = source.startswith((".", "/", "~")) or source.count("/") > 1
-    if looks_local and not Path(source).expanduser().is_dir():
+        return _inside_package(source)
+    try:
+        path = usable(source, "The model")
+        above = source.count("/") == 1 and path.parent.is_dir()
+        is_folder = path.is_dir()
+    except (ConfigError, OSError) as error:
+        raise ModelError(str(error)) from error
+    if is_folder:
+        return str(path)
+    if source.startswith((".", "/", "~")) or source.count("/") > 1 or above:
+        near = suggest(path.name, (beside.name for beside in path.parent.iterdir() if beside.is_dir())) if path.parent.is_dir() else ""
         raise ModelError(
-            f"There is no model folder at {source!r} (looked from {Path.cwd()}). Give a folder with a config.json, or a hub name."
+            f"There is no model folder at {source!r} (looked from {Path.cwd()}).{near} Give a folder with a config.json, or a hub name."
         )
-    return str(Path(source).expanduser()) if looks_local else source
+    return _on_hub(source)
+
+
+def _inside_package(source: str) -> str:
+    name, _, rest = source.removeprefix("package:").partition("/")
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # what stands before a dot is no package
+        spec = None
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError(
+            f"The model is said to be in the Python package {name!r}, which is not installed. Remedy: pip install {name.replace('_', '-')}"
+        )
+    return str(Path(next(iter(spec.submodule_search_locations))) / rest)
+
+
+@cache
+def _on_hub(name: str) -> str:
+    """``name``, or its folder in the hub's cache where the hub does not answer. It is asked once, and not for long.
+
+    Raises:
+        ModelError: if the hub has no such model, or does not answer and the cache has none.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+
+    here = f"There is no folder {name!r} here ({Path.cwd()})"
+    if constants.is_offline_mode():
+        reason = "HF_HUB_OFFLINE is set"
+    else:
+        try:
+            HfApi().model_info(name, timeout=_PATIENCE)
+            return name
+        except (RepositoryNotFoundError, HFValidationError) as error:
+            raise ModelError(f"{here}, and the Hugging Face hub has no model of that name. Give a folder with a config.json.") from error
+        except Exception as error:  # the network fails in many ways, each with an error of its own
+            reason = f"the hub does not answer ({type(error).__name__})"
+    try:
+        folder = snapshot_download(name, local_files_only=True)
+    except Exception as error:  # here too
+        raise ModelError(
+            f"{here}, and as a model of the Hugging Face hub it cannot be fetched: {reason}, and it was not downloaded before. "
+            "Give a folder with a config.json, or load it once where there is a network."
+        ) from error
+    log.warning("%s: %s is taken as it was downloaded before.", reason, name)
+    return str(folder)
 
 
 def load_tokenizer(source: str) -> Any:

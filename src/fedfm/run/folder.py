@@ -188,7 +188,10 @@ class RunFolder:
         disk.append(self.path / METRICS, _json(line))
         disk.write_atomic(self.path / LEDGER, _pretty(ledger.to_json()))
         for old in sorted((self.path / "state").glob("round-*.safetensors"))[:-_KEEP]:
-            old.unlink()
+            try:
+                old.unlink()
+            except OSError as error:
+                raise disk.cannot_write(old, error) from error
 
     def discard(self) -> None:
         """Removes a run without a result: only the files that a run writes, and the folder if it is empty then."""

@@ -326,15 +326,16 @@ def _finish(house: House, folder: RunFolder, state: ServerState, ledger: Ledger)
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Holds Ctrl-C back until the block is done."""
+    """Holds Ctrl-C and SIGTERM back until the block is done."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     held: list[int] = []
-    previous = signal.signal(signal.SIGINT, lambda number, _frame: held.append(number))
+    previous = {number: signal.signal(number, lambda number, _: held.append(number)) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous or signal.SIG_DFL)
+        for number, handler in previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)
     if held:
-        raise KeyboardInterrupt
+        signal.raise_signal(held[0])

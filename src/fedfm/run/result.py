@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,8 @@ from fedfm.run.folder import RECIPE, latest_state, read_journal
 from fedfm.tasks import Instruct
 
 log = logging.getLogger(__name__)
+# Logits over anything smaller overflow float32.
+_COLDEST = 1e-3
 
 
 @dataclass
@@ -78,11 +81,16 @@ class Result:
         """The model's answer to ``prompt``, which is put into the task's template where it has one.
 
         Args:
-            temperature: 0 takes the likeliest token each time.
+            temperature: 0 takes the likeliest token each time; otherwise at least 0.001.
+            seed: Of the drawing, from 0 to 2**63 - 1; used when ``temperature`` is not 0.
 
         Raises:
-            ConfigError: if the model does not write text.
+            ConfigError: if the model does not write text, or a number is out of range.
         """
+        if temperature != 0 and not _COLDEST <= temperature < math.inf:
+            raise ConfigError(f"The temperature is {temperature}; it must be 0 (the likeliest token) or from {_COLDEST} up.")
+        if not 0 <= seed < 2**63:
+            raise ConfigError(f"The seed is {seed}; it must be a whole number from 0 to 2**63 - 1.")
         if self.federation.task.head != "causal_lm":
             raise ConfigError(
                 f"This run's task is {type(self.federation.task).__name__}, whose model does not write text; generate needs CausalLM or Instruct."

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,14 @@ from typing import Any
 import torch
 
 from fedfm.core.errors import ConfigError
+from fedfm.core.parts import Finding, Plan
 from fedfm.core.registry import suggest
 from fedfm.core.tree import Tree
 from fedfm.models import Foundation
+from fedfm.models.foundation import save_labels
 from fedfm.tuning import layout
 from fedfm.tuning.base import Tuned, Tuning
-from fedfm.tuning.full import UnbankedModel
+from fedfm.tuning.full import UnbankedModel, unbanked
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,10 @@ class Peft(Tuning):
             )
         if isinstance(self.config, Mapping):
             object.__setattr__(self, "config", tuple(sorted((k, tuple(v) if isinstance(v, list) else v) for k, v in self.config.items())))
+
+    def check(self, plan: Plan) -> Iterator[Finding]:
+        """Clients run one by one."""
+        yield from unbanked(self, plan)
 
     def attach(self, foundation: Foundation) -> Tuned:
         """The base wrapped by ``peft``."""
@@ -84,6 +90,7 @@ class Peft(Tuning):
         for config in model.peft_config.values():
             config.base_model_name_or_path = base
         model.save_pretrained(str(folder))
+        save_labels(foundation, folder)
 
     def merge(self, foundation: Foundation, params: Tree) -> torch.nn.Module:
         """The base with the adapter folded in, where the method can be.

@@ -27,7 +27,8 @@ class Full(Tuning):
     """Every parameter trains and travels. Cannot bank: each client needs its own weights in every layer."""
 
     def check(self, plan: Plan) -> Iterator[Finding]:
-        """Embedding rows tell which tokens an owner has."""
+        """Embedding rows tell which tokens an owner has; and clients run one by one."""
+        yield from unbanked(self, plan)
         yield warn(
             "tuning",
             "trainable embeddings travel: their rows show which tokens an owner's text has. Freeze them (LoRA), or add differential privacy.",
@@ -44,6 +45,16 @@ class Full(Tuning):
     def merge(self, foundation: Foundation, params: Tree) -> nn.Module:
         """The base with its parameters replaced."""
         return layout.merged(foundation, params, {})
+
+
+def unbanked(tuning: Tuning, plan: Plan) -> Iterator[Finding]:
+    """A bank that is asked for in vain."""
+    bank = getattr(plan.parts().get("engine"), "bank", "auto")
+    if isinstance(bank, int) and bank > 1:
+        yield warn(
+            "engine",
+            f"{type(tuning).__name__} cannot bank, so clients run one by one instead of {bank} at a time. Leave bank at auto, or tune with LoRA.",
+        )
 
 
 class UnbankedModel(Tuned):

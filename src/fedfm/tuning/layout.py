@@ -16,6 +16,7 @@ from fedfm.core.errors import ConfigError, ModelError
 from fedfm.core.tree import Tree
 from fedfm.models import Foundation
 from fedfm.models.foundation import save as save_model
+from fedfm.models.foundation import save_labels
 
 PREFIX = "base_model.model."
 TASK_TYPES = {"causal_lm": "CAUSAL_LM", "sequence_classification": "SEQ_CLS", "masked_lm": None}
@@ -46,6 +47,7 @@ def save_adapter(foundation: Foundation, params: Tree, modules: Tree, config: Ma
     )
     (folder / "adapter_config.json").write_text(json.dumps(full, indent=2) + "\n", encoding="utf-8")
     foundation.tokenizer.save_pretrained(folder)
+    save_labels(foundation, folder)
 
 
 def _whole(model: nn.Module, names: set[str]) -> list[str]:

@@ -18,7 +18,7 @@ from torch import nn
 from fedfm.core.batch import Batch
 from fedfm.core.errors import ConfigError, ModelError
 from fedfm.core.keys import Key
-from fedfm.core.parts import Finding, Plan, warn
+from fedfm.core.parts import Finding, Plan, note
 from fedfm.core.tree import Tree
 from fedfm.models import Foundation
 from fedfm.tuning import layout
@@ -83,18 +83,25 @@ class LoRA(Tuning):
     def check(self, plan: Plan) -> Iterator[Finding]:
         """Warns of the mean: the mean of factors is not the mean of products."""
         if type(plan.aggregator).__name__ == "Mean":
-            yield warn(
+            yield note(
                 "aggregator",
-                "the mean of LoRA factors is not the mean of their products; they differ by the weighted covariance of the clients' A and B.",
+                "the mean of LoRA factors is not the mean of their products; they differ by the weighted covariance of the clients' A and B. "
+                "Fewer local steps in a round make the difference smaller; BitFit and IA3 have no products, and no difference.",
             )
 
     def attach(self, foundation: Foundation) -> BankedModel:
         """One site for each target.
 
         Raises:
-            ConfigError: if a target matches nothing, or PEFT would not load the adapter.
+            ConfigError: if a target matches nothing, the rank is above the width of every target, or PEFT would not load the adapter.
         """
         targets = match(foundation, self.targets or query_value(foundation), "tuning.LoRA.targets")
+        width, widest = max((min(in_out(module)), name) for name, module in targets)
+        if self.r > width:
+            raise ConfigError(
+                f"tuning.LoRA.r is {self.r}, but no target is wider than {width} ({widest}): a higher rank than that adds parameters to train "
+                f"and send, and no change of weights that a lower one could not make. Set r to at most {width}; 4 to 32 are usual."
+            )
         layout.require_loads(foundation, [name for name, _ in targets], "tuning.LoRA.targets")
         sites: list[Site] = [_LoRASite(name, module, self) for name, module in targets]
         return BankedModel(

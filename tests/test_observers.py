@@ -275,7 +275,7 @@ def test_tensorboard_needs_its_package_and_a_folder(monkeypatch: pytest.MonkeyPa
 # --- evaluation across the boundary -------------------------------------------------------------------------------
 
 
-SUMS = {"loss": 6.0, "hits": 1.0, "targets": 3.0}
+SUMS = {"loss": 6.0, "hits": 1.0, "targets": 3.0, "variance": 0.0}
 PLAN = Federation(Model("nowhere"), Data("stdlib"), task=CausalLM(), deadline=7.0)
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+SHARES = ("accuracy", "token_accuracy", "macro_f1")
+"""Metrics in ``0..1`` that read as a percentage."""
 
 
 def number(value: Any) -> float | None:
@@ -68,6 +71,71 @@ def change(before: Any, after: Any) -> str:
     return "-" if x is None or y is None or x == 0 else f"{100 * (y - x) / abs(x):+.1f} %"
 
 
+def percent(value: Any) -> str:
+    """``93.5 %``."""
+    x = number(value)
+    return "-" if x is None else f"{100 * x:.1f} %"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric as a person reads it.
+
+    Args:
+        name: As the task calls it.
+        lower_is_better: Its direction.
+    """
+
+    name: str = "loss"
+    lower_is_better: bool = True
+
+    @staticmethod
+    def from_json(value: Any) -> Metric:
+        """Undoes :meth:`to_json`; the loss where nothing is said."""
+        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+            return Metric()
+        return Metric(value["name"], value.get("lower_is_better") is not False)
+
+    def to_json(self) -> dict[str, Any]:
+        """As written into a run's folder."""
+        return asdict(self)
+
+    @property
+    def title(self) -> str:
+        """``macro F1``, ``token accuracy``."""
+        return clean(self.name.replace("_", " ").replace("macro f1", "macro F1"), 24)
+
+    def show(self, value: Any) -> str:
+        """``93.5 %`` for a share, ``3.412`` for all else."""
+        return percent(value) if self.name in SHARES else loss(value)
+
+    def change(self, before: Any, after: Any) -> str:
+        """``+3.5 points`` for a share, ``-23.5 %`` for all else."""
+        x, y = number(before), number(after)
+        if x is None or y is None or self.name not in SHARES:
+            return change(before, after)
+        return f"{100 * (y - x):+.1f} points"
+
+    def cost(self, value: float) -> float:
+        """``value``, with its sign turned where higher is better: the lower the better."""
+        return value if self.lower_is_better else -value
+
+    def is_better(self, value: float | None, other: float | None) -> bool:
+        """Whether ``value`` is better than ``other``; False where one is missing."""
+        return value is not None and other is not None and self.cost(value) < self.cost(other)
+
+
+LOSS = Metric()
+
+
+def listed(names: Sequence[str], limit: int = 3) -> str:
+    """``a``, ``a and b``, ``a, b and c``, ``a, b, c and 5 more``."""
+    shown = [clean(name, 32) for name in names[:limit]]
+    if len(names) > limit:
+        return f"{', '.join(shown)} and {len(names) - limit} more"
+    return " and ".join(filter(None, (", ".join(shown[:-1]), *shown[-1:])))
+
+
 def clean(text: Any, width: int | None = None) -> str:
     """``text`` on one line without control characters (an owner's name must not steer a terminal), cut to ``width``."""
     shown = "".join("�" if unicodedata.category(c) in ("Cc", "Cf", "Cs", "Zl", "Zp") else c for c in str(text))
@@ -78,8 +146,8 @@ def sparkline(values: Sequence[float | None], width: int = 16) -> str:
     """The last of ``values`` in each of at most ``width`` equal stretches, as blocks; a gap where there is no number."""
     if len(values) > width:
         values = [values[(i + 1) * len(values) // width - 1] for i in range(width)]
-    seen = [number(value) for value in values]
-    finite = [value for value in seen if value is not None]
+    numbers = [number(value) for value in values]
+    finite = [value for value in numbers if value is not None]
     low, high = min(finite, default=0.0), max(finite, default=0.0)
     scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
-    return "".join(" " if value is None else BLOCKS[round((value - low) * scale)] for value in seen)
+    return "".join(" " if value is None else BLOCKS[round((value - low) * scale)] for value in numbers)

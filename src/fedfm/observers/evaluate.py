@@ -42,7 +42,7 @@ class Evaluate(Part):
     room = "observers"
 
     every: int = 1
-    max_examples: int | None = 32
+    max_examples: int | None = 24
     ends: int | None = None
     owners: int | None = None
 

@@ -186,7 +186,7 @@ def metrics(run: Run) -> list[tuple[str, list[str]]]:
     first, last = evaluated[0], evaluated[-1]
     ends = {row.metric.name: row for row in table.metrics(run.compare)} if run.compare else {}
     rows = []
-    for name in dict.fromkeys([run.metric.name, *last.pooled]):
+    for name in dict.fromkeys([run.metric.name, *last.pooled, *ends]):
         metric = Metric(name)
         values = [first.pooled.get(name), last.pooled.get(name)]
         if run.compare:

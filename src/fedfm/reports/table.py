@@ -72,7 +72,7 @@ def mean_row(rows: list[Row]) -> Row:
         return sum(values) / len(values) if values else None
 
     metric = rows[0].metric if rows else LOSS
-    return Row("mean of owners", *(mean(key) for key in ENDS), metric=metric)
+    return Row("mean of owners", mean("before"), mean("local"), mean("federated"), mean("centralised"), metric)
 
 
 def pooled(compare: Mapping[str, Any], metric: Metric | None = None) -> Row:
@@ -91,7 +91,8 @@ def metrics(compare: Mapping[str, Any]) -> list[Row]:
 
 
 def _row(name: str, ways: Mapping[str, Any], metric: Metric) -> Row:
-    return Row(name, *(_value(ways.get(key), metric.name) for key in ENDS), metric=metric)
+    before, local, federated, centralised = (_value(ways.get(key), metric.name) for key in ENDS)
+    return Row(name, before, local, federated, centralised, metric)
 
 
 def _value(report: Any, name: str) -> float | None:

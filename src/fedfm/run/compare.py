@@ -41,7 +41,7 @@ class Comparison:
     """The table that answers whether federating paid.
 
     Args:
-        owners: For each owner the metrics on all of its own test data, ``before``, with its own model (``local``), ``federated`` and
+        owners: For each owner the metrics on its own test data (all, or ``evaluate.ends`` examples), ``before``, with its own model (``local``), ``federated`` and
             ``centralised``.
         pooled: The same four on everybody's test data; ``local`` is the mean over the owners' own models.
         headline: The metric that leads, with its direction.
@@ -110,7 +110,10 @@ class _Ends:
         # What the server sends beside the parameters, such as SCAFFOLD's control variate.
         travelling = self.plan.travelling(self.start)
         self.sent = self.plan.server.broadcast(travelling, self.plan.server.init(travelling))
-        self.tests: dict[ClientId, Examples] = {client: self.house.shard(client).test for client in self.house.clients}
+        whole: dict[ClientId, Examples] = {client: self.house.shard(client).test for client in self.house.clients}
+        self.sizes = {client: len(test) for client, test in whole.items()}
+        ends = self.plan.evaluate.ends
+        self.tests = whole if ends is None else {client: Sample(test, ends) for client, test in whole.items()}
         self.everybody = sampled(self.tests, None if self.plan.evaluate.max_examples is None else TOGETHER)
         self.is_all = sum(map(len, self.everybody.values())) == sum(map(len, self.tests.values()))
 
@@ -168,7 +171,7 @@ class _Ends:
             headline=self.plan.task.metric.to_json(),
             everybody={
                 "examples": sum(map(len, self.everybody.values())),
-                "of": sum(map(len, self.tests.values())),
+                "of": sum(self.sizes.values()),
                 "error": errors,
             },
             travelled={
@@ -193,7 +196,7 @@ class _Ends:
             models = [model for client, model in zip(self.house.clients, models, strict=True) if client in sets]
         sums = self.house.bank.evaluate(torch.stack([self.house.tuned.spec.flatten(params) for params in models]), list(sets.values()))
         totals = {
-            client: estimated(self.plan.task, {name: value[i].cpu() for name, value in sums.items()}, len(own), len(self.tests[client]))
+            client: estimated(self.plan.task, {name: value[i].cpu() for name, value in sums.items()}, len(own), self.sizes[client])
             for i, (client, own) in enumerate(sets.items())
         }
         return summary(self.plan.task, totals)

@@ -38,7 +38,7 @@ def child(registered: int) -> None:
     with workshop(size) as folder:
         plan = federation(folder, size, Shape(COHORT, 1, LENGTH), registered=registered, steps=ROWS, rounds=4, bank=COHORT)
         data = replace(plan.data, source=str(owners(folder, registered, ROWS, LENGTH)), test_fraction=0.25)
-        plan = replace(plan, data=data, evaluate=Evaluate(every=4, max_examples=1, owners=EVALUATED))
+        plan = replace(plan, data=data, evaluate=Evaluate(every=4, max_examples=1, ends=1, owners=EVALUATED))
         tokenizer, out = load_tokenizer(str(folder / "tokenizer")), folder / "run"
         next(
             iter(fedfm.run(replace(plan, data=replace(data, source=str(owners(folder, 8, ROWS, LENGTH))), rounds=0)))

@@ -18,7 +18,7 @@ from fedfm.recipe import read
 from fedfm.run.compare import Comparison, compare
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-QUICK = ("rounds=1", "evaluate.max_examples=2")
+QUICK = ("rounds=1", "evaluate.max_examples=2", "evaluate.ends=2")
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def federation(tokenizer: Path) -> Federation:
         sampler=Uniform(clients=6),  # who takes part in a round
         local=AdamW(lr=5e-3, steps=10, batch_size=4),  # how a client works
         server=FedAvg(lr=1.0),  # the global step
-        evaluate=Evaluate(max_examples=8),  # of each owner, held out
+        evaluate=Evaluate(max_examples=8, ends=8),  # of each owner, held out
         rounds=5,
     )
 

@@ -57,7 +57,7 @@ def base(quick: bool = False) -> Federation:
         tuning=LoRA(r=4, targets=("all-linear",)),
         local=AdamW(lr=1e-2, steps=4 if quick else 10, batch_size=4),
         sampler=Uniform(clients=6),
-        evaluate=Evaluate(max_examples=4 if quick else 8),
+        evaluate=Evaluate(max_examples=4 if quick else 8, ends=4 if quick else 8),
         rounds=1 if quick else 5,
     )
 

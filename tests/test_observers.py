@@ -5,12 +5,14 @@ from __future__ import annotations
 import io
 import itertools
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -22,13 +24,14 @@ from fedfm.core.keys import Key
 from fedfm.core.messages import Failure, Reply
 from fedfm.core.parts import ServerState
 from fedfm.core.round import RoundRecord
+from fedfm.core.task import SQUARES
 from fedfm.data import Data
 from fedfm.federation import Federation
 from fedfm.models import Model
 from fedfm.observers import Progress, TensorBoard
 from fedfm.observers.base import RunInfo
-from fedfm.observers.evaluate import summary
-from fedfm.tasks import CausalLM
+from fedfm.observers.evaluate import Evaluate, estimated, pooled_report, summary
+from fedfm.tasks import CausalLM, Classification
 from fedfm.testing.sessions import Scripted
 from fedfm.verbs import Evaluation
 
@@ -193,6 +196,106 @@ def test_an_owner_on_whom_the_model_breaks_is_not_left_out_of_the_pooled_loss() 
     assert found["worst"] == {"owner": "bob", "loss": math.inf} and math.isnan(found["spread"])
 
 
+def test_a_resumed_run_reports_its_improvement_from_round_0() -> None:
+    for live in (False, True):
+        file = io.StringIO()
+        progress = Progress(file, live=live, clock=itertools.count(0.0, 10.0).__next__)
+        earlier = [record(k, {"ana": 4.0 - k, "bob": 5.0 - k}) for k in range(3)]
+        progress.start(replace(INFO, resumed_from=2, earlier=earlier))
+        progress.round(record(3, {"ana": 1.0, "bob": 2.0}))
+        progress.close({})
+        assert progress.story.pooled == [4.5, 3.5, 2.5, 1.5] and progress.story.history["ana"] == [4.0, 3.0, 2.0, 1.0]
+        done = " ".join(re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", file.getvalue()).split())
+        assert "4.500 -> 1.500 (-66.7 %)" in done and "6.14 kB up, 12.3 kB down in the whole run" in done
+        assert "2.05 kB up and 4.10 kB down in this session" in done
+
+
+def test_resuming_a_run_that_is_done_prints_the_whole() -> None:
+    file = io.StringIO()
+    progress = Progress(file, live=False)
+    progress.start(replace(INFO, resumed_from=3, earlier=[record(k, {"ana": 4.0 - k}) for k in range(4)]))
+    progress.close({})
+    text = file.getvalue().splitlines()[-1]
+    assert text.startswith("done after round 3/3 in 6.0 s: loss 4.000 -> 1.000 (-75.0 %)") and "0 B up and 0 B down in this session" in text
+
+
+def test_accuracy_leads_on_the_terminal_where_the_task_says_so() -> None:
+    metric = words.Metric("accuracy", lower_is_better=False)
+    for live in (False, True):
+        file = io.StringIO()
+        progress = Progress(file, live=live)
+        progress.start(replace(INFO, metric=metric))
+        for k in range(3):
+            owners = {"ana": {"loss": 1.0, "accuracy": 0.5 + k / 10}, "bob": {"loss": 3.0, "accuracy": 0.9}}
+            report = {"pooled": {"loss": 2.0, "accuracy": 0.6 + k / 10}, "owners": owners, "error": 0.021}
+            progress.round(replace(record(k, None), metrics={"eval": report}))
+        progress.close({})
+        for part in ("accuracy", "80.0 %", "+20.0 points", "2.1 %", "ana"):
+            assert part in file.getvalue(), part
+        assert progress.story.worst == ("ana", 0.7)
+        assert "accuracy 60.0 % -> 80.0 % (+20.0 points)" in file.getvalue()
+
+
+def test_a_round_says_where_its_time_went() -> None:
+    for live in (False, True):
+        file = io.StringIO()
+        progress = Progress(file, live=live)
+        progress.start(INFO)
+        progress.round(replace(record(1, {"ana": 2.0}), seconds={"train": 2.0, "aggregate": 0.5, "evaluate": 33.0}))
+        progress.close({})
+        assert all(part in file.getvalue() for part in ("train", "2.0 s", "aggregate", "0.5 s", "evaluate", "33.0 s"))
+
+
+# --- a bounded sample
+
+
+def test_a_sample_estimates_the_whole_and_its_error_is_that_of_many_samples() -> None:
+    rng, task = np.random.default_rng(0), CausalLM(max_length=8)
+    targets = rng.integers(1, 8, 400).astype(np.float64)
+    losses = targets * rng.gamma(2.0, 1.0, 400)
+
+    def sums(index: Any) -> dict[str, torch.Tensor]:
+        y, x = losses[index], targets[index]
+        values = {"loss": y, "hits": x / 2, "targets": x, "loss_squares": y * y, "loss_targets": x * y, "target_squares": x * x}
+        return {name: torch.tensor(value.sum()) for name, value in values.items()}
+
+    whole = pooled_report(task, estimated(task, sums(slice(None)), 400, 400))
+    assert "error" not in whole and whole["pooled"]["loss"] == losses.sum() / targets.sum()
+    reports = [pooled_report(task, estimated(task, sums(rng.choice(400, 40, replace=False)), 40, 400)) for _ in range(800)]
+    means, errors = [report["pooled"]["loss"] for report in reports], [report["error"] for report in reports]
+    assert np.mean(means) == pytest.approx(whole["pooled"]["loss"], rel=0.02)
+    assert np.mean(errors) == pytest.approx(np.std(means), rel=0.1)
+    assert "error" not in pooled_report(task, estimated(task, sums([0]), 1, 400)), "one example tells no error"
+
+
+def test_owners_weigh_in_a_sample_as_they_do_in_the_whole() -> None:
+    task = CausalLM(max_length=4)
+
+    def sums(loss: float, rows: int, of: int) -> dict[str, torch.Tensor]:
+        values = {"loss": loss * rows, "hits": 0.0, "targets": rows, "loss_squares": loss**2 * rows, "loss_targets": loss * rows}
+        return estimated(task, {name: torch.tensor(float(x)) for name, x in {**values, "target_squares": rows}.items()}, rows, of)
+
+    sampled = summary(task, {"ana": sums(1.0, 10, 90), "bob": sums(2.0, 10, 10)})
+    assert sampled["pooled"]["loss"] == pytest.approx(1.1) and sampled["owners"]["ana"]["loss"] == pytest.approx(1.0)
+
+
+def test_accuracy_of_a_sample_has_the_error_of_a_share() -> None:
+    tp = torch.tensor([15.0, 15.0], dtype=torch.float64)
+    miss = torch.tensor([5.0, 5.0], dtype=torch.float64)
+    sums = {name: torch.tensor(x, dtype=torch.float64) for name, x in (("loss", 20.0), ("hits", 30.0), ("targets", 40.0))}
+    squares = dict.fromkeys(SQUARES, torch.tensor(1.0, dtype=torch.float64))
+    report = pooled_report(Classification(), estimated(Classification(), {**sums, **squares, "tp": tp, "fp": miss, "fn": miss}, 40, 4000))
+    assert report["error"] == pytest.approx(math.sqrt(0.75 * 0.25 / 39 * 0.99)) and report["pooled"]["accuracy"] == 0.75
+
+
+def test_before_and_after_are_whole_and_rounds_between_are_bounded() -> None:
+    evaluate = Evaluate()
+    assert [evaluate.most(round, 3) for round in range(4)] == [None, 24, 24, None]
+    assert [Evaluate(max_examples=None, ends=5).most(round, 3) for round in range(4)] == [5, None, None, 5]
+    with pytest.raises(ConfigError, match="ends is 0"):
+        Evaluate(ends=0)
+
+
 def test_a_name_that_the_log_cannot_encode_does_not_stop_a_run() -> None:
     file = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
     progress = Progress(file, live=False)
@@ -275,7 +378,7 @@ def test_tensorboard_needs_its_package_and_a_folder(monkeypatch: pytest.MonkeyPa
 # --- evaluation across the boundary -------------------------------------------------------------------------------
 
 
-SUMS = {"loss": 6.0, "hits": 1.0, "targets": 3.0}
+SUMS = {"loss": 6.0, "hits": 1.0, "targets": 3.0, "variance": 0.0}
 PLAN = Federation(Model("nowhere"), Data("stdlib"), task=CausalLM(), deadline=7.0)
 
 

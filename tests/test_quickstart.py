@@ -32,7 +32,7 @@ def test_it_trains_tunes_compares_and_shows(tmp_path: Path, cache: Path, capsys:
     assert out == tmp_path / "run"
     table = json.loads((out / "compare.json").read_text())
     assert len(table["owners"]) >= 8
-    assert all(row[way] > 0 for row in table["owners"] for way in ("before", "local", "federated", "centralised"))
+    assert all(row[way]["loss"] > 0 for row in table["owners"] for way in ("before", "local", "federated", "centralised"))
     assert 0 < table["travelled"]["bytes_up"] < table["travelled"]["bytes_if_full_model"]
     train = [row["train"] for row in json.loads((out / "split.json").read_text())]
     assert all(count > 0 for count in train)

@@ -94,8 +94,13 @@ def page(folder: Path) -> Page:
     return Page(render(folder).read_text(encoding="utf-8"))
 
 
+def table_row(owner: str, **losses: float) -> dict[str, Any]:
+    ways = {"before": 4.0, "local": 3.0, "federated": 3.5, "centralised": 2.5, **losses}
+    return {"owner": owner, **{way: {"loss": x} for way, x in ways.items()}}
+
+
 def comparison(owners: int = 2) -> dict[str, Any]:
-    rows = [{"owner": f"o{i}", "before": 4.0, "local": 3.0 + i, "federated": 3.5, "centralised": 2.5} for i in range(owners)]
+    rows = [table_row(f"o{i}", local=3.0 + i) for i in range(owners)]
     pooled = {key: {"loss": x} for key, x in {"before": 4.0, "local": 3.0, "federated": 2.6, "centralised": 2.5}.items()}
     return {
         "owners": rows,
@@ -133,7 +138,7 @@ def test_a_whole_run_reads_from_the_headline_to_the_recipe(tmp_path: Path) -> No
     found = page(folder)
     for part in (
         "2 rounds across 2 owners brought the held\u2011out loss down from 4.500 to 2.500 (-44.4 %).", "federating closes 80 % of the gap", "from 50.0 %", "Worst owner", "2 answers failed; 4 updates were asked for", "test data unreadable",
-        "1 of 2 owners do better", "100 times as much", "12.3 k tokens", "out of memory", "3.00 TFLOP", "500 MB", "ε = 1.5", "versions.torch", "2.13.0", "16", "LoRA", "local-only",
+        "1 of 2 owners gains by federating; o0 loses", "100 times as much", "12.3 k tokens", "out of memory", "3.00 TFLOP", "500 MB", "ε = 1.5", "versions.torch", "2.13.0", "16", "LoRA", "local-only",
     ):  # fmt: skip
         assert part in found.text, part
     assert found.tags.count("svg") >= 1 + 2 + 2  # the curves, an owner each, a comparison each
@@ -225,7 +230,7 @@ def test_any_json_makes_a_page(lines: list[Any], split: Any, ledger: Any, compar
 def test_any_owner_and_any_losses_make_a_page(owner: str, losses: list[float]) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = {
-            "owners": [{"owner": owner, "before": losses[0], "local": losses[-1]}],
+            "owners": [{"owner": owner, "before": {"loss": losses[0]}, "local": {"loss": losses[-1]}}],
             "pooled": {"before": {"loss": losses[0]}, "local": {"loss": losses[-1]}},
         }
         split = [{"owner": owner, "train": 1, "test": 1, "tokens": losses[0], "labels": {owner: losses[0]}}]
@@ -298,7 +303,8 @@ def test_the_comparison_as_lines() -> None:
         "------------------------------------------------------------------",
         "mean of owners        4.000        3.500        3.500        2.500",
         "pooled test           4.000        3.000        2.600        2.500",
-        "On the pooled test, models tuned alone reach 3.000 on average, the federated one 2.600, one tuned on all data in one place 2.500: federating closes 80 % of the gap.",
+        f"On own test data 1 of 2 owners gains by federating; o0 loses (loss 3.500 alone, 3.500 federated, in the mean over owners). {table.REMEDY}",
+        "On everybody's test data, models tuned alone reach loss 3.000 on average, the federated one 2.600, one tuned on all data in one place 2.500: federating closes 80 % of the gap.",
         "Travelled: 1.00 MB up and 1.00 MB down; sending the whole model would have been 200 MB (100 times as much).",
     ]
 
@@ -325,6 +331,65 @@ def test_an_unfinished_comparison_is_shown_as_far_as_it_goes() -> None:
 def test_a_federation_that_does_not_pay_is_told_so() -> None:
     compare = comparison()
     compare["pooled"]["federated"]["loss"] = 3.2
-    assert table.verdict(compare).startswith("Federating did not pay here")
+    assert table.verdict(compare).endswith("federating did not pay there.")
     assert table.gap_closed(table.Row("x", 4.0, 2.0, 1.0, 2.5)) is None  # nothing to close where pooling does not help
     assert table.gap_closed(table.Row("x", 4.0, 3.0, 2.5, 2.5)) == 1.0
+
+
+# --- the verdict and the table say the same ------------------------------------------------------------------------
+
+
+def medical() -> dict[str, Any]:
+    """Nine institutes, eight of which do better alone on their own test, while on everybody's data the federated model is better."""
+    rows = [table_row(f"institute {i}", local=2.45, federated=3.0) for i in range(8)] + [table_row("registry", local=3.0, federated=2.6)]
+    pooled = {key: {"loss": x} for key, x in {"before": 5.0, "local": 4.0, "federated": 2.9, "centralised": 2.5}.items()}
+    return {"owners": rows, "pooled": pooled}
+
+
+def test_where_owners_do_better_alone_the_verdict_says_so_first_and_what_to_try() -> None:
+    text = table.verdict(medical())
+    assert text.startswith("On own test data 8 of 9 owners do better alone; registry gains (loss 2.511 alone, 2.956 federated"), text
+    assert text.index(table.REMEDY) < text.index("On everybody's test data")
+    assert "federating closes 73 % of the gap" in text.partition("On everybody's test data")[2]
+
+
+@given(st.lists(st.tuples(st.floats(0.5, 9), st.floats(0.5, 9)), min_size=1, max_size=6), st.booleans())
+def test_the_verdict_never_contradicts_the_table(losses: list[tuple[float, float]], lower_is_better: bool) -> None:
+    compare = {
+        "owners": [table_row(f"o{i}", local=local, federated=federated) for i, (local, federated) in enumerate(losses)],
+        "headline": {"name": "loss", "lower_is_better": lower_is_better},
+    }
+    rows, text = table.owner_rows(compare), table.verdict(compare)
+    gain, lose, mean = sum(row.pays for row in rows), sum(row.loses for row in rows), table.mean_row(rows)
+    assert ("better alone" in text) == (lose > gain) and (table.REMEDY in text) == (lose > 0)
+    assert ("by federating" in text) == (gain > 0 and gain >= lose)
+    assert ("but the mean is worse" in text) == (gain >= lose and gain > 0 and mean.loses)
+    if len(losses) > 1 and gain != lose:
+        assert f"{max(gain, lose)} of {len(losses)} owners" in text
+
+
+def test_accuracy_leads_where_the_task_says_so_and_higher_is_better(tmp_path: Path) -> None:
+    headline = {"name": "accuracy", "lower_is_better": False}
+    ways = {"before": 0.5, "local": 0.8, "federated": 0.7, "centralised": 0.9}
+    compare = {
+        "owners": [{"owner": name, **{way: {"loss": 9 - 9 * x, "accuracy": x} for way, x in ways.items()}} for name in ("ana", "bob")],
+        "pooled": {way: {"loss": 9 - 9 * x, "accuracy": x, "macro_f1": x / 2} for way, x in ways.items()},
+        "headline": headline,
+        "everybody": {"examples": 512, "of": 20_000, "error": {"federated": 0.02}},
+    }
+    lines = comparison_lines(compare)
+    assert lines[0].split()[0] == "accuracy" and lines[1].split() == ["ana", "50.0", "%", "80.0", "%", "70.0", "%", "90.0", "%"]
+    assert any("2 of 2 owners do better alone (accuracy 80.0 % alone, 70.0 % federated" in text for text in lines)
+    assert any("512 of 20.0 k examples" in text and "federated 2.0 %" in text for text in lines)
+    rounds = [line(k, {"ana": 3.0 - k, "bob": 4.0 - k}) for k in range(3)]
+    for k, item in enumerate(rounds):
+        item["metrics"]["eval"] |= {"headline": headline, "owners": {"ana": {"accuracy": 0.4 + k / 10}, "bob": {"accuracy": 0.9}}}
+    found = page(write(tmp_path, rounds, compare=compare))
+    for part in (
+        "brought the held\u2011out accuracy up from 50.0 % to 70.0 % (+20.0 points)",
+        "Accuracy by round",
+        "Loss by round",
+        "macro F1",
+    ):
+        assert part in found.text, part
+    assert found.text.index("Held-out accuracy") < found.text.index("Held-out loss")

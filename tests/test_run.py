@@ -130,7 +130,8 @@ def test_a_run_that_was_interrupted_ends_as_one_that_was_not(variant: str, tmp_p
 
 
 def test_more_rounds_are_as_if_asked_for_at_once(tmp_path: Path) -> None:
-    federation = small(tmp_path, **STATEFUL)
+    # A last round is evaluated on all test data, which must then be asked for in every round.
+    federation = small(tmp_path, **STATEFUL, evaluate=Evaluate(max_examples=None))
     list(run(federation, out=tmp_path / "once"))
     list(run(federation, 1, out=tmp_path / "twice"))
     (tmp_path / "twice" / "compare.json").write_text("{}")
@@ -171,8 +172,8 @@ def test_the_ends_of_a_federation_of_one_are_the_federation(tmp_path: Path, chan
     data = Data(small(tmp_path).data.source, partition=IID(clients=1))
     table = compare(small(tmp_path, data=data, **{"local": everything, **changes}), tmp_path / "out", stage=None)
     (row,) = table.owners
-    assert row["local"] == pytest.approx(row["federated"], rel=1e-6) == row["centralised"]
-    assert row["federated"] < row["before"]
+    assert row["local"]["loss"] == pytest.approx(row["federated"]["loss"], rel=1e-6) == row["centralised"]["loss"]
+    assert row["federated"]["loss"] < row["before"]["loss"]
     for metric in ("loss", "perplexity"):
         assert table.pooled["local"][metric] == pytest.approx(table.pooled["federated"][metric], rel=1e-6)
 
@@ -183,7 +184,7 @@ def test_a_comparison_agrees_with_the_run(tmp_path: Path) -> None:
     reports = [line["metrics"]["eval"] for line in metrics(out)]
     for way, report in (("before", reports[0]), ("federated", reports[-1])):
         assert table.pooled[way] == pytest.approx(report["pooled"])
-        assert {row["owner"]: row[way] for row in table.owners} == pytest.approx(
+        assert {row["owner"]: row[way]["loss"] for row in table.owners} == pytest.approx(
             {name: own["loss"] for name, own in report["owners"].items()}
         )
     assert {name: table.travelled[name] for name in ("bytes_up", "bytes_down")} == {
@@ -192,6 +193,60 @@ def test_a_comparison_agrees_with_the_run(tmp_path: Path) -> None:
     assert json.loads((out / "compare.json").read_text()) == table.to_json()
     assert compare(small(tmp_path, sampler=Uniform(clients=2)), out).owners == table.owners, "a run that is there is not played again"
     assert "local-only" in (out / "report.html").read_text()
+
+
+def test_a_comparison_scores_own_data_whole_and_everybodys_on_a_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation, out = small(tmp_path, rounds=1, data=Data(str(tmp_path / "rows.jsonl"), by="owner", test_fraction=0.4)), tmp_path / "out"
+    whole = compare(federation, out)
+    assert whole.everybody["examples"] == whole.everybody["of"] > 30 and not whole.everybody["error"]
+    monkeypatch.setattr("fedfm.run.compare.TOGETHER", 12)
+    table = compare(federation, out)
+    for row, expected in zip(table.owners, whole.owners, strict=True):
+        assert all(row[way] == pytest.approx(expected[way], rel=1e-5) for way in ("before", "local", "federated", "centralised"))
+    assert table.everybody["examples"] == 12 and set(table.everybody["error"]) == set(table.pooled) == set(whole.pooled)
+    for way, error in table.everybody["error"].items():
+        assert 0 < abs(table.pooled[way]["loss"] - whole.pooled[way]["loss"]) < 5 * error
+    everything = replace(federation, evaluate=Evaluate(max_examples=None))
+    assert compare(everything, tmp_path / "all").everybody == whole.everybody
+
+
+def test_a_run_reads_its_earlier_rounds_when_it_goes_on(tmp_path: Path) -> None:
+    out, heard = tmp_path / "out", Heard()
+    records = [record for _, record in run(small(tmp_path, rounds=2), out=out)]
+    list(resume(out, 3, watchers=[heard]))
+    assert heard.info is not None and heard.info.resumed_from == 2 and heard.info.metric.name == "loss"
+    earlier = list(heard.info.earlier)
+    assert [record.metrics["eval"] for record in earlier] == [record.metrics["eval"] for record in records]
+    assert [record.bytes_up for record in earlier] == [record.bytes_up for record in records]
+    again = Heard()
+    list(resume(out, 3, watchers=[again]))
+    assert again.info is not None and [record.round for record in again.info.earlier] == [0, 1, 2, 3]
+
+
+class Heard(Watcher):
+    """Notes what it is told when a run starts."""
+
+    info: RunInfo | None = None
+
+    def start(self, info: RunInfo) -> None:
+        self.info = info
+
+
+def test_a_run_says_what_it_does_before_and_in_its_first_round(tmp_path: Path) -> None:
+    texts: list[str] = []
+
+    class Stages(Watcher):
+        def stage(self, text: str, done: int | None = None, total: int | None = None) -> None:
+            texts.append(text)
+
+    list(run(small(tmp_path, rounds=2), watchers=[Stages()]))
+    for beginning in (
+        "Loading the model",
+        "Evaluating before training, on all",
+        "Training round 1; the first",
+        "Evaluating after the last",
+    ):
+        assert sum(text.startswith(beginning) for text in texts) == 1, beginning
 
 
 # --- behaviour -----------------------------------------------------------------------------------------------------

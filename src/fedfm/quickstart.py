@@ -95,7 +95,9 @@ def main(out: Path = Path("runs/quickstart"), quick: bool = False) -> Path:
     model = base_model(quick, [Progress()])
     plan = federation(str(model))
     if quick:
-        plan = replace(plan, data=Data("stdlib", limit=20), local=AdamW(steps=1, batch_size=1), evaluate=Evaluate(max_examples=1), rounds=1)
+        plan = replace(
+            plan, data=Data("stdlib", limit=20), local=AdamW(steps=1, batch_size=1), evaluate=Evaluate(max_examples=1, ends=1), rounds=1
+        )
     out = unused(out)
     print("\nThe federation: each package of Python's standard library is an owner, and its text stays where it is.")
     table = compare(plan, out, watchers=[Progress()], stage=Progress(live=False).stage).to_json()

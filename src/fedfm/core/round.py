@@ -33,6 +33,7 @@ class RoundRecord:
         metrics: Metrics of the round: ``train_loss`` (weighted), ``update_norm`` (of the parameters' deltas), and what observers add under ``eval``.
         bytes_up: Bytes of all replies.
         bytes_down: Bytes of all requests.
+        seconds: ``train``, in which clients were waited for; ``aggregate``, all else of the round; ``evaluate``.
     """
 
     round: int
@@ -54,21 +55,26 @@ def start(plan: Plan, params: Tree) -> ServerState:
 
 
 class Meter(WrappedSession):
-    """A session that counts the bytes of what passes, and shows ``watch`` each answer."""
+    """A session that counts the bytes of what passes and the seconds that answers take, and shows ``watch`` each answer."""
 
     def __init__(self, inner: Session, watch: Callable[[Answer], None] | None = None) -> None:
         super().__init__(inner)
         self.watch = watch
         self.bytes_up = self.bytes_down = 0
+        self.waited = 0.0
 
     def send(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> None:
         """Counts the requests."""
         self.bytes_down += sum(messages.size(request) for request in requests.values())
+        began = self.clock.now()
         self.inner.send(requests, deadline)
+        self.waited += self.clock.now() - began
 
     def receive(self) -> Answer | None:
         """Counts the reply."""
+        began = self.clock.now()
         answer = self.inner.receive()
+        self.waited += self.clock.now() - began
         if isinstance(answer, Reply):
             self.bytes_up += messages.size(answer)
         if answer is not None and self.watch is not None:
@@ -115,7 +121,7 @@ def play(
         metrics=_metrics(aggregate, errand, arrivals, cohort),
         bytes_up=meter.bytes_up,
         bytes_down=meter.bytes_down,
-        seconds={"train": session.clock.now() - began},
+        seconds={"train": meter.waited, "aggregate": max(session.clock.now() - began - meter.waited, 0.0)},
     )
     return after, record
 

@@ -19,9 +19,12 @@ import torch
 from fedfm.core.batch import Batch, IntArray, Row, Shaping, collate
 from fedfm.core.parts import Part
 from fedfm.core.tree import Tree
+from fedfm.core.words import Metric
 
 RawRow = Mapping[str, Any]
 Head = Literal["causal_lm", "masked_lm", "sequence_classification"]
+SQUARES = ("loss_squares", "loss_targets", "target_squares")
+"""Sums over rows of ``y^2``, ``x y`` and ``x^2``, ``y`` a row's loss and ``x`` its targets: the standard error of a sample needs them."""
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,13 @@ class Task(Part, ABC):
         head: What the model ends in.
         max_length: Tokens of the longest sequence it makes.
         labels: The classes, where the recipe names them; ``None`` takes them from the data.
+        headline: The metric of :meth:`summarise` that leads wherever results are shown.
+        lower_is_better: Direction of the headline.
     """
 
     room = "tasks"
+    headline: ClassVar[str] = "loss"
+    lower_is_better: ClassVar[bool] = True
     head: ClassVar[Head] = "causal_lm"
     max_length: int
     labels: tuple[str, ...] | None = None
@@ -129,6 +136,11 @@ class Task(Part, ABC):
     @abstractmethod
     def columns(self) -> tuple[str, ...]:
         """Columns that a row must have."""
+
+    @property
+    def metric(self) -> Metric:
+        """The headline with its direction."""
+        return Metric(self.headline, self.lower_is_better)
 
     @property
     def label_column(self) -> str | None:
@@ -168,6 +180,7 @@ class Task(Part, ABC):
             "loss": zero.index_add(0, owner_q, loss_q),
             "hits": zero.index_add(0, owner_q, hit_q),
             "targets": zero.index_add(0, owner_q, torch.ones_like(hit_q)),
+            **_squares(loss_q, batch, owner_q, num_clients),
         }
 
     def no_stats(self, num_clients: int, classes: int = 2, device: str | torch.device = "cpu") -> dict[str, torch.Tensor]:
@@ -178,3 +191,14 @@ class Task(Part, ABC):
     @abstractmethod
     def summarise(self, sums: Tree) -> dict[str, float]:
         """Metrics from sums of one client or pooled (no client axis); always has ``loss``. NaN where nothing was evaluated."""
+
+
+def _squares(loss_q: torch.Tensor, batch: Batch, owner_q: torch.Tensor, num_clients: int) -> dict[str, torch.Tensor]:
+    """:data:`SQUARES` of each client, float64 ``(K,)``. The targets of a row depend on each other, so a row is the unit."""
+    rows = batch.shape[0]
+    zero_r, zero_k = (torch.zeros(n, dtype=torch.float64, device=owner_q.device) for n in (rows, num_clients))
+    y_r = zero_r.index_add(0, batch.row_q, loss_q)
+    x_r = zero_r.index_add(0, batch.row_q, torch.ones_like(loss_q))
+    owner_r = torch.zeros(rows, dtype=owner_q.dtype, device=owner_q.device).index_copy(0, batch.row_q, owner_q)
+    products = (y_r * y_r, x_r * y_r, x_r * x_r)
+    return {name: zero_k.index_add(0, owner_r, product_r) for name, product_r in zip(SQUARES, products, strict=True)}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 BLOCKS = "▁▂▃▄▅▆▇█"
+SHARES = ("accuracy", "token_accuracy", "macro_f1")
+"""Metrics in ``0..1`` that read as a percentage."""
 
 
 def number(value: Any) -> float | None:
@@ -66,6 +69,71 @@ def change(before: Any, after: Any) -> str:
     """``-23.5 %``."""
     x, y = number(before), number(after)
     return "-" if x is None or y is None or x == 0 else f"{100 * (y - x) / abs(x):+.1f} %"
+
+
+def percent(value: Any) -> str:
+    """``93.5 %``."""
+    x = number(value)
+    return "-" if x is None else f"{100 * x:.1f} %"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric as a person reads it.
+
+    Args:
+        name: As the task calls it.
+        lower_is_better: Its direction.
+    """
+
+    name: str = "loss"
+    lower_is_better: bool = True
+
+    @staticmethod
+    def from_json(value: Any) -> Metric:
+        """Undoes :meth:`to_json`; the loss where nothing is said."""
+        if not isinstance(value, Mapping) or not isinstance(value.get("name"), str):
+            return Metric()
+        return Metric(value["name"], value.get("lower_is_better") is not False)
+
+    def to_json(self) -> dict[str, Any]:
+        """As written into a run's folder."""
+        return asdict(self)
+
+    @property
+    def title(self) -> str:
+        """``macro F1``, ``token accuracy``."""
+        return clean(self.name.replace("_", " ").replace("macro f1", "macro F1"), 24)
+
+    def show(self, value: Any) -> str:
+        """``93.5 %`` for a share, ``3.412`` for all else."""
+        return percent(value) if self.name in SHARES else loss(value)
+
+    def change(self, before: Any, after: Any) -> str:
+        """``+3.5 points`` for a share, ``-23.5 %`` for all else."""
+        x, y = number(before), number(after)
+        if x is None or y is None or self.name not in SHARES:
+            return change(before, after)
+        return f"{100 * (y - x):+.1f} points"
+
+    def cost(self, value: float) -> float:
+        """``value``, with its sign turned where higher is better: the lower the better."""
+        return value if self.lower_is_better else -value
+
+    def is_better(self, value: float | None, other: float | None) -> bool:
+        """Whether ``value`` is better than ``other``; False where one is missing."""
+        return value is not None and other is not None and self.cost(value) < self.cost(other)
+
+
+LOSS = Metric()
+
+
+def listed(names: Sequence[str], limit: int = 3) -> str:
+    """``a``, ``a and b``, ``a, b and c``, ``a, b, c and 5 more``."""
+    shown = [clean(name, 32) for name in names[:limit]]
+    if len(names) > limit:
+        return f"{', '.join(shown)} and {len(names) - limit} more"
+    return " and ".join(filter(None, (", ".join(shown[:-1]), *shown[-1:])))
 
 
 def clean(text: Any, width: int | None = None) -> str:

@@ -12,12 +12,13 @@ has seen is never undone by a crash.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedfm.core.parts import Part
+from fedfm.core.words import LOSS, Metric
 
 if TYPE_CHECKING:
     from fedfm.core.messages import Failure, Reply
@@ -37,6 +38,8 @@ class RunInfo:
         num_trainable: Parameters that train and travel.
         choices: What was chosen by measuring (``bank``: clients in a batch).
         resumed_from: Rounds already done, where this run goes on with an earlier one.
+        earlier: Records of the rounds already done, from round 0 on.
+        metric: The metric that leads.
     """
 
     name: str
@@ -50,6 +53,8 @@ class RunInfo:
     threads: int = 1
     choices: Mapping[str, Any] = field(default_factory=dict)
     resumed_from: int | None = None
+    earlier: Iterable[RoundRecord] = ()
+    metric: Metric = LOSS
 
 
 class Watcher:

@@ -13,17 +13,26 @@ import torch
 from fedfm.core.errors import ConfigError
 from fedfm.core.messages import ClientId
 from fedfm.core.parts import Part
-from fedfm.core.task import Task
+from fedfm.core.task import SQUARES, Task
 from fedfm.core.tree import Tree
+
+VARIANCE = "variance"
+LARGEST = 2.0**37
+"""No sum of an evaluation is larger in magnitude."""
 
 
 @dataclass(frozen=True)
 class Evaluate(Part):
     """When and on what the global model is evaluated. Owners answer with sums, so that pooled means the mean over all targets.
 
+    Before training and after the last round all test data is used; in the rounds between a sample, the same one each time. A sample's sums
+    are scaled to the size of its owner's test set, so that pooled estimates the same number, and its standard error is told.
+    ``max_examples: null`` evaluates on all test data every time.
+
     Args:
         every: Rounds between evaluations; the last round is always one. 0 never evaluates.
-        max_examples: Of each owner, evenly spread over its test set; ``None`` takes all.
+        max_examples: Of each owner in the rounds between, evenly spread over its test set; ``None`` takes all.
+        ends: Of each owner before training and after the last round; ``None`` takes all.
         owners: How many owners are evaluated, evenly spread over all and the same ones each time; ``None`` takes all. What is pooled is theirs alone.
 
     Raises:
@@ -33,16 +42,17 @@ class Evaluate(Part):
     room = "observers"
 
     every: int = 1
-    max_examples: int | None = None
+    max_examples: int | None = 24
+    ends: int | None = None
     owners: int | None = None
 
     def __post_init__(self) -> None:
         if self.every < 0:
             raise ConfigError(f"Evaluate.every is {self.every}; it must be 0 (never) or more.")
-        if self.max_examples is not None and self.max_examples < 1:
-            raise ConfigError(f"Evaluate.max_examples is {self.max_examples}; it must be 1 or more.")
-        if self.owners is not None and self.owners < 1:
-            raise ConfigError(f"Evaluate.owners is {self.owners}; it must be 1 or more, or null for all.")
+        for name in ("max_examples", "ends", "owners"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"Evaluate.{name} is {value}; it must be 1 or more, or null for all.")
 
     def chosen(self, clients: Sequence[ClientId]) -> Sequence[ClientId]:
         """The owners that are evaluated, of all in their fixed order."""
@@ -54,12 +64,52 @@ class Evaluate(Part):
         """Whether round ``round`` of ``last`` is evaluated."""
         return self.every > 0 and (round % self.every == 0 or round == last)
 
+    def most(self, round: int, last: int) -> int | None:
+        """Test examples of each owner at round ``round`` of ``last``; ``None`` for all."""
+        return self.ends if round in (0, last) else self.max_examples
+
+
+def estimated(task: Task, sums: Tree, num_examples: int, num_all: int) -> Tree:
+    """Sums over a whole test set, estimated from those over a sample of it: scaled by ``num_all / num_examples``, with the ``variance`` of that.
+
+    ``variance = s^2 (1 - n/N) n/(n-1) sum_i (y_i - R x_i)^2 / max_length^2`` with ``s = N/n`` and ``R = sum y / sum x``: of the headline's
+    numerator, over independent rows. It is 0 where the sample is all there is, and NaN where it is not known. Variances of owners add up.
+    """
+    numbers = {name: value for name, value in sums.items() if name not in SQUARES}
+    if not set(SQUARES) <= set(sums):
+        return numbers if num_examples == num_all else {name: value * (num_all / num_examples) for name, value in numbers.items()}
+    if num_examples == num_all:
+        return {**numbers, VARIANCE: torch.zeros((), dtype=torch.float64)}
+    scale, targets = num_all / num_examples, float(sums["targets"])
+    squares = math.nan
+    if task.headline == "loss" and targets:
+        yy, xy, xx = (float(sums[name]) for name in SQUARES)
+        ratio = float(sums["loss"]) / targets
+        squares = max(yy - 2 * ratio * xy + ratio * ratio * xx, 0.0)
+    elif task.headline == "accuracy" and targets == num_examples:
+        hits = float(sums["hits"])
+        squares = hits * (1 - hits / targets)
+    correction = (1 - num_examples / num_all) * num_examples / (num_examples - 1) if num_examples > 1 else math.nan
+    variance = scale * scale * correction * squares / task.max_length**2
+    # What is too large to be declared is not known.
+    variance = variance if variance <= LARGEST else math.nan
+    return {**{name: value * scale for name, value in numbers.items()}, VARIANCE: torch.tensor(variance, dtype=torch.float64)}
+
+
+def pooled_report(task: Task, sums: Tree) -> dict[str, Any]:
+    """``pooled`` metrics; and ``error``, the standard error of the headline, where they come from a sample."""
+    error = math.nan
+    if VARIANCE in sums and float(sums["targets"]) > 0:
+        error = math.sqrt(float(sums[VARIANCE])) * task.max_length / float(sums["targets"])
+    return {"pooled": task.summarise(sums)} | ({"error": error} if error > 0 and math.isfinite(error) else {})
+
 
 def summary(task: Task, sums: Mapping[ClientId, Tree]) -> dict[str, Any]:
-    """``pooled`` and per-owner metrics, and of the owners' losses the mean, the worst and the spread (standard deviation).
+    """``pooled`` and per-owner metrics, and of the owners' headline metric the mean, the worst and the spread (standard deviation).
 
     Owners without test examples are not among ``owners``; one on whose examples the model gives NaN is, and makes ``pooled`` NaN too.
     """
+    metric = task.metric
     owners = {client: task.summarise(own) for client, own in sums.items()}
     owners = {
         client: metrics
@@ -67,17 +117,18 @@ def summary(task: Task, sums: Mapping[ClientId, Tree]) -> dict[str, Any]:
         if not math.isnan(metrics["loss"]) or float(sums[client].get("targets", torch.zeros(())))
     }
     if not owners:
-        return {"pooled": {}, "owners": {}}
+        return {"pooled": {}, "owners": {}, "headline": metric.to_json()}
     pooled: dict[str, torch.Tensor] = {}
     for client in owners:
         for name, value in sums[client].items():
             pooled[name] = pooled[name] + value if name in pooled else value.clone()
-    losses = {client: metrics["loss"] for client, metrics in owners.items()}
-    worst = max(losses, key=lambda client: (math.isnan(losses[client]), losses[client]))
+    values = {client: metrics[metric.name] for client, metrics in owners.items()}
+    worst = max(values, key=lambda client: (math.isnan(values[client]), metric.cost(values[client])))
     return {
-        "pooled": task.summarise(pooled),
+        **pooled_report(task, pooled),
         "owners": owners,
-        "mean": statistics.fmean(losses.values()),
-        "worst": {"owner": worst, "loss": losses[worst]},
-        "spread": statistics.pstdev(losses.values()) if all(map(math.isfinite, losses.values())) else math.nan,
+        "headline": metric.to_json(),
+        "mean": statistics.fmean(values.values()),
+        "worst": {"owner": worst, metric.name: values[worst]},
+        "spread": statistics.pstdev(values.values()) if all(map(math.isfinite, values.values())) else math.nan,
     }

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
-from fedfm.core.words import change, clean, count, duration, loss, number, size, sparkline
+from fedfm.core.words import Metric, clean, count, duration, loss, number, size, sparkline
 from fedfm.observers.base import RunInfo, Watcher
 
 if TYPE_CHECKING:
@@ -59,12 +60,15 @@ class Progress(Watcher):
 
 
 class Story:
-    """What the rounds so far add up to.
+    """What all rounds of the run add up to, those of earlier sessions included.
 
     Attributes:
-        history: Held-out loss of each owner at each evaluation; training loss where nothing is evaluated.
+        pooled: The headline metric on everybody's held-out data, at each evaluation.
+        error: Its standard error at the last evaluation, where that was on a sample.
+        history: The headline metric of each owner at each evaluation; training loss where nothing is evaluated.
         sizes: What each owner's update weighs (its examples).
         rate: Tokens per second of the last round that trained.
+        earlier: Seconds and bytes of earlier sessions.
     """
 
     def __init__(self, clock: Callable[[], float]) -> None:
@@ -75,6 +79,7 @@ class Story:
         self.done = 0
         self.answered: set[str] = set()
         self.pooled: list[float | None] = []
+        self.error: float | None = None
         self.train: float | None = None
         self.worst: tuple[str, float] | None = None
         self.history: dict[str, list[float | None]] = {}
@@ -83,10 +88,21 @@ class Story:
         self.rate: float | None = None
         self.bytes_up = self.bytes_down = 0
         self.failures: list[tuple[int, Failure]] = []
+        self.earlier = Earlier()
+
+    @property
+    def metric(self) -> Metric:
+        """What ``pooled`` and ``history`` hold."""
+        return self.info.metric
 
     def start(self, info: RunInfo) -> None:
-        """Time runs from here."""
+        """Time runs from here. What an earlier session did is counted first."""
         self.started, self.info, self.done = True, info, info.resumed_from or 0
+        seconds = 0.0
+        for record in info.earlier:
+            self.add(record)
+            seconds += sum(number(value) or 0.0 for value in record.seconds.values())
+        self.earlier = Earlier(seconds, self.bytes_up, self.bytes_down)
         self.began = self.last = self.clock()
 
     def answer(self, answer: Reply | Failure) -> None:
@@ -94,40 +110,56 @@ class Story:
         self.answered.add(answer.client)
 
     def round(self, record: RoundRecord) -> None:
-        """Adds a round."""
+        """Adds a round that was played now."""
         now = self.clock()
         if record.round > 0:
             self.laps.append(now - self.last)
-        self.last, self.done = now, record.round
+        self.last = now
         self.answered.clear()
+        self.add(record)
+
+    def add(self, record: RoundRecord) -> None:
+        """Adds what a round's record says."""
+        self.done = record.round
         self.bytes_up += record.bytes_up
         self.bytes_down += record.bytes_down
         self.failures.extend((record.round, failure) for failure in failures(record))
         self.train = number(record.metrics.get("train_loss"))
-        for client, told in record.clients.items():
-            self.sizes[client] = max(self.sizes.get(client, 0.0), number(told.get("weight")) or 0.0)
+        for client, numbers in record.clients.items():
+            self.sizes[client] = max(self.sizes.get(client, 0.0), number(numbers.get("weight")) or 0.0)
         self.rate = tokens_per_second(record) or self.rate
-        report = record.metrics.get("eval")
+        report, metric = record.metrics.get("eval"), self.metric
         if report:
             if not self.evaluated:
                 self.history.clear()
             self.evaluated = True
-            self.pooled.append(number(report.get("pooled", {}).get("loss")))
-            seen = {owner: number(told.get("loss")) for owner, told in report.get("owners", {}).items()}
+            self.pooled.append(number(report.get("pooled", {}).get(metric.name)))
+            self.error = number(report.get("error"))
+            values = {owner: number(metrics.get(metric.name)) for owner, metrics in report.get("owners", {}).items()}
         elif not self.evaluated:
-            seen = {client: number(told.get("loss")) for client, told in record.clients.items()}
+            metric = Metric()
+            values = {client: number(numbers.get("loss")) for client, numbers in record.clients.items()}
         else:
             return
-        for owner, value in seen.items():
+        for owner, value in values.items():
             self.history.setdefault(owner, []).append(value)
-        self.worst = max(
-            ((owner, value) for owner, value in seen.items() if value is not None), key=lambda item: item[1], default=self.worst
-        )
+        known = [(owner, value) for owner, value in values.items() if value is not None]
+        self.worst = max(known, key=lambda item: metric.cost(item[1]), default=self.worst)
 
     @property
-    def loss(self) -> float | None:
-        """The pooled held-out loss of the last evaluation."""
+    def shown(self) -> Metric:
+        """What ``history`` and ``worst`` hold: the headline, or the training loss where nothing is evaluated."""
+        return self.metric if self.evaluated else Metric()
+
+    @property
+    def value(self) -> float | None:
+        """The pooled headline of the last evaluation."""
         return self.pooled[-1] if self.pooled else None
+
+    @property
+    def seconds(self) -> float:
+        """Of the whole run."""
+        return self.earlier.seconds + self.last - self.began
 
     @property
     def left(self) -> float | None:
@@ -159,17 +191,33 @@ class Story:
 
     def ending(self, finished: bool) -> str:
         """The run's closing line."""
-        text = f"{'done' if finished else 'stopped'} after round {self.done}/{self.info.rounds} in {duration(self.clock() - self.began)}"
-        if self.loss is not None and len(self.pooled) > 1:
-            text += f": loss {loss(self.pooled[0])} -> {loss(self.loss)} ({change(self.pooled[0], self.loss)})"
+        session = self.clock() - self.began
+        text = (
+            f"{'done' if finished else 'stopped'} after round {self.done}/{self.info.rounds} in {duration(self.earlier.seconds + session)}"
+        )
+        first, last, show = self.pooled[0] if self.pooled else None, self.value, self.metric.show
+        if last is not None and len(self.pooled) > 1:
+            text += f": {self.metric.title} {show(first)} -> {show(last)} ({self.metric.change(first, last)})"
         text += f", {size(self.bytes_up)} up, {size(self.bytes_down)} down"
+        if self.info.resumed_from is not None:
+            up, down = self.bytes_up - self.earlier.bytes_up, self.bytes_down - self.earlier.bytes_down
+            text += f" in the whole run ({duration(session)}, {size(up)} up and {size(down)} down in this session)"
         return text + (f", {len(self.failures)} failed {'answer' if len(self.failures) == 1 else 'answers'}" if self.failures else "")
+
+
+@dataclass(frozen=True)
+class Earlier:
+    """What the sessions before this one took."""
+
+    seconds: float = 0.0
+    bytes_up: int = 0
+    bytes_down: int = 0
 
 
 def tokens_per_second(record: RoundRecord) -> float | None:
     """Training tokens of a round over the seconds it trained."""
     seconds = number(record.seconds.get("train"))
-    tokens = sum(number(told.get("tokens")) or 0.0 for told in record.clients.values())
+    tokens = sum(number(numbers.get("tokens")) or 0.0 for numbers in record.clients.values())
     return tokens / seconds if tokens and seconds else None
 
 
@@ -186,7 +234,7 @@ class _Lines(Watcher):
 
     def __init__(self, file: TextIO, story: Story) -> None:
         self.file, self.story = file, story
-        self.said: tuple[str, float] = ("", 0.0)
+        self.last_stage: tuple[str, float] = ("", 0.0)
 
     def print(self, text: str) -> None:
         # An owner's name that the log's encoding lacks must not end a run.
@@ -197,38 +245,40 @@ class _Lines(Watcher):
     def stage(self, text: str, done: int | None = None, total: int | None = None) -> None:
         now = self.story.clock()
         # A line when something begins and ends, and every five seconds in between: a log is read later.
-        if text == self.said[0] and done != total and now - self.said[1] < 5:
+        if text == self.last_stage[0] and done != total and now - self.last_stage[1] < 5:
             return
-        self.said = (text, now)
+        self.last_stage = (text, now)
         self.print(f"- {clean(text)}" + ("" if done is None else f" {done}" + ("" if total is None else f"/{total}")))
 
     def start(self, info: RunInfo) -> None:
         self.print(self.story.title())
-        cells = ("round", "loss", "change", "train", "worst owner", "tokens/s", "up", "down", "time", "left")
-        self.print(self.row(*cells))
-
-    @staticmethod
-    def row(round: str, loss: str, change: str, train: str, worst: str, rate: str, up: str, down: str, time: str, left: str) -> str:
-        return f"{round:>9} {loss:>8} {change:>9} {train:>8}  {worst:<30} {rate:>8} {up:>8} {down:>8} {time:>8} {left:>8}".rstrip()
-
-    def round(self, record: RoundRecord) -> None:
-        story = self.story
-        evaluated = bool(record.metrics.get("eval"))
-        worst = f"{clean(story.worst[0], 22)} {loss(story.worst[1])}" if story.worst else "-"
         self.print(
             self.row(
-                f"{record.round}/{story.info.rounds}",
-                loss(story.loss) if evaluated else "-",
-                change(story.pooled[0], story.loss) if evaluated and len(story.pooled) > 1 else "-",
-                loss(story.train),
-                worst,
-                count(tokens_per_second(record)),
-                size(record.bytes_up),
-                size(record.bytes_down),
-                duration(story.last - story.began),
-                duration(story.left),
+                ("round", info.metric.title, "+-", "change", "train loss"),
+                "worst owner",
+                ("tokens/s", "up", "down", "train", "evaluate", "aggregate", "time", "left"),
             )
         )
+
+    @staticmethod
+    def row(results: Sequence[str], worst: str, costs: Sequence[str]) -> str:
+        left = " ".join(f"{cell:>{width}}" for cell, width in zip(results, (9, 8, 7, 12, 10), strict=True))
+        return f"{left}  {worst:<30} {' '.join(f'{cell:>9}' for cell in costs)}".rstrip()
+
+    def round(self, record: RoundRecord) -> None:
+        story, metric = self.story, self.story.metric
+        evaluated = bool(record.metrics.get("eval"))
+        worst = f"{clean(story.worst[0], 20)} {story.shown.show(story.worst[1])}" if story.worst else "-"
+        seconds = [duration(record.seconds.get(name)) for name in ("train", "evaluate", "aggregate")]
+        results = (
+            f"{record.round}/{story.info.rounds}",
+            metric.show(story.value) if evaluated else "-",
+            metric.show(story.error) if evaluated else "-",
+            metric.change(story.pooled[0], story.value) if evaluated and len(story.pooled) > 1 else "-",
+            loss(story.train),
+        )
+        traffic = (count(tokens_per_second(record)), size(record.bytes_up), size(record.bytes_down))
+        self.print(self.row(results, worst, (*traffic, *seconds, duration(story.seconds), duration(story.left))))
         for failure in failures(record):
             self.print(f"{'':>9} {clean(failure.client)} failed in {clean(failure.stage)}: {clean(failure.reason)}")
 
@@ -289,7 +339,8 @@ class _Live(Watcher):
 
     def round(self, record: RoundRecord) -> None:
         self.hide_stages()
-        self.bars.update(self.rounds, completed=record.round, description=f"round {record.round}")
+        spent = ", ".join(f"{name} {duration(seconds)}" for name, seconds in record.seconds.items())
+        self.bars.update(self.rounds, completed=record.round, description=f"round {record.round}" + (f" ({spent})" if spent else ""))
         self.draw()
 
     def close(self, summary: Mapping[str, Any] | None) -> None:
@@ -308,14 +359,14 @@ class _Live(Watcher):
         story = self.story
         parts: list[Any] = [Text(story.title(), style="bold", overflow="fold"), self.bars]
         numbers = Text()
-        if story.loss is not None:
-            numbers.append(f"loss {loss(story.loss)} ", "bold")
-            numbers.append(
-                f"({change(story.pooled[0], story.loss)})  ", "green" if story.loss <= (story.pooled[0] or story.loss) else "red"
-            )
+        metric, first = story.metric, story.pooled[0] if story.pooled else None
+        if story.value is not None:
+            error = "" if story.error is None else f"± {metric.show(story.error)} "
+            numbers.append(f"{metric.title} {metric.show(story.value)} {error}", "bold")
+            numbers.append(f"({metric.change(first, story.value)})  ", "red" if metric.is_better(first, story.value) else "green")
             numbers.append(sparkline(story.pooled, 24) + "  ", "cyan")
         if story.train is not None:
-            numbers.append(f"train {loss(story.train)}  ")
+            numbers.append(f"train loss {loss(story.train)}  ")
         numbers.append(f"{count(story.rate)} tokens/s  ↑ {size(story.bytes_up)}  ↓ {size(story.bytes_down)}  ")
         if last is None:
             numbers.append(f"{duration(story.left)} left", "dim")
@@ -331,27 +382,27 @@ class _Live(Watcher):
         self.live.update(Group(*parts), refresh=True)
 
     def table(self) -> Any:
-        """Loss per owner with its trend."""
+        """The headline of each owner with its trend."""
         from rich.table import Table
         from rich.text import Text
 
-        story = self.story
+        story, metric = self.story, self.story.shown
         shown = story.largest(max(1, min(self.owners, self.console.height - 10)))
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
         table.add_column("owner", max_width=32, no_wrap=True)
-        for name in ("examples", "loss" if story.evaluated else "training loss", "change"):
+        for name in ("examples", metric.title if story.evaluated else "training loss", "change"):
             table.add_column(name, justify="right", no_wrap=True)
         table.add_column("trend", min_width=16, no_wrap=True)
         for owner in shown:
             values = story.history[owner]
             first, now = number(values[0]), number(values[-1])
             worst = story.worst is not None and owner == story.worst[0]
-            better = first is not None and now is not None and now <= first
+            better = first is not None and now is not None and not metric.is_better(first, now)
             table.add_row(
                 Text(clean(owner, 32)),
                 Text(count(story.sizes[owner]) if owner in story.sizes else "-"),
-                Text(loss(now)),
-                Text(change(first, now), "green" if better else "red"),
+                Text(metric.show(now)),
+                Text(metric.change(first, now), "green" if better else "red"),
                 Text.assemble((sparkline(values), "cyan"), ("  worst" if worst else "", "bold red")),
             )
         rest = len(story.history) - len(shown)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedfm.core import disk
 from fedfm.core.errors import ConfigError, MissingExtra
-from fedfm.core.words import number
+from fedfm.core.words import Metric, number
 from fedfm.observers.base import Observer, RunInfo, Watcher
 from fedfm.observers.progress import failures, tokens_per_second
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TensorBoard(Observer):
-    """Losses (pooled and per owner), update norm, bytes and speed of each round as TensorBoard scalars.
+    """Training loss, held-out metrics (all of them pooled, the task's headline per owner), update norm, bytes and speed of each round as TensorBoard scalars.
 
     A resumed run takes back what was written after the round it goes on from, so that curves stay single-valued.
 
@@ -73,13 +73,14 @@ class _Writer(Watcher):
 def scalars(record: RoundRecord) -> Iterator[tuple[str, float]]:
     """The points that a round adds to the curves; numbers that are not finite are left out."""
     report = record.metrics.get("eval") or {}
+    headline = Metric.from_json(report.get("headline")).name
     curves: dict[str, Any] = {
         "loss/train": record.metrics.get("train_loss"),
         **{f"pooled/{name}": value for name, value in report.get("pooled", {}).items()},
         "owners/mean": report.get("mean"),
-        "owners/worst": report.get("worst", {}).get("loss"),
+        "owners/worst": report.get("worst", {}).get(headline),
         "owners/spread": report.get("spread"),
-        **{f"owner/{owner}": told.get("loss") for owner, told in report.get("owners", {}).items()},
+        **{f"owner/{owner}": metrics.get(headline) for owner, metrics in report.get("owners", {}).items()},
         "update/norm": record.metrics.get("update_norm"),
         "bytes/up": record.bytes_up,
         "bytes/down": record.bytes_down,

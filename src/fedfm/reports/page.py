@@ -16,20 +16,13 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from fedfm.core.disk import write_atomic
-from fedfm.core.words import change, clean, count, duration, loss, number, size
+from fedfm.core.words import Metric, clean, count, duration, loss, number, size
 from fedfm.reports import svg, table
 from fedfm.reports.reading import Run, numbers, read
 
 OWNERS_SHOWN = 24
 LABELS_SHOWN = 7
 FAILURES_SHOWN = 20
-# How a metric other than the loss is read: its name on the page, and whether it is a share.
-METRICS = {
-    "accuracy": ("Accuracy", True),
-    "token_accuracy": ("Token accuracy", True),
-    "macro_f1": ("Macro F1", True),
-    "perplexity": ("Perplexity", False),
-}
 
 
 @dataclass(frozen=True)
@@ -93,18 +86,21 @@ def picture(run: Run) -> dict[str, Any]:
         "verdict": table.verdict(run.compare) if run.compare else "",
         "travelled": table.travelled(run.compare) if run.compare else "",
         "tiles": tiles(run),
+        "metric": run.metric,
+        "chart": chart(run),
         "loss_chart": loss_chart(run),
+        "metrics": metrics(run),
+        "everybody": table.everybody(run.compare) if run.compare else "",
         "band": any(round.band() for round in run.evaluations),
         "wide_band": max((len(round.owners) for round in run.evaluations), default=0) > 10,
         "ends": ends(run),
         "owners": owners(run),
-        "num_owners": len(last_losses(run)),
+        "num_owners": len(last_values(run)),
         "rows": comparison(rows),
         "num_rows": len(rows),
         "mean": table.mean_row(rows) if len(rows) > 1 else None,
         "pooled": table.pooled(run.compare) if run.compare else None,
         "titles": table.ENDS,
-        "num_paying": sum(row.pays for row in rows),
         "split": split(run.split),
         "split_area": split_area(run.split),
         "labels": labels(run.split),
@@ -136,48 +132,67 @@ def headline(run: Run) -> str:
     def rounds(k: int) -> str:
         return f"{k} round{'' if k == 1 else 's'}{where}"
 
-    last = run.rounds[-1].round
-    finite = [round for round in run.evaluations if round.loss is not None]
+    last, metric = run.rounds[-1].round, run.metric
+    finite = [round for round in run.evaluations if round.value is not None]
     if not any(round.pooled for round in run.evaluations):
         trained = [round.train for round in run.rounds if round.train is not None]
-        told = f"training loss from {loss(trained[0])} to {loss(trained[-1])}, nothing evaluated" if trained else "no loss was recorded"
-        return f"{rounds(last)}: {told}."
+        outcome = f"training loss from {loss(trained[0])} to {loss(trained[-1])}, nothing evaluated" if trained else "no loss was recorded"
+        return f"{rounds(last)}: {outcome}."
     first, end = (finite or run.evaluations)[0], run.evaluations[-1]
-    if end.loss is None:
-        return f"After {rounds(end.round)} there is no finite held-out loss: the model has diverged, or nobody could evaluate it."
+    what, show = f"held-out {metric.title}", metric.show
+    if end.value is None:
+        return f"After {rounds(end.round)} there is no finite {what}: the model has diverged, or nobody could evaluate it."
     if end.round == 0:
-        return f"Before training, the held-out loss{where} is {loss(end.loss)}."
-    if first is end or first.loss is None:
-        return f"After {rounds(end.round)} the held-out loss is {loss(end.loss)}."
-    if end.loss == first.loss:
-        return f"{rounds(end.round)} left the held-out loss at {loss(end.loss)}."
-    verb = "brought the held-out loss down" if end.loss < first.loss else "took the held-out loss up"
-    return f"{rounds(end.round)} {verb} from {loss(first.loss)} to {loss(end.loss)} ({change(first.loss, end.loss)})."
+        return f"Before training, the {what}{where} is {show(end.value)}."
+    if first is end or first.value is None:
+        return f"After {rounds(end.round)} the {what} is {show(end.value)}."
+    if end.value == first.value:
+        return f"{rounds(end.round)} left the {what} at {show(end.value)}."
+    verb = "brought" if metric.is_better(end.value, first.value) else "took"
+    way = "down" if end.value < first.value else "up"
+    return f"{rounds(end.round)} {verb} the {what} {way} from {show(first.value)} to {show(end.value)} ({metric.change(first.value, end.value)})."
 
 
 def tiles(run: Run) -> list[Tile]:
     """The first row of numbers."""
-    found: list[Tile] = []
-    seen = [round for round in run.evaluations if round.pooled]
-    if seen:
-        first, last = seen[0], run.evaluations[-1]
-        found.append(Tile("Held-out loss", loss(last.loss), _from(first.loss, last.loss, loss) if last is not first else ""))
-        for name, (title, share) in METRICS.items():
-            before, after = first.pooled.get(name), last.pooled.get(name)
-            if after is not None and len(found) < 2:
-                read_as = percent if share else loss
-                found.append(Tile(title, read_as(after), _from(before, after, read_as) if last is not first else ""))
-    if len(last_losses(run)) > 1 and (worst := run.evaluations[-1].worst):
-        found.append(Tile("Worst owner", loss(worst[1]), clean(worst[0], 28)))
+    shown: list[Tile] = []
+    evaluated = [round for round in run.evaluations if round.pooled]
+    if evaluated:
+        first, last = evaluated[0], run.evaluations[-1]
+        others = [Metric(name) for name, value in last.pooled.items() if name != run.metric.name and value is not None]
+        for metric in [run.metric, *others[:1]]:
+            before, after = first.pooled.get(metric.name), last.pooled.get(metric.name)
+            note = _from(before, after, metric) if last is not first else ""
+            error = f"± {metric.show(last.error)} " if metric is run.metric and last.error is not None else ""
+            shown.append(Tile(f"Held-out {metric.title}", metric.show(after), error + note))
+    if len(last_values(run)) > 1 and (worst := run.evaluations[-1].worst):
+        shown.append(Tile("Worst owner", run.metric.show(worst[1]), clean(worst[0], 28)))
     up, down = total(run, "bytes_up"), total(run, "bytes_down")
     if up or down:
-        found.append(Tile("Travelled", size(up + down), f"{size(up)} up, {size(down)} down"))
+        shown.append(Tile("Travelled", size(up + down), f"{size(up)} up, {size(down)} down"))
     seconds = total(run, "seconds")
     training = sum(round.seconds.get("train", 0.0) for round in run.rounds)
     tokens = sum(round.tokens for round in run.rounds)
     if seconds:
-        found.append(Tile("Time", duration(seconds), f"{count(tokens / training)} tokens/s in training" if tokens and training else ""))
-    return found
+        shown.append(Tile("Time", duration(seconds), f"{count(tokens / training)} tokens/s in training" if tokens and training else ""))
+    return shown
+
+
+def metrics(run: Run) -> list[tuple[str, list[str]]]:
+    """All metrics on everybody's held-out data, the headline first: before training, after it, and with the two ends where they are known."""
+    evaluated = [round for round in run.evaluations if round.pooled]
+    if not evaluated:
+        return []
+    first, last = evaluated[0], evaluated[-1]
+    ends = {row.metric.name: row for row in table.metrics(run.compare)} if run.compare else {}
+    rows = []
+    for name in dict.fromkeys([run.metric.name, *last.pooled, *ends]):
+        metric = Metric(name)
+        values = [first.pooled.get(name), last.pooled.get(name)]
+        if run.compare:
+            values += [ends[name].local, ends[name].centralised] if name in ends else [None, None]
+        rows.append((metric.title, [metric.show(value) for value in values]))
+    return rows
 
 
 def total(run: Run, name: str) -> float:
@@ -190,72 +205,90 @@ def total(run: Run, name: str) -> float:
     return sum(sum(round.seconds.values()) if name == "seconds" else float(getattr(round, name)) for round in run.rounds)
 
 
-def percent(value: Any) -> str:
-    """``93.5 %``."""
-    x = number(value)
-    return "-" if x is None else f"{100 * x:.1f} %"
-
-
-def _from(before: float | None, after: float | None, read_as: Any) -> str:
+def _from(before: float | None, after: float | None, metric: Metric) -> str:
     if before is None or after is None:
         return ""
-    return f"from {read_as(before)}" + (f" ({change(before, after)})" if read_as is loss else "")
+    return f"from {metric.show(before)} ({metric.change(before, after)})"
+
+
+def chart(run: Run) -> Markup:
+    """The headline by round: pooled, the worst owner, the owners' range, and the two ends where they are known."""
+    evaluated, metric = run.evaluations, run.metric
+    lines = [
+        svg.Line("worst owner", "worst", [(r.round, r.worst[1] if r.worst else None) for r in evaluated if r.owners]),
+        svg.Line("pooled", "federated", [(r.round, r.value) for r in evaluated if r.pooled]),
+    ]
+    if metric.name == "loss":
+        lines.append(_training(run))
+    if evaluated and max(len(r.owners) for r in evaluated) < 2:
+        del lines[0]  # with one owner the worst is all there is
+    band = [(float(r.round), *edges) for r in evaluated if (edges := r.band())]
+    return _drawn(run, lines, band, metric)
 
 
 def loss_chart(run: Run) -> Markup:
-    """Loss by round: pooled, the worst owner, the owners' range, training, and the two ends where they are known."""
-    seen = run.evaluations
-    lines = [
-        svg.Line("worst owner", "worst", [(r.round, r.worst[1] if r.worst else None) for r in seen if r.owners]),
-        svg.Line("pooled", "federated", [(r.round, r.loss) for r in seen if r.pooled]),
-        svg.Line("training", "training", [(r.round, r.train) for r in run.rounds if r.train is not None]),
-    ]
-    if seen and max(len(r.owners) for r in seen) < 2:
-        del lines[0]  # with one owner the worst is all there is
-    band = [(float(r.round), *edges) for r in seen if (edges := r.band())]
-    row = table.pooled(run.compare) if run.compare else None
+    """The loss by round, where another metric leads."""
+    metric = Metric()
+    if run.metric.name == metric.name:
+        return Markup("")
+    pooled = svg.Line("pooled", "federated", [(r.round, r.pooled.get(metric.name)) for r in run.evaluations if r.pooled])
+    return _drawn(run, [pooled, _training(run)], [], metric)
+
+
+def _training(run: Run) -> svg.Line:
+    return svg.Line("training", "training", [(r.round, r.train) for r in run.rounds if r.train is not None])
+
+
+def _drawn(run: Run, lines: Sequence[svg.Line], band: Sequence[tuple[float, float, float]], metric: Metric) -> Markup:
+    row = table.pooled(run.compare, metric) if run.compare else None
     levels = [
         svg.Line(label, style, [(0, value)])
         for label, style, value in (("local-only", "local", row.local), ("centralised", "centralised", row.centralised))
         if value is not None
     ] if row else []  # fmt: skip
-    told = ", ".join(f"{line.label} from {loss(line.points[0][1])} to {loss(line.points[-1][1])}" for line in lines if line.points)
-    return svg.chart([line for line in lines if line.points], band, levels, f"Loss by round: {told}.")
+    drawn = [line for line in lines if line.points]
+    ends = ", ".join(f"{line.label} from {metric.show(line.points[0][1])} to {metric.show(line.points[-1][1])}" for line in drawn)
+    return svg.chart(drawn, band, levels, f"{metric.title.capitalize()} by round: {ends}.")
 
 
 def ends(run: Run) -> list[Bar]:
-    """Pooled test loss under the four ways, as bars from zero."""
+    """The headline on the pooled test under the four ways, as bars from zero."""
     if not run.compare:
         return []
-    values = {key: value for key, value in table.pooled(run.compare).values().items() if value is not None}
+    row = table.pooled(run.compare)
+    values = {key: value for key, value in row.values().items() if value is not None}
     longest = max((abs(value) for value in values.values()), default=0.0)
-    return [Bar(table.ENDS[key], loss(value), [(key, 100 * abs(value) / longest if longest else 0.0, "")]) for key, value in values.items()]
+    return [
+        Bar(table.ENDS[key], row.metric.show(value), [(key, 100 * abs(value) / longest if longest else 0.0, "")])
+        for key, value in values.items()
+    ]
 
 
-def last_losses(run: Run) -> dict[str, float | None]:
-    """Each owner's loss at the last evaluation that has owners."""
+def last_values(run: Run) -> dict[str, float | None]:
+    """Each owner's headline at the last evaluation that has owners."""
     return dict(next((r.owners for r in reversed(run.evaluations) if r.owners), {}))
 
 
 def owners(run: Run) -> list[OwnerCell]:
     """Small multiples on one scale: the largest owners, and the worst ones where there are too many to show."""
-    seen = [round for round in run.evaluations if round.owners]
-    last = last_losses(run)
+    evaluated, metric = [round for round in run.evaluations if round.owners], run.metric
+    last = last_values(run)
     sizes = {str(row.get("owner")): number(row.get("tokens")) or 0.0 for row in run.split}
     names = sorted(last, key=lambda name: (-sizes.get(name, 0.0), name))
     if len(names) > OWNERS_SHOWN:
-        by_loss = sorted(last, key=lambda name: (-(number(last[name]) or 0.0), name))
+        worst_first = sorted(last, key=lambda name: (-metric.cost(number(last[name]) or 0.0), name))
         half = OWNERS_SHOWN // 2
-        names = names[:half] + [name for name in by_loss if name not in names[:half]][:half]
-    curves = {name: [(float(r.round), r.owners.get(name)) for r in seen if name in r.owners] for name in names}
+        names = names[:half] + [name for name in worst_first if name not in names[:half]][:half]
+    curves = {name: [(float(r.round), r.owners.get(name)) for r in evaluated if name in r.owners] for name in names}
     values = [y for points in curves.values() for _, y in points if y is not None]
     low, high = min(values, default=0.0), max(values, default=1.0)
     cells = []
     for name, points in curves.items():
         known = [y for _, y in points if y is not None]
         first, end = (known[0], known[-1]) if known else (None, None)
-        better = first is not None and end is not None and end <= first
-        cells.append(OwnerCell(name, loss(first), loss(end), change(first, end), better, svg.spark(points, low, high, "federated")))
+        better = first is not None and end is not None and not metric.is_better(first, end)
+        change = metric.change(first, end)
+        cells.append(OwnerCell(name, metric.show(first), metric.show(end), change, better, svg.spark(points, low, high, "federated")))
     return cells
 
 
@@ -263,7 +296,7 @@ def comparison(rows: Sequence[table.Row]) -> list[tuple[table.Row, Markup, str]]
     """Rows of the comparison with their picture, and the change against working alone."""
     values = [value for row in rows for value in row.values().values() if value is not None]
     low, high = min(values, default=0.0), max(values, default=1.0)
-    return [(row, svg.markers(list(row.values().items()), low, high), change(row.local, row.federated)) for row in rows[:OWNERS_SHOWN]]
+    return [(row, svg.markers(list(row.values().items()), low, high), row.gain) for row in rows[:OWNERS_SHOWN]]
 
 
 def _histogram(row: Mapping[str, Any]) -> dict[str, float]:

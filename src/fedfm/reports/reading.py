@@ -11,7 +11,7 @@ from typing import Any
 
 from fedfm.core.errors import RunError
 from fedfm.core.journal import Journal
-from fedfm.core.words import number
+from fedfm.core.words import LOSS, Metric, number
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,11 @@ class Round:
 
     Args:
         failures: Of training and of evaluation.
-        evaluated: Whether held-out losses were asked for.
+        evaluated: Whether held-out metrics were asked for.
         pooled: Metrics on everyone's held-out data; empty where nobody had any to tell.
-        owners: Held-out loss of each owner.
+        owners: The headline metric of each owner.
+        metric: The headline.
+        error: Its standard error, where the evaluation was on a sample.
         tokens: Tokens trained on.
     """
 
@@ -30,6 +32,8 @@ class Round:
     evaluated: bool = False
     pooled: Mapping[str, float | None] = field(default_factory=dict)
     owners: Mapping[str, float | None] = field(default_factory=dict)
+    metric: Metric = LOSS
+    error: float | None = None
     train: float | None = None
     tokens: float = 0.0
     bytes_up: float = 0.0
@@ -39,17 +43,18 @@ class Round:
     failures: Sequence[Mapping[str, Any]] = ()
 
     @property
-    def loss(self) -> float | None:
-        """The pooled held-out loss."""
-        return self.pooled.get("loss")
+    def value(self) -> float | None:
+        """The pooled headline."""
+        return self.pooled.get(self.metric.name)
 
     @property
     def worst(self) -> tuple[str, float] | None:
-        """The owner with the highest held-out loss."""
-        return max(((name, value) for name, value in self.owners.items() if value is not None), key=lambda item: item[1], default=None)
+        """The owner with the worst headline."""
+        known = [(name, value) for name, value in self.owners.items() if value is not None]
+        return max(known, key=lambda item: self.metric.cost(item[1]), default=None)
 
     def band(self) -> tuple[float, float] | None:
-        """The range of the owners' losses; of the middle 80 % where there are more than ten."""
+        """The range of the owners' headline; of the middle 80 % where there are more than ten."""
         values = sorted(value for value in self.owners.values() if value is not None)
         if len(values) < 2:
             return None
@@ -81,8 +86,13 @@ class Run:
 
     @property
     def evaluations(self) -> list[Round]:
-        """Rounds in which held-out losses were asked for."""
+        """Rounds in which held-out metrics were asked for."""
         return [round for round in self.rounds if round.evaluated]
+
+    @property
+    def metric(self) -> Metric:
+        """The headline."""
+        return next((round.metric for round in reversed(self.evaluations)), Metric())
 
 
 def read(folder: Path) -> Run:
@@ -113,22 +123,25 @@ def read(folder: Path) -> Run:
 def _round(line: Mapping[str, Any]) -> Round:
     metrics = _mapping(line.get("metrics"))
     report = _mapping(metrics.get("eval"))
-    unheard = _mapping(report.get("failed")).items()
-    told = [_mapping(item) for item in _mapping(line.get("clients")).values()]
+    metric = Metric.from_json(report.get("headline"))
+    failed = _mapping(report.get("failed")).items()
+    numbers_of_clients = [_mapping(item) for item in _mapping(line.get("clients")).values()]
     return Round(
         round=int(number(line.get("round")) or 0),
         evaluated="eval" in metrics,
         pooled=numbers(report.get("pooled")),
-        owners={owner: number(_mapping(item).get("loss")) for owner, item in _mapping(report.get("owners")).items()},
+        owners={owner: number(_mapping(item).get(metric.name)) for owner, item in _mapping(report.get("owners")).items()},
+        metric=metric,
+        error=number(report.get("error")),
         train=number(metrics.get("train_loss")),
-        tokens=math.fsum(number(item.get("tokens")) or 0.0 for item in told),
+        tokens=math.fsum(number(item.get("tokens")) or 0.0 for item in numbers_of_clients),
         bytes_up=number(line.get("bytes_up")) or 0.0,
         bytes_down=number(line.get("bytes_down")) or 0.0,
         seconds={name: value for name, value in numbers(line.get("seconds")).items() if value is not None},
         cohort=[str(client) for client in _list(line.get("cohort"))],
         failures=[
             *(item for item in _list(line.get("failures")) if isinstance(item, dict)),
-            *({"client": client, "stage": "evaluate", "reason": reason} for client, reason in unheard),
+            *({"client": client, "stage": "evaluate", "reason": reason} for client, reason in failed),
         ],
     )
 

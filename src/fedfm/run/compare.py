@@ -18,12 +18,13 @@ from fedfm.client.requests import start_of, stays_home
 from fedfm.core.errors import DataError
 from fedfm.core.messages import ClientId
 from fedfm.core.parts import RoundContext, Update, Work, innermost
+from fedfm.core.task import Examples
 from fedfm.core.tree import Tree
 from fedfm.data import Sample
 from fedfm.engines import Embedded
 from fedfm.federation import Federation
 from fedfm.observers.base import Watcher
-from fedfm.observers.evaluate import summary
+from fedfm.observers.evaluate import Evaluate, estimated, summary
 from fedfm.run.folder import COMPARE, RECIPE, RunFolder, latest_state
 from fedfm.run.loop import resume, run
 from fedfm.server import FedAvg
@@ -31,6 +32,8 @@ from fedfm.simulation import Simulation
 
 Stage = Callable[[str, int | None, int | None], None]
 Scores = dict[str, Any]
+TOGETHER = 512
+"""Examples of everybody's test data on which each model is scored, unless ``evaluate.max_examples`` is null."""
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,20 @@ class Comparison:
     """The table that answers whether federating paid.
 
     Args:
-        owners: For each owner its held-out loss ``before``, with its own model (``local``), ``federated`` and ``centralised``.
-        pooled: The same four on everybody's test data, all metrics; ``local`` is the mean over the owners' own models.
+        owners: For each owner the metrics on its own test data (all, or ``evaluate.ends`` examples), ``before``, with its own model (``local``), ``federated`` and
+            ``centralised``.
+        pooled: The same four on everybody's test data; ``local`` is the mean over the owners' own models.
+        headline: The metric that leads, with its direction.
+        everybody: ``examples`` of everybody's test data that ``pooled`` is made on, the same ones for all models, ``of`` how many, and the
+            standard ``error`` of the headline of each of the four where that is not all.
         travelled: ``bytes_up`` and ``bytes_down``, and ``bytes_if_full_model`` had the whole model gone both ways.
         seconds: What each of the three took.
     """
 
     owners: list[dict[str, Any]]
     pooled: dict[str, dict[str, float]]
+    headline: dict[str, Any]
+    everybody: dict[str, Any]
     travelled: dict[str, int]
     seconds: dict[str, float]
 
@@ -101,43 +110,77 @@ class _Ends:
         # What the server sends beside the parameters, such as SCAFFOLD's control variate.
         travelling = self.plan.travelling(self.start)
         self.sent = self.plan.server.broadcast(travelling, self.plan.server.init(travelling))
+        whole: dict[ClientId, Examples] = {client: self.house.shard(client).test for client in self.house.clients}
+        self.sizes = {client: len(test) for client, test in whole.items()}
+        ends = self.plan.evaluate.ends
+        self.tests = whole if ends is None else {client: Sample(test, ends) for client, test in whole.items()}
+        self.everybody = sampled(self.tests, None if self.plan.evaluate.max_examples is None else TOGETHER)
+        self.is_all = sum(map(len, self.everybody.values())) == sum(map(len, self.tests.values()))
 
     def compare(self, stage: Stage) -> Comparison:
         began = time.perf_counter()
         stage("Evaluating before and after", None, None)
-        before, federated = self.score([self.start]), self.score(self.federated())
-        if not before["owners"]:
+        models = {"before": [self.start], "federated": self.federated()}
+        own = {way: self.score(models[way], self.tests) for way in models}
+        if not own["before"]["owners"]:
             raise DataError("No owner has test data, so there is nothing to compare on. Give data.test, or a data.test_fraction above 0.")
         seconds = {"federated": self.ledger.seconds, "evaluate": time.perf_counter() - began}
 
-        began, own, alone = time.perf_counter(), {}, []
-        stage("Training each owner alone", 0, len(self.house.clients))
+        began, num_clients = time.perf_counter(), len(self.house.clients)
+        local: dict[ClientId, dict[str, float]] = {}
+        alone = []
+        stage("Training each owner alone", 0, num_clients)
         for done, (client, params) in enumerate(self.alone()):
-            scores = self.score([params])
-            own[client] = scores["owners"].get(client, {}).get("loss")
-            alone.append(scores["pooled"])
-            stage("Training each owner alone", done + 1, len(self.house.clients))
+            scores = self.score([params], self.everybody)
+            mine = scores if self.is_all else self.score([params], {client: self.tests[client]})
+            local[client] = mine["owners"].get(client, {})
+            alone.append(scores)
+            stage("Training each owner alone", done + 1, num_clients)
         seconds["local"] = time.perf_counter() - began
 
         began = time.perf_counter()
         stage("Training on all data in one place", None, None)
-        centralised = self.score([self.centralised()])
+        models["centralised"] = [self.centralised()]
+        own["centralised"] = self.score(models["centralised"], self.tests)
         seconds["centralised"] = time.perf_counter() - began
+        together = own if self.is_all else {way: self.score(models[way], self.everybody) for way in models}
+        return self.table(own, local, together, alone, seconds)
 
-        ways = {"before": before, "federated": federated, "centralised": centralised}
+    def table(
+        self,
+        own: Mapping[str, Scores],
+        local: Mapping[ClientId, dict[str, float]],
+        together: Mapping[str, Scores],
+        alone: Sequence[Scores],
+        seconds: dict[str, float],
+    ) -> Comparison:
+        """The comparison, from the scores on own and on everybody's test data."""
         owners = [
-            {"owner": client, "local": own[client], **{way: scores["owners"].get(client, {}).get("loss") for way, scores in ways.items()}}
+            {"owner": client, "local": local[client], **{way: scores["owners"].get(client, {}) for way, scores in own.items()}}
             for client in self.house.clients
-            if client in before["owners"]
+            if client in own["before"]["owners"]
         ]
+        errors = {way: scores["error"] for way, scores in together.items() if "error" in scores}
+        if alone and all("error" in scores for scores in alone):
+            # All models are scored on the same examples, so their errors go together.
+            errors["local"] = statistics.fmean(scores["error"] for scores in alone)
         full = self.house.foundation.num_params * getattr(torch, self.plan.model.dtype).itemsize
-        travelled = {
-            "bytes_up": self.ledger.bytes_up,
-            "bytes_down": self.ledger.bytes_down,
-            "bytes_if_full_model": 2 * full * self.ledger.client_rounds,
-        }
-        pooled = {way: scores["pooled"] for way, scores in ways.items()} | {"local": _mean(alone)}
-        return Comparison(owners, pooled, travelled, seconds)
+        return Comparison(
+            owners=owners,
+            pooled={way: scores["pooled"] for way, scores in together.items()} | {"local": _mean([scores["pooled"] for scores in alone])},
+            headline=self.plan.task.metric.to_json(),
+            everybody={
+                "examples": sum(map(len, self.everybody.values())),
+                "of": sum(self.sizes.values()),
+                "error": errors,
+            },
+            travelled={
+                "bytes_up": self.ledger.bytes_up,
+                "bytes_down": self.ledger.bytes_down,
+                "bytes_if_full_model": 2 * full * self.ledger.client_rounds,
+            },
+            seconds=seconds,
+        )
 
     def federated(self) -> list[Tree]:
         """The model that came of the run; one for each owner where some parameters stay at home."""
@@ -148,14 +191,16 @@ class _Ends:
         memories = {client: house.memory.load(client, counted.get(client)) if stays_home(house) else {} for client in house.clients}
         return [start_of(params, own[client], memory, house).all for client, memory in memories.items()]
 
-    def score(self, models: Sequence[Tree]) -> Scores:
-        """Metrics on every owner's test data, and pooled, of one model for all or of one for each."""
-        tests, most = [self.house.shard(client).test for client in self.house.clients], self.plan.evaluate.max_examples
-        sets = tests if most is None else [Sample(test, most) for test in tests]
-        sums = self.house.bank.evaluate(torch.stack([self.house.tuned.spec.flatten(params) for params in models]), sets)
-        return summary(
-            self.plan.task, {client: {name: value[i].cpu() for name, value in sums.items()} for i, client in enumerate(self.house.clients)}
-        )
+    def score(self, models: Sequence[Tree], sets: Mapping[ClientId, Examples]) -> Scores:
+        """Metrics on sets of test examples, and pooled, of one model for all or of one for each owner."""
+        if len(models) > 1:
+            models = [model for client, model in zip(self.house.clients, models, strict=True) if client in sets]
+        sums = self.house.bank.evaluate(torch.stack([self.house.tuned.spec.flatten(params) for params in models]), list(sets.values()))
+        totals = {
+            client: estimated(self.plan.task, {name: value[i].cpu() for name, value in sums.items()}, len(own), self.sizes[client])
+            for i, (client, own) in enumerate(sets.items())
+        }
+        return summary(self.plan.task, totals)
 
     def alone(self) -> Iterator[tuple[ClientId, Tree]]:
         """Each owner's own model. Owners with as many steps share a bank."""
@@ -226,6 +271,14 @@ class _Ends:
             return work.steps
         batch = num_examples if work.batch_size is None else work.batch_size * work.accumulate
         return (work.epochs or 1) * math.ceil(num_examples / max(batch, 1))
+
+
+def sampled(tests: Mapping[ClientId, Examples], most: int | None) -> dict[ClientId, Examples]:
+    """At most ``most`` of everybody's test examples, as many of each owner; where owners are many, two of each of some, evenly spread."""
+    if most is None or sum(map(len, tests.values())) <= most:
+        return dict(tests)
+    clients = list(Evaluate(owners=most // 2).chosen(list(tests)))
+    return {client: Sample(tests[client], most // len(clients)) for client in clients}
 
 
 def _mean(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -23,6 +23,7 @@ from fedfm.client.house import House
 from fedfm.client.requests import stays_home
 from fedfm.core import check
 from fedfm.core.errors import RunError
+from fedfm.core.journal import Journal
 from fedfm.core.messages import Failure, Reply
 from fedfm.core.parts import ServerState, Session
 from fedfm.core.roster import Roster
@@ -190,6 +191,7 @@ def _go(
         stack.callback(watch.close, None)
         simulation = Simulation.build(federation, path, progress=watch.stage)
         plan, house = simulation.federation, simulation.house
+        watch.stage("Loading the model")
         if folder is not None:
             house.choices.update(folder.choices())
             _note_data(folder, simulation)
@@ -205,6 +207,7 @@ def _go(
                 log.warning("%s: %s", finding.where, finding.text)
         state, ledger = restored or (start(plan, house.start), Ledger())
         if state.round < plan.rounds:
+            watch.stage("Trying the model with a few tokens")
             session.settle()
         if folder is not None:
             _note_choices(folder, house)
@@ -212,11 +215,17 @@ def _go(
         watch.start(game.info(None if restored is None else state.round))
 
         if restored is None:
+            if plan.evaluate.due(0, plan.rounds):
+                watch.stage(f"Evaluating before training, on {_tests(plan.evaluate.most(0, plan.rounds))}")
             record = game.evaluated(state, RoundRecord(0, (), (), {}, {}, 0, 0))
             ledger = game.commit(state, record, ledger)
             yield state, record
+        if state.round < plan.rounds:
+            watch.stage(f"Training round {state.round + 1}; the first round takes longer, because the data is read and memory is reserved")
         while state.round < plan.rounds:
             state, record = play(plan, state, session, simulation.clients, simulation.key, partial(watch.answer, state.round + 1))
+            if state.round == plan.rounds and plan.evaluate.due(state.round, plan.rounds):
+                watch.stage(f"Evaluating after the last round, on {_tests(plan.evaluate.most(state.round, plan.rounds))}")
             record = game.evaluated(state, record)
             ledger = game.commit(state, record, ledger)
             yield state, record
@@ -224,6 +233,24 @@ def _go(
             watch.stage("Writing the model and the report")
             _finish(house, folder, state, ledger)
         watch.close(ledger)
+
+
+def _tests(most: int | None) -> str:
+    """What an evaluation is made on, in words."""
+    return "all test data" if most is None else f"at most {most} test examples of each owner"
+
+
+@dataclass(frozen=True)
+class _Earlier:
+    """The records of the rounds up to one, read from the journal each time they are asked for."""
+
+    journal: Journal
+    last: int
+
+    def __iter__(self) -> Iterator[RoundRecord]:
+        for record in self.journal.records(self.last):
+            failures = tuple(Failure(failure["client"], failure["stage"], failure["reason"]) for failure in record["failures"])
+            yield RoundRecord(**{**record, "cohort": tuple(record["cohort"]), "failures": failures})
 
 
 def _note_data(folder: RunFolder, simulation: Simulation) -> None:
@@ -282,6 +309,8 @@ class _Game:
             threads=torch.get_num_threads(),
             choices=dict(house.choices),
             resumed_from=resumed_from,
+            earlier=() if resumed_from is None or self.folder is None else _Earlier(self.folder.journal, resumed_from),
+            metric=plan.task.metric,
         )
 
     def evaluated(self, state: ServerState, record: RoundRecord) -> RoundRecord:

@@ -38,6 +38,8 @@ class Classification(Task):
     labels: tuple[str, ...] | None = None
 
     head = "sequence_classification"
+    headline = "accuracy"
+    lower_is_better = False
 
     def __post_init__(self) -> None:
         require_length(self, self.max_length, 2)

@@ -148,6 +148,7 @@ def _check_losses(name: str, task: Task, examples: Memory, classes: int) -> None
     assert not any(x[2].any() for x in whole.values()), f"{name}.stats: a client without targets has some"
     pooled = task.summarise({x: value.sum(0) for x, value in whole.items()})
     assert "loss" in pooled and all(math.isfinite(value) for value in pooled.values()), f"{name}.summarise gives {pooled}"
+    assert task.headline in pooled, f"{name}: its headline {task.headline!r} is not among the metrics {set(pooled)}"
     mean = loss_q.double().mean().item()
     assert math.isclose(pooled["loss"], mean, rel_tol=1e-5), f"{name}: the pooled loss is {pooled['loss']}, the mean over targets {mean}"
     nobody = task.summarise({x: value[2] for x, value in whole.items()})

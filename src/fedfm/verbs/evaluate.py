@@ -15,12 +15,13 @@ from fedfm.client.verb import Contribution, Verb
 from fedfm.core.errors import FedfmError, MessageError
 from fedfm.core.keys import Key
 from fedfm.core.leaves import Leaf
+from fedfm.core.leaves import number as number_leaf
 from fedfm.core.messages import Body, ClientId, Failure, Request
 from fedfm.core.parts import Errand, Partial, RoundContext, ServerState, Session, Update
-from fedfm.core.task import Examples, Task
+from fedfm.core.task import SQUARES, Examples, Task
 from fedfm.core.tree import Tree
 from fedfm.data import Sample, opened
-from fedfm.observers.evaluate import Evaluate, summary
+from fedfm.observers.evaluate import LARGEST, VARIANCE, Evaluate, estimated, pooled_report, summary
 from fedfm.verbs.train import TrainPlan
 
 _SPLIT, _MOST = "split", "max_examples"
@@ -39,6 +40,11 @@ class EvaluationPlan(TrainPlan, Protocol):
         """When and on what."""
         ...
 
+    @property
+    def rounds(self) -> int:
+        """How many rounds there are in all."""
+        ...
+
 
 @dataclass(frozen=True)
 class Evaluation(Verb):
@@ -52,7 +58,7 @@ class Evaluation(Verb):
         Args:
             classes: How many there are, for classification.
         """
-        most = plan.evaluate.max_examples
+        most = plan.evaluate.most(state.round, plan.rounds)
         params, tuning = plan.travelling(state.params), plan.tuning
         return Errand(
             body=Body(self.name, state.round, params, {_SPLIT: split} | ({} if most is None else {_MOST: most})),
@@ -87,7 +93,7 @@ class Evaluation(Verb):
                 sums[item.client] = {**numbers, **item.payload}
         report = summary(plan.task, {client: sums[client] for client in asked if client in sums})
         if pooled is not None:
-            report["pooled"] = plan.task.summarise(pooled.totals())
+            report |= pooled_report(plan.task, pooled.totals())
         return report | ({"failed": failed} if failed else {})
 
     def answer(self, requests: Mapping[ClientId, Request], house: House) -> Iterator[Contribution | Failure]:
@@ -96,13 +102,15 @@ class Evaluation(Verb):
         leaves = declared(house.plan.task, max(len(house.labels), 2))
         starts: dict[ClientId, Tree] = {}
         sets: dict[ClientId, Examples] = {}
+        sizes: dict[ClientId, int] = {}
         is_shared, is_personal = True, stays_home(house)
         for client, request in requests.items():
             try:
                 # A memory that nothing here depends on is not read.
                 memory = remembered(client, request, house) if is_personal else {}
                 _, starts[client], is_own = start_of(request.tensors, request.own, memory, house)
-                sets[client] = opened(_examples(request, house, client))
+                examples = opened(_examples(request, house, client))
+                sets[client], sizes[client] = _sampled(request, examples), len(examples)
                 is_shared = is_shared and not is_own
             except FedfmError as error:
                 starts.pop(client, None)
@@ -111,12 +119,13 @@ class Evaluation(Verb):
             return
         theta_kd = torch.stack([house.tuned.spec.flatten(start) for start in list(starts.values())[: 1 if is_shared else None]])
         sums = house.bank.evaluate(theta_kd, list(sets.values()))
-        for row, client in enumerate(sets):
-            own = {name: value[row].cpu().clone() for name, value in sums.items()}
-            numbers = {name: float(value) for name, value in own.items() if value.dim() == 0}
+        for row, (client, sample) in enumerate(sets.items()):
+            measured = {name: value[row].cpu().clone() for name, value in sums.items()}
+            totals = estimated(house.plan.task, measured, len(sample), sizes[client])
+            numbers = {name: float(value) for name, value in totals.items() if value.dim() == 0}
             # A model that diverged has no loss; NaN says so.
             numbers = {name: value if math.isfinite(value) else math.nan for name, value in numbers.items()}
-            yield Contribution(Update({name: own[name] for name in own if name not in numbers}, 1.0, 1, client, numbers), leaves)
+            yield Contribution(Update({name: totals[name] for name in totals if name not in numbers}, 1.0, 1, client, numbers), leaves)
 
     def shrink(self, house: House) -> bool:
         """Halves the tokens of a batch, which bound an evaluation's memory whoever shares it."""
@@ -128,27 +137,39 @@ class Evaluation(Verb):
 
 
 def declared(task: Task, classes: int) -> tuple[Leaf, ...]:
-    """A sum for each of the task's statistics. A model may give a loss that is NaN; a count is a count, and not negative."""
-    return tuple(
+    """A sum for each of the task's statistics, and the variance of a sample's.
+
+    A model may give a loss that is NaN, and a variance may be unknown; a count is a count, and not negative.
+    """
+    stats = task.no_stats(1, classes)
+    leaves = tuple(
         Leaf(
             name=name,
             shape=tuple(value.shape[1:]),
             dtype=value.dtype,
             group="told",
-            bound=2.0**37,
+            bound=LARGEST,
             reduce="sum",
             signed=name == "loss",
             nan=name == "loss",
         )
-        for name, value in task.no_stats(1, classes).items()
+        for name, value in stats.items()
+        if name not in SQUARES
     )
+    return (*leaves, number_leaf(VARIANCE, bound=LARGEST, nan=True)) if set(SQUARES) <= set(stats) else leaves
 
 
 def _examples(request: Request, house: House, client: ClientId) -> Examples:
-    shard, split, most = house.shard(client), request.meta.get(_SPLIT, "test"), request.meta.get(_MOST)
+    split = request.meta.get(_SPLIT, "test")
     if split not in ("train", "test"):
         raise MessageError(f"a request names the split {split!r:.20}; it is train or test.")
+    shard = house.shard(client)
+    examples: Examples = shard.train if split == "train" else shard.test
+    return examples
+
+
+def _sampled(request: Request, examples: Examples) -> Examples:
+    most = request.meta.get(_MOST)
     if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
         raise MessageError(f"a request's {_MOST} is {most!r:.20}, not a count of 1 or more.")
-    examples: Examples = shard.train if split == "train" else shard.test
     return examples if most is None else Sample(examples, most)

@@ -34,8 +34,8 @@ from fedfm.tuning.sites import BankedModel
 
 Call = Callable[[torch.Tensor, dict[str, torch.Tensor]], Any]
 
-# What compiling takes, and the share of a step that it saves: measured, see docs/benchmarks.md.
-SECONDS, SAVED = 45.0, 0.2
+# Twice the seconds that compiling a small Llama takes on a quiet machine, and about the share of a step that it saves.
+SECONDS, SAVED = 90.0, 0.2
 # Operations in a second of the machine that the choice is made for. The clock must not decide, so it is a constant: a small CPU.
 SPEED = 1e11
 # Owners whose rows tell the usual number of tokens.

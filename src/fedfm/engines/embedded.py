@@ -38,9 +38,9 @@ class Embedded(Engine):
         bank: Clients per batch; ``auto`` takes the whole cohort where the machine's memory holds it, else equal parts that it holds.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         threads: Of torch; ``None`` leaves what is set. A run's numbers are exact for one number of threads.
-        compile: Whether torch compiles the base before the first round, which takes about 45 s and saves about a fifth of each step; numbers
+        compile: Whether torch compiles the base before the first round, which takes a minute or two and saves about a fifth of each step; numbers
             agree with the eager ones to float rounding. ``auto`` does so where more than one client shares a batch on a CPU and the planned
-            steps, tokens and parameters come to a saving of more than that.
+            steps, tokens and parameters come to a saving of more than 90 s by arithmetic.
         memory: Gigabytes that ``auto`` may count on; ``None`` for half of what the device has in all.
 
     Raises:

@@ -138,14 +138,14 @@ def synchronize(device: torch.device) -> None:
 
 
 def huggingface(model: Any, batches: Sequence[torch.Tensor], folder: Path) -> Callable[[], object]:
-    """``transformers.Trainer`` with ``peft``, as people would run it: these batches once, in order, with AdamW and the same rate and clipping.
+    """``transformers.Trainer`` with ``peft``, as people would run it: these batches' rows once, shuffled, with AdamW and the same rate and clipping.
 
     Args:
         folder: Where it may write.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import Trainer as HFTrainer
-    from transformers import TrainingArguments
+    from transformers import PrinterCallback, TrainingArguments
 
     wrapped = get_peft_model(model, LoraConfig(r=8, lora_alpha=16.0, target_modules=list(TARGETS), bias="none"))
     arguments = TrainingArguments(
@@ -157,7 +157,9 @@ def huggingface(model: Any, batches: Sequence[torch.Tensor], folder: Path) -> Ca
 
     def work() -> None:
         # One for each call: a second ``train`` of the same would go on with its scheduler.
-        HFTrainer(model=wrapped, args=arguments, train_dataset=rows).train()
+        trainer = HFTrainer(model=wrapped, args=arguments, train_dataset=rows)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
         synchronize(batches[0].device)
 
     return work

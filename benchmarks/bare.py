@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +72,10 @@ class Trainer:
         params = {name.replace(".default.", "."): p for name, p in wrapped.named_parameters() if p.requires_grad}
         return Trainer(params, lambda ids: wrapped(input_ids=ids, labels=ids).loss, fastest_adamw(params.values()))
 
+    def compiled(self) -> Trainer:
+        """The same with its loss compiled by torch; lengths and rows may change, no autotuning."""
+        return replace(self, loss=torch.compile(self.loss, dynamic=True))
+
     @torch.no_grad()
     def set(self, values: Tree) -> None:
         """Starts from these."""
@@ -130,3 +135,31 @@ def synchronize(device: torch.device) -> None:
     """Waits for an accelerator."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def huggingface(model: Any, batches: Sequence[torch.Tensor], folder: Path) -> Callable[[], object]:
+    """``transformers.Trainer`` with ``peft``, as people would run it: these batches' rows once, shuffled, with AdamW and the same rate and clipping.
+
+    Args:
+        folder: Where it may write.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import Trainer as HFTrainer
+    from transformers import PrinterCallback, TrainingArguments
+
+    wrapped = get_peft_model(model, LoraConfig(r=8, lora_alpha=16.0, target_modules=list(TARGETS), bias="none"))
+    arguments = TrainingArguments(
+        output_dir=str(folder), per_device_train_batch_size=len(batches[0]), max_steps=len(batches), learning_rate=LR, weight_decay=0.0,
+        max_grad_norm=MAX_NORM, lr_scheduler_type="constant", logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True,
+        use_cpu=batches[0].device.type == "cpu", bf16=model.dtype == torch.bfloat16,
+    )  # fmt: skip
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.cat(list(batches)).cpu()]
+
+    def work() -> None:
+        # One for each call: a second ``train`` of the same would go on with its scheduler.
+        trainer = HFTrainer(model=wrapped, args=arguments, train_dataset=rows)
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+        synchronize(batches[0].device)
+
+    return work

@@ -46,6 +46,11 @@ class Bench:
         """Clients in a batch: what the recipe says, or what the engine chose."""
         return read_journal(self.out).choices.get("bank", self.shape.clients)
 
+    @property
+    def compiled(self) -> bool:
+        """Whether the model was compiled."""
+        return bool(read_journal(self.out).choices.get("compile", 0))
+
     def foundation(self) -> Foundation:
         """The base, once more: each rival has its own."""
         return load(self.federation.model, "causal_lm", self.house.labels, self.house.device, self.house.key)
@@ -75,12 +80,12 @@ class Bench:
 
 @contextmanager
 def bench(
-    folder: Path, size: Size, shape: Shape, steps: int, bank: int | None, device: str, registered: int | None = None
+    folder: Path, size: Size, shape: Shape, steps: int, bank: int | None, device: str, registered: int | None = None, compile: bool = False
 ) -> Iterator[Bench]:
     """A federation that has played one round."""
     with TemporaryDirectory(dir=folder) as name:
         made = federation(folder, size, shape, registered=registered or 2 * shape.clients, steps=steps, rounds=1_000_000, bank=bank)
-        made = replace(made, engine=replace(made.engine, device=device))  # type: ignore[type-var]
+        made = replace(made, engine=replace(made.engine, device=device, compile=compile))  # type: ignore[type-var]
         found = Bench(made, shape, Path(name))
         try:
             yield found

@@ -6,19 +6,24 @@ and ledger on disk. Against it, in turn and in the same process:
 - centralised: a plain PyTorch loop, all rows in one batch, one adapter. The federated round may cost at most 1.05 times as much.
 - one by one: the same loop, one client after the other, and the mean.
 - peft: one client after the other through ``peft`` and its model's own loss.
+- trainer: ``transformers.Trainer`` with ``peft`` on the same batches as the centralised loop, as people would run it. It needs ``accelerate``.
 - flower: Flower's simulation of the same clients, in its own environment (``python -m benchmarks.peers install``).
+
+With ``--compile`` torch compiles both sides, the bank and the loops written by hand, so that compiled is held against compiled and eager against
+eager; what others wrote runs as they wrote it.
 
 Before anything is timed, the first federated round is compared with the one-by-one loop on the same tokens: the update must be the same.
 """
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator
 
 import torch
 
 from benchmarks import common
-from benchmarks.bare import Trainer
+from benchmarks.bare import Trainer, huggingface
 from benchmarks.bench import Bench, bench
 from benchmarks.common import Row, say
 from benchmarks.peers.run import flower
@@ -30,12 +35,14 @@ GPU_SIZES = {
     "300M": Size(hidden=1024, layers=24, intermediate=2816, heads=16, vocab=8192, dtype="bfloat16"),
     "1B": Size(hidden=2048, layers=16, intermediate=8192, heads=32, vocab=8192, dtype="bfloat16"),
 }
-RIVALS = ("centralised", "one by one", "peft", "flower")
+RIVALS = ("centralised", "one by one", "peft", "trainer", "flower")
 
 
 def rows_of(found: Bench, rivals: tuple[str, ...], repetitions: int, size: Size) -> Iterator[Row]:
     """A row for each rival."""
     hand = Trainer.by_hand(found.foundation().model)
+    if found.compiled:
+        hand = hand.compiled()
     difference = found.difference(hand)
     tolerance = 1e-2 if size.dtype == "float32" else 0.5
     if not difference < tolerance:
@@ -51,6 +58,11 @@ def rows_of(found: Bench, rivals: tuple[str, ...], repetitions: int, size: Size)
     if "peft" in rivals:
         peft = Trainer.with_peft(found.foundation().model)
         loops["peft"] = lambda: peft.one_by_one(start, batches_c)
+    if "trainer" in rivals and not importlib.util.find_spec("accelerate"):
+        say("transformers.Trainer needs accelerate, which is not installed: left out")
+        rivals = tuple(rival for rival in rivals if rival != "trainer")
+    if "trainer" in rivals:
+        loops["trainer"] = huggingface(found.foundation().model, together, found.folder / "trainer")
 
     for rival in rivals:
         say(f"{found.shape}: against {rival}")
@@ -65,6 +77,7 @@ def rows_of(found: Bench, rivals: tuple[str, ...], repetitions: int, size: Size)
             "steps": len(together),
             "base_params": found.house.foundation.num_params,
             "bank": found.bank,
+            "compiled": "yes" if found.compiled else "no",
             "adamw": hand.adamw,
             "difference": difference,
             "against": rival,
@@ -82,6 +95,7 @@ def main() -> None:
     options.add_argument("--steps", type=int, default=10, help="local steps in a round (default %(default)s)")
     options.add_argument("--repetitions", type=int, default=11, help="pairs timed for each ratio (default %(default)s)")
     options.add_argument("--bank", type=int, help="clients per batch; the engine chooses where this is left out")
+    options.add_argument("--compile", action="store_true", help="compile the bank and the loops written by hand")
     given = options.parse_args()
     rivals = tuple(given.against.split(","))
     if unknown := set(rivals) - set(RIVALS):
@@ -99,7 +113,7 @@ def main() -> None:
     rows: list[Row] = []
     with workshop(size) as folder:
         for shape in shapes:
-            with bench(folder, size, shape, given.steps, given.bank, "cuda" if given.gpu else "cpu") as found:
+            with bench(folder, size, shape, given.steps, given.bank, "cuda" if given.gpu else "cpu", compile=given.compile) as found:
                 for row in rows_of(found, rivals, given.repetitions, size):
                     rows.append(row)
                     common.save(rows, given.json)

@@ -134,6 +134,14 @@ COLUMNS: Mapping[str, Mapping[str, Callable[[Row], str]]] = {
         "the other": _seconds("theirs_s"),
         "federated / other": lambda row: row["note"] if row["ratio"] is None else _ratio(row),
         "bank": _plain("bank"),
+        "compiled": _plain("compiled"),
+        "pairs": _plain("repetitions"),
+    },
+    "job": {
+        "against": _plain("against"),
+        "federated job": _seconds("ours_s"),
+        "the other": _seconds("theirs_s"),
+        "federated / other": _ratio,
         "pairs": _plain("repetitions"),
     },
     "pairs": {

@@ -13,7 +13,7 @@ from fedfm.core.messages import ClientId
 from fedfm.core.session import Session
 from fedfm.data import Owners, prepare
 from fedfm.federation import Federation
-from fedfm.models import load_tokenizer
+from fedfm.models import load_tokenizer, unchanged
 from fedfm.models.foundation import classes_of, configured, max_context
 
 Progress = Callable[[str, int], None]
@@ -54,18 +54,21 @@ class Simulation:
             ModelError: if the tokenizer or config does not load.
         """
         plan, key = federation.resolved(), Key.root(federation.seed)
+        outline = None
         if owners is None:
             tokenizer = load_tokenizer(plan.model.tokenizer or plan.model.source or "")
             config = configured(plan.model, plan.task.head, tokenizer)
-            owners = prepare(
-                plan.data,
-                plan.task,
-                tokenizer,
-                key=key.fold("data"),
-                max_context=max_context(config),
-                classes=classes_of(config),
-                progress=progress,
-            )
+            outline = tokenizer, config
+            with unchanged(tokenizer):
+                owners = prepare(
+                    plan.data,
+                    plan.task,
+                    tokenizer,
+                    key=key.fold("data"),
+                    max_context=max_context(config),
+                    classes=classes_of(config),
+                    progress=progress,
+                )
         house = House(
             plan=plan.client_plan(),
             shards={client: owners.path(client) for client in owners.ids},
@@ -73,9 +76,11 @@ class Simulation:
             key=key,
             num_clients=len(owners.ids),
             cohort_size=plan.sampler.cohort_size(len(owners.ids)),
+            num_rounds=plan.rounds,
             device=plan.engine.device,
             folder=folder,
             policies=policies or {},
+            outline=outline,
         )
         return Simulation(plan, owners, house)
 

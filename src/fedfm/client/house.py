@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from fedfm.client.bank import Bank
 from fedfm.client.memory import Memory
@@ -47,10 +47,12 @@ class House:
         key: The run's root key.
         num_clients: How many clients the federation has, here and elsewhere.
         cohort_size: How many clients a usual round asks, here and elsewhere.
+        num_rounds: How many rounds are planned; 0 where nobody said.
         device: Where the model runs.
         folder: Clients keep what they remember and have spent under it. ``None`` keeps it in this process.
-        choices: What was chosen for the whole run (the bank's size), kept when a run is resumed.
+        choices: What was chosen for the whole run (the bank's size, and for how many clients the model is compiled), kept when a run is resumed.
         policies: What each owner does not tell; one that is not named tells all.
+        outline: The tokenizer and the config, where they are loaded already. The model takes them over.
     """
 
     plan: ClientPlan
@@ -59,10 +61,12 @@ class House:
     key: Key
     num_clients: int
     cohort_size: int = 1
+    num_rounds: int = 0
     device: str = "auto"
     folder: Path | None = None
     choices: dict[str, int] = field(default_factory=dict)
     policies: Mapping[ClientId, Policy] = field(default_factory=dict)
+    outline: tuple[Any, Any] | None = None
 
     @property
     def clients(self) -> tuple[ClientId, ...]:
@@ -94,7 +98,7 @@ class House:
     @cached_property
     def foundation(self) -> Foundation:
         """The loaded model."""
-        return load(self.plan.model, self.plan.task.head, self.labels, self.device, self.key)
+        return load(self.plan.model, self.plan.task.head, self.labels, self.device, self.key, self.outline)
 
     @cached_property
     def tuned(self) -> Tuned:
@@ -112,10 +116,11 @@ class House:
         Raises:
             ModelError: if the task is causal and the base looks ahead.
         """
-        self.bank.look(self.start, self._training_sets())
-        return self.bank.shares(self.start, self._training_sets())
+        self.bank.look(self.start, self.training_sets())
+        return self.bank.shares(self.start, self.training_sets())
 
-    def _training_sets(self) -> Iterator[Examples]:
+    def training_sets(self) -> Iterator[Examples]:
+        """The training examples of each client whose data can be read, one at a time."""
         for client in self.clients:
             try:
                 yield opened(self.shard(client).train)

@@ -12,6 +12,7 @@ from typing import Literal
 import psutil
 import torch
 
+from fedfm.client.compiled import compile_base, pays, supported
 from fedfm.client.footprint import base_bytes, client_bytes
 from fedfm.client.house import House
 from fedfm.client.runtime import Runtime, by_body
@@ -38,6 +39,9 @@ class Embedded(Engine):
         bank: Clients per batch; ``auto`` takes the whole cohort where the machine's memory holds it, else equal parts that it holds.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         threads: Of torch; ``None`` leaves what is set. A run's numbers are exact for one number of threads.
+        compile: Whether torch compiles the base before the first round, which takes a minute or two and saves about a fifth of each step; numbers
+            agree with the eager ones to float rounding. ``auto`` does so where more than one client shares a batch on a CPU and the planned
+            steps, tokens and parameters come to a saving of more than 90 s by arithmetic.
         memory: Gigabytes that ``auto`` may count on; ``None`` for half of what the device has in all.
 
     Raises:
@@ -50,6 +54,7 @@ class Embedded(Engine):
     device: str = "auto"
     threads: int | None = None
     memory: float | None = None
+    compile: Literal["auto"] | bool = "auto"
 
     def __post_init__(self) -> None:
         if self.bank != "auto" and self.bank < 1:
@@ -109,8 +114,24 @@ class EmbeddedSession(Session):
         self.abandon()
 
     def settle(self) -> None:
-        """Chooses the bank's size."""
-        self.bank_size()
+        """Chooses the bank's size, and compiles the model where that pays."""
+        bank, choices = self.bank_size(), self.house.choices
+        if self.engine.compile is False:
+            return
+        if "compile" not in choices:
+            choices["compile"] = bank if self._wants_compiled(bank) else 0
+        if choices["compile"]:
+            log.info("compiling the model for %d clients", choices["compile"])
+            reason = compile_base(self.house, choices["compile"])
+            if reason is not None:
+                log.warning("The model is not compiled: %s. The run goes on without.", reason)
+                choices["compile"] = 0
+
+    def _wants_compiled(self, bank: int) -> bool:
+        if self.engine.compile is True:
+            return True
+        on_cpu = self.house.foundation.device.type == "cpu"
+        return on_cpu and self.engine.bank != 1 and pays(self.house, bank) and supported(self.house) is None
 
     def bank_size(self) -> int:
         """Clients per batch: what the recipe says or an earlier part of this run chose, else what the cohort, its tokens and the memory come to."""

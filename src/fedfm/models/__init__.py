@@ -5,3 +5,4 @@ from fedfm.models.foundation import load as load
 from fedfm.models.spec import Model as Model
 from fedfm.models.tokenizer import load_tokenizer as load_tokenizer
 from fedfm.models.tokenizer import train_bpe as train_bpe
+from fedfm.models.tokenizer import unchanged as unchanged

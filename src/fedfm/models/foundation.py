@@ -221,7 +221,14 @@ def _require_causal(spec: Model, config: Any) -> None:
         )
 
 
-def load(spec: Model, head: Head, labels: Sequence[str] = (), device: str = "auto", key: Key | None = None) -> Foundation:
+def load(
+    spec: Model,
+    head: Head,
+    labels: Sequence[str] = (),
+    device: str = "auto",
+    key: Key | None = None,
+    outline: tuple[Any, Any] | None = None,
+) -> Foundation:
     """Loads or builds the model.
 
     Args:
@@ -229,12 +236,15 @@ def load(spec: Model, head: Head, labels: Sequence[str] = (), device: str = "aut
         labels: Class names, for ``sequence_classification``. A checkpoint that was trained for the same keeps its head.
         device: ``auto`` takes CUDA, then MPS, then the CPU.
         key: Where weights that no checkpoint has are drawn from.
+        outline: The tokenizer, and the config as ``configured`` gives it, where both are loaded already. The model keeps and changes them.
 
     Raises:
         ModelError: if it does not load, does not fit its tokenizer, or has no such head.
     """
-    tokenizer = load_tokenizer(spec.tokenizer or spec.source or "")
-    config = configured(spec, head, tokenizer)
+    if outline is None:
+        tokenizer = load_tokenizer(spec.tokenizer or spec.source or "")
+        outline = tokenizer, configured(spec, head, tokenizer)
+    tokenizer, config = outline
     dropout = _without_dropout(config)
     renew = head == "sequence_classification" and _name_classes(config, spec, tuple(labels))
     key = key or Key.root(0)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -117,6 +118,18 @@ def load_tokenizer(source: str) -> Any:
             )
         tokenizer.pad_token = end
     return tokenizer
+
+
+@contextmanager
+def unchanged(tokenizer: Any) -> Iterator[None]:
+    """Undoes what tokenizing leaves in a tokenizer (a length to cut at), so that it can be used and saved as it was loaded."""
+    backend = tokenizer.backend_tokenizer
+    truncation, padding = backend.truncation, backend.padding
+    try:
+        yield
+    finally:
+        backend.no_truncation() if truncation is None else backend.enable_truncation(**truncation)
+        backend.no_padding() if padding is None else backend.enable_padding(**padding)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Any:

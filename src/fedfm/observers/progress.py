@@ -178,7 +178,7 @@ class Story:
         """The run in a line."""
         info = self.info
         share = f" ({100 * info.num_trainable / info.num_params:.3g} %)" if info.num_params else ""
-        choices = [f"{clean(name)} {clean(value)}" for name, value in info.choices.items()]
+        choices = [f"{clean(name)} {clean(value)}" for name, value in info.choices.items() if value]
         parts = [
             f"{clean(info.name)}: {clean(info.model)}, {count(info.num_params)} parameters, {count(info.num_trainable)} trainable{share}",
             f"{info.num_clients} owners, {info.cohort_size} a round",

@@ -180,7 +180,7 @@ class _LoRASite(Site):
 
     def __call__(self, module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
         a_krn, b_kmr = (leaf.to(args[0].dtype) for leaf in self.leaves)
-        x = args[0] if self.dropout is None or not self.lora.dropout else self._drop(args[0])
+        x = args[0] if not self.lora.dropout or self.dropout is None else self._drop(args[0])
         h_ktr = torch.bmm(self.blocks(x), a_krn.transpose(1, 2))
         return torch.baddbmm(self.blocks(output), h_ktr, b_kmr.transpose(1, 2), alpha=self.lora.scale).view_as(output)
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -66,6 +66,9 @@ class BankedModel(Tuned):
         self.spec = Spec(tuple(shapes), tuple(shapes.values()), (torch.float32,) * len(shapes))
         for site in self.sites:
             site.hook()
+        # The model's call with K clients' parameters, compiled: (theta_kd, inputs (K, R, L)) -> output. ``None`` runs eagerly.
+        self.compiled: Callable[[torch.Tensor, dict[str, torch.Tensor]], Any] | None = None
+        self.theta_kd = torch.zeros(0)
         self.asker = Asker(foundation, early=all(site.module is not output_layer(foundation) for site in self.sites))
 
     def init(self, key: Key) -> Tree:
@@ -78,6 +81,7 @@ class BankedModel(Tuned):
 
     def bind(self, theta_kd: torch.Tensor, dropout: list[Key] | None = None) -> None:
         """Hands each site its slice of the rows."""
+        self.theta_kd = theta_kd
         leaves = self.spec.unflatten(theta_kd)
         for site in self.sites:
             site.leaves = [leaves[name] for name in site.shapes]
@@ -87,7 +91,30 @@ class BankedModel(Tuned):
         """Logits ``(P, C)`` at the batch's picks."""
         for site in self.sites:
             site.batch = batch
-        return self.asker(self.model, batch)
+        # Only what trains is compiled: evaluation is a small part, and would be a second graph.
+        if self.compiled is None or not torch.is_grad_enabled():
+            return self.asker(self.model, batch)
+        return self.asker(self._call_compiled, batch)
+
+    def _call_compiled(self, **inputs: torch.Tensor) -> Any:
+        assert self.compiled is not None
+        num = self.theta_kd.shape[0]
+        return self.compiled(self.theta_kd, {name: x.reshape(num, -1, *x.shape[1:]) for name, x in inputs.items()})
+
+    def call(self, theta_kd: torch.Tensor, inputs: dict[str, torch.Tensor]) -> Any:
+        """The model's output, as one function of all that changes from step to step: what a compiler takes.
+
+        Args:
+            inputs: Each ``(K, R, L)``, so that a compiler sees that rows are a multiple of clients.
+        """
+        leaves = self.spec.unflatten(theta_kd)
+        for site in self.sites:
+            site.leaves = [leaves[name] for name in site.shapes]
+        output = self.model(**{name: x.flatten(0, 1) for name, x in inputs.items()})
+        for site in self.sites:
+            # What is still bound when a compiled function ends becomes one of its outputs.
+            site.leaves = []
+        return output
 
 
 class Asker:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from parts import Hadamard, Personal, Ranks
 from peft import IA3Config, LoHaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import AutoModelForSequenceClassification
 
 from fedfm.client.bank import Bank, Job
 from fedfm.core import registry

@@ -31,7 +31,7 @@ _KEPT = ("start", "recipe", "base", "data", "roster")
 
 @dataclass(frozen=True)
 class Line:
-    """One line.
+    """A line of the journal.
 
     Args:
         number: Counted from 1.

@@ -90,7 +90,7 @@ def play(
     key: Key,
     watch: Callable[[Answer], None] | None = None,
 ) -> tuple[ServerState, RoundRecord]:
-    """One round.
+    """Plays one round.
 
     Args:
         clients: Everyone registered, in a fixed order.

@@ -49,8 +49,8 @@ class Ledger:
     def add(self, record: RoundRecord, flops_per_token: int) -> Ledger:
         """The totals after one more round; round 0 is the evaluation before training."""
 
-        def told(name: str) -> int:
-            return sum(int(seen.get(name, 0)) for seen in record.clients.values())
+        def total(name: str) -> int:
+            return sum(int(numbers.get(name, 0)) for numbers in record.clients.values())
 
         return replace(
             self,
@@ -60,10 +60,10 @@ class Ledger:
             bytes_up=self.bytes_up + record.bytes_up,
             bytes_down=self.bytes_down + record.bytes_down,
             bytes_evaluate=self.bytes_evaluate + int(record.metrics.get("bytes_evaluate", 0)),
-            steps=self.steps + told("steps"),
-            examples=self.examples + told("examples"),
-            tokens=self.tokens + told("tokens"),
-            flops=self.flops + told("tokens") * flops_per_token,
+            steps=self.steps + total("steps"),
+            examples=self.examples + total("examples"),
+            tokens=self.tokens + total("tokens"),
+            flops=self.flops + total("tokens") * flops_per_token,
             peak_memory=max(self.peak_memory, peak_memory()),
             seconds=self.seconds + sum(record.seconds.values()),
         )
@@ -77,9 +77,9 @@ class Ledger:
         return asdict(self)
 
     @staticmethod
-    def from_json(found: Mapping[str, Any]) -> Ledger:
+    def from_json(totals: Mapping[str, Any]) -> Ledger:
         """Undoes :meth:`to_json`."""
-        return Ledger(**found)
+        return Ledger(**totals)
 
 
 def peak_memory() -> int:

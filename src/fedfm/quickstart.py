@@ -141,10 +141,10 @@ def base_model(quick: bool = False, watchers: Sequence[Watcher] = ()) -> Path:
 
 def unused(out: Path) -> Path:
     """``out``, or the first of ``out-2``, ``out-3``... that does not exist."""
-    folder, i = out, 2
-    while folder.exists():
-        folder, i = out.with_name(f"{out.name}-{i}"), i + 1
-    return folder
+    free, i = out, 2
+    while free.exists():
+        free, i = out.with_name(f"{out.name}-{i}"), i + 1
+    return free
 
 
 def _play(rounds: Iterable[object]) -> None:

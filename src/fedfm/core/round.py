@@ -55,7 +55,7 @@ def start(plan: Plan, params: Tree) -> ServerState:
 
 
 class Meter(WrappedSession):
-    """A session that counts the bytes of what passes and the seconds that answers take, and shows ``watch`` each answer."""
+    """A session that counts the bytes of what passes and the seconds until answers are here, and shows ``watch`` each answer."""
 
     def __init__(self, inner: Session, watch: Callable[[Answer], None] | None = None) -> None:
         super().__init__(inner)
@@ -74,11 +74,11 @@ class Meter(WrappedSession):
         """Counts the reply."""
         began = self.clock.now()
         answer = self.inner.receive()
-        self.waited += self.clock.now() - began
         if isinstance(answer, Reply):
             self.bytes_up += messages.size(answer)
         if answer is not None and self.watch is not None:
             self.watch(answer)
+        self.waited += self.clock.now() - began
         return answer
 
 

@@ -15,6 +15,8 @@ from fedfm.core.parts import Channel, Errand, Partial, RoundContext, Scratch, Se
 
 log = logging.getLogger(__name__)
 TICKET = "ticket"
+# A ticket is a round's number, and no client takes a larger one for its own.
+_MAX_TICKET = 1 << 31
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ def _read(reply: Reply, errand: Errand) -> Update:
         numbers[leaf.name] = math.nan if number is None else number
         leaf.require(numbers[leaf.name], "its answer")
     ticket = reply.meta.get(TICKET)
-    if ticket is not None and (not isinstance(ticket, int) or isinstance(ticket, bool) or ticket < 0):
+    if ticket is not None and (not isinstance(ticket, int) or isinstance(ticket, bool) or not 0 <= ticket < _MAX_TICKET):
         raise MessageError(f"its ticket is {ticket!r:.20}, not a count.")
     unknown = reply.meta.keys() - numbers.keys() - {TICKET}
     if unknown:

@@ -259,7 +259,7 @@ def ask(session: Session, requests: Mapping[ClientId, Request], deadline: float 
 def _ring(reply: Reply, size: int) -> tuple[torch.Tensor, int | None]:
     Spec((RING,), ((size,),), (torch.int64,)).require_shapes(reply.tensors, "its answer")
     ticket = reply.meta.get(TICKET)
-    if reply.meta.keys() - {TICKET} or not (ticket is None or (type(ticket) is int and ticket >= 0)):
+    if reply.meta.keys() - {TICKET} or not (ticket is None or (type(ticket) is int and 0 <= ticket < 1 << 31)):
         raise MessageError("it tells more than its ticket.")
     return reply.tensors[RING], ticket if isinstance(ticket, int) else None
 

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # benchmarks run from the checkout and are never installed
 common, page, bits, before_after = (importlib.import_module(f"benchmarks.{name}") for name in ("common", "render", "same_bits", "pairs"))
-MODULES = ["cohort", "memory", "owners", "start", "truth", "render", "peers", "same_bits", "pairs", "rounds"]
+MODULES = ["cohort", "memory", "owners", "start", "truth", "render", "peers", "same_bits", "pairs", "rounds", "robustness"]
 ROW = {
     "date": "2026-01-01T00:00:00+00:00",
     "cpu": "a CPU",
@@ -132,6 +132,15 @@ def test_a_recipe_played_twice_leaves_the_same_bits(tmp_path: Path) -> None:
 @pytest.mark.parametrize("module", MODULES)
 def test_help(module: str) -> None:
     assert "usage:" in run(f"benchmarks.{module}", "--help").stdout
+
+
+@pytest.mark.slow
+def test_what_is_made_to_go_wrong_is_named(tmp_path: Path) -> None:
+    """About 1,000 changed messages and files, and 60 lies; ``run`` refuses an exit code other than 0."""
+    run("benchmarks.robustness", "mutations", "clients", "servers", "--quick", "--json", str(tmp_path / "rows.json"))
+    rows = [json.loads(line) for line in (tmp_path / "rows.json").read_text().splitlines()]
+    assert {row["section"] for row in rows} == {"mutations", "clients", "servers"} and not any(row["wrong"] for row in rows)
+    assert sum(row["cases"] for row in rows) > 1000
 
 
 @pytest.mark.slow

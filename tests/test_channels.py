@@ -79,6 +79,8 @@ def test_updates_stream() -> None:
         (reply(note=1.0), "['note']"),
         (reply(ticket=-1), "ticket is -1"),
         (reply(ticket=0.5), "ticket is 0.5"),
+        (reply(ticket=2**31), "ticket is 2147483648"),
+        (reply(ticket=10**400), "ticket is 1000"),
     ],
 )
 def test_what_cannot_be_believed_is_a_failure(answer: Reply, words: str) -> None:

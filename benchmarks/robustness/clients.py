@@ -327,9 +327,9 @@ class Table:
 
 
 def run(folder: Path, quick: bool) -> Iterator[Tally]:
-    """Every lie in every plan, a row for each kind; ``quick`` takes each kind's first."""
+    """Every lie in every plan, a row for each kind; ``quick`` takes each kind's first, in two plans."""
     tallies: dict[str, Tally] = {}
-    for name in PLANS:
+    for name in ("Mean", "TopK") if quick else PLANS:
         table = Table(folder, name)
         verbs: dict[str, Callable[[Lie], str]] = {"train": table.train}
         if name == "Mean":
@@ -343,6 +343,8 @@ def run(folder: Path, quick: bool) -> Iterator[Tally]:
                 tally.slowest, before = 0.0, tally.slowest
                 tally.try_out(what, lambda case=case, lie=lie: case(lie))  # type: ignore[misc]
                 tally.require(tally.slowest < LIMIT, f"{what}: took {tally.slowest:.1f} s")
-                tally.require(set(tally.outcomes) <= {"liar named", "counted: it looks right"}, f"{what}: {dict(tally.outcomes)}")
                 tally.slowest = max(tally.slowest, before)
-    yield from tallies.values()
+    for tally in tallies.values():
+        unknown = set(tally.outcomes) - {"liar named", "counted: it looks right"}
+        tally.require(not unknown, f"came out as {sorted(unknown)}")
+        yield tally

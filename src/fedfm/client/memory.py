@@ -5,7 +5,8 @@ says which of the client's tickets was counted last, and the client goes on from
 round that a crash took back, leave no trace. On disk a memory is ``<folder>/clients/<slug>/memory-000007.safetensors``, the number its ticket.
 
 Covered here: a torn or altered file, another client's file, a memory that is gone. Each is refused, because going on
-from a memory that is not the client's own would change the algorithm without a word. Not covered: secrecy from whoever can read the disk.
+from a memory that is not the client's own would change the algorithm without a word. Not covered: secrecy from whoever can read the disk; a server
+that lies about the ticket. A run that resumes from an earlier state honestly names an earlier ticket, or none, so the client cannot tell the two apart.
 """
 
 from __future__ import annotations

@@ -290,6 +290,7 @@ def _malformed(reply: Reply) -> Iterator[tuple[str, Reply]]:
     for name, value in reply.meta.items():
         others = {key: item for key, item in reply.meta.items() if key != name}
         odd: list[Scalar] = [True, 1.5, None] if isinstance(value, str) else [True, "many"]
+        odd += [10**400] if type(value) is int else []
         odd += [math.inf, -math.inf, 10**400, 1e300, None] if isinstance(value, float) else []
         for other in odd:
             yield f"{other!r:.20} for {name!r}", replace(reply, meta={**others, name: other})

@@ -14,12 +14,6 @@ from fedfm.core.messages import ClientId, Failure, Reply, Request
 from fedfm.core.parts import TICKET, Channel, Errand, Partial, RoundContext, Scratch, Sealed, Session, Update
 
 log = logging.getLogger(__name__)
-<<<<<<< HEAD
-=======
-TICKET = "ticket"
-# A ticket is a round's number, and no client takes a larger one for its own.
-_MAX_TICKET = 1 << 31
->>>>>>> h-robust
 
 
 @dataclass(frozen=True)
@@ -87,14 +81,9 @@ def _read(reply: Reply, errand: Errand) -> Update:
         numbers[leaf.name] = math.nan if number is None else number
         leaf.require(numbers[leaf.name], "its answer")
     ticket = reply.meta.get(TICKET)
-<<<<<<< HEAD
     given = errand.own.get(reply.client, {}).get(TICKET)
     if ticket is not None and (not isinstance(ticket, int) or isinstance(ticket, bool) or ticket != given):
         raise MessageError(f"its ticket is {ticket!r:.20}; the one that it was given is {given}.")
-=======
-    if ticket is not None and (not isinstance(ticket, int) or isinstance(ticket, bool) or not 0 <= ticket < _MAX_TICKET):
-        raise MessageError(f"its ticket is {ticket!r:.20}, not a count.")
->>>>>>> h-robust
     unknown = reply.meta.keys() - numbers.keys() - {TICKET}
     if unknown:
         raise MessageError(f"it tells {sorted(unknown)[:3]}, which nobody asked for.")

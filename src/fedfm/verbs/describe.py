@@ -60,7 +60,6 @@ class Describe(Verb):
         declared = _declared(len(house.labels))
         for client in requests:
             try:
-                _require_countable(client, house)
                 yield Contribution(_answer(client, house), declared)
             except FedfmError as error:
                 yield Failure(client, self.name, str(error))
@@ -88,6 +87,7 @@ def _require_countable(client: ClientId, house: House) -> None:
 
 
 def _answer(client: ClientId, house: House) -> Update:
+    _require_countable(client, house)
     shard, withhold = house.shard(client), house.policy(client).withhold
     counts = (len(shard.train), len(shard.test), shard.tokens)
     numbers = {name: math.nan if "counts" in withhold else float(value) for name, value in zip(_COUNTS, counts, strict=True)}

@@ -232,6 +232,8 @@ def test_a_new_head_is_saved_with_the_adapter_and_loads_in_peft(tmp_path: Path) 
 
 
 def test_a_classifiers_adapter_brings_its_labels(tmp_path: Path) -> None:
+    from transformers import AutoModelForSequenceClassification
+
     base = tiny.foundation("Bert", "masked_lm")
     save(base, base.model, tmp_path / "base")
     foundation = load(Model(str(tmp_path / "base")), "sequence_classification", ("neg", "neu", "pos"), "cpu", Key.root(0))

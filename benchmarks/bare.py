@@ -144,8 +144,8 @@ def huggingface(model: Any, batches: Sequence[torch.Tensor], folder: Path) -> Ca
         folder: Where it may write.
     """
     from peft import LoraConfig, get_peft_model
-    from transformers import Trainer as HFTrainer
     from transformers import PrinterCallback, TrainingArguments
+    from transformers import Trainer as HFTrainer
 
     wrapped = get_peft_model(model, LoraConfig(r=8, lora_alpha=16.0, target_modules=list(TARGETS), bias="none"))
     arguments = TrainingArguments(

@@ -96,7 +96,7 @@ def compile_base(house: House, clients: int) -> str | None:
             changed = trial.gradient(house)
     except Exception as error:  # a compiler raises what it likes
         tuned.compiled = None
-        return f"the compiler failed ({type(error).__name__}: {(str(error) or 'no message').splitlines()[0]})"
+        return f"the compiler failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     difference = float((changed - usual).norm() / usual.norm().clamp(min=1e-30))
     tolerance = 1e-3 if house.foundation.model.dtype == torch.float32 else 0.1
     # Written so that NaN is refused.

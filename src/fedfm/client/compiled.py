@@ -88,15 +88,15 @@ def compile_base(house: House, clients: int) -> str | None:
     assert isinstance(tuned, BankedModel)
     if trial is None:
         return "no owner has training examples"
-    usual, compiled = trial.gradient(house), torch.compile(tuned.call, dynamic=False, fullgraph=True, backend=BACKEND)
-    tuned.compiled = partial(_marked, tuned, compiled, house.plan.local.work.batch_size is not None)
+    usual = trial.gradient(house)
     try:
-        with _settings(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings(action="ignore"), _settings():
+            compiled = torch.compile(tuned.call, dynamic=False, fullgraph=True, backend=BACKEND)
+            tuned.compiled = partial(_marked, tuned, compiled, house.plan.local.work.batch_size is not None)
             changed = trial.gradient(house)
     except Exception as error:  # a compiler raises what it likes
         tuned.compiled = None
-        return f"the compiler failed ({type(error).__name__}: {(str(error) or 'no message').splitlines()[0]})"
+        return f"the compiler failed ({type(error).__name__}: {' '.join(str(error).split())[:200]})"
     difference = float((changed - usual).norm() / usual.norm().clamp(min=1e-30))
     tolerance = 1e-3 if house.foundation.model.dtype == torch.float32 else 0.1
     # Written so that NaN is refused.

@@ -232,7 +232,6 @@ def test_a_new_head_is_saved_with_the_adapter_and_loads_in_peft(tmp_path: Path) 
 
 
 def test_a_classifiers_adapter_brings_its_labels(tmp_path: Path) -> None:
-    from transformers import AutoModelForSequenceClassification
 
     base = tiny.foundation("Bert", "masked_lm")
     save(base, base.model, tmp_path / "base")
@@ -559,7 +558,7 @@ def test_an_adapter_that_peft_would_not_load_is_refused_before_training(architec
 @pytest.mark.parametrize("shape", ["Llama", "Bert"])
 def test_a_foreign_adapter_brings_the_base_that_exists_nowhere_else(shape: str, kind: str, tmp_path: Path) -> None:
     import peft
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM
 
     classify = shape == "Bert"
     foundation = tiny.foundation(shape, "sequence_classification" if classify else None, ("a", "b", "c") if classify else ())

@@ -39,8 +39,8 @@ class Embedded(Engine):
         bank: Clients per batch; ``auto`` takes the whole cohort where the machine's memory holds it, else equal parts that it holds.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         threads: Of torch; ``None`` leaves what is set. A run's numbers are exact for one number of threads.
-        compile: Whether torch compiles the base before the first round, which takes a minute or two and saves about a fifth of each step; numbers
-            agree with the eager ones to float rounding. ``auto`` does so where more than one client shares a batch on a CPU and the planned
+        compile: Whether torch compiles the base before the first round, which takes minutes and shortens each step; numbers agree with the eager
+            ones to float rounding. ``auto`` does so where more than one client shares a batch on a CPU and the planned
             steps, tokens and parameters come to a saving of more than 90 s by arithmetic.
         memory: Gigabytes that ``auto`` may count on; ``None`` for half of what the device has in all.
 
@@ -54,7 +54,7 @@ class Embedded(Engine):
     device: str = "auto"
     threads: int | None = None
     memory: float | None = None
-    compile: Literal["auto"] | bool = "auto"
+    compile: Literal["auto"] | bool = False
 
     def __post_init__(self) -> None:
         if self.bank != "auto" and self.bank < 1:

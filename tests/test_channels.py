@@ -21,7 +21,7 @@ from fedfm.testing.parts import context
 from fedfm.testing.sessions import Scripted
 
 LEAVES = (Leaf("w", (2,)), declare.number("weight"), declare.number("loss", "mean", signed=True))
-ERRAND = Errand(Body("train", 3), LEAVES, params={"w": torch.zeros(2)})
+ERRAND = Errand(Body("train", 3), LEAVES, params={"w": torch.zeros(2)}, own={"b": {"ticket": 7}})
 
 
 def collect(*answers: Reply | Failure, clients: str = "ab", errand: Errand = ERRAND) -> list[Update | Partial | Failure]:

@@ -44,7 +44,15 @@ trainers = st.one_of(
     st.builds(SGD, lr=positive, epochs=sizes, steps=st.none()),
 )
 configs = st.dictionaries(
-    names, st.one_of(st.booleans(), st.none(), st.integers(), st.floats(allow_nan=False), names, st.lists(st.integers()))
+    names,
+    st.one_of(
+        st.booleans(),
+        st.none(),
+        st.integers(-(1 << 62), 1 << 62),
+        st.floats(allow_nan=False),
+        names,
+        st.lists(st.integers(-(1 << 62), 1 << 62)),
+    ),
 )
 federations = st.builds(
     Federation,
@@ -69,7 +77,7 @@ federations = st.builds(
     evaluate=st.builds(Evaluate, every=st.integers(0, 9)),
     observers=st.just(()) | st.just((TensorBoard(),)),
     rounds=st.integers(0, 1 << 40),
-    seed=st.integers(-(1 << 70), 1 << 70),
+    seed=st.integers(-(1 << 62), 1 << 62),
     deadline=st.none() | positive,
 )
 

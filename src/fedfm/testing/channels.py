@@ -12,7 +12,7 @@ from fedfm.core import leaves as declare
 from fedfm.core.errors import FedfmError
 from fedfm.core.leaves import Leaf, deltas
 from fedfm.core.messages import Body, ClientId, Failure, Message, Reply, Request, Scalar, pack, unpack
-from fedfm.core.parts import Channel, Errand, Partial, RoundContext, Scratch, Sealed, Session, Spec, Update
+from fedfm.core.parts import TICKET, Channel, Errand, Partial, RoundContext, Scratch, Sealed, Session, Spec, Update
 from fedfm.core.session import Answer, WrappedSession
 from fedfm.testing.parts import check_part, context, like, parameters, same
 from fedfm.testing.sessions import Scripted
@@ -111,8 +111,9 @@ class _Bench:
             declare.number("loss", "mean", signed=True),
             declare.number("tokens"),
         )
+        own = {f"client-{i}": {TICKET: 10 + i} for i in range(4)}
         self.errand = Errand(
-            body=Body("train", _ROUND, params, {"some": "thing"}), leaves=self.leaves, params=params, sums=sums, uniform=uniform
+            body=Body("train", _ROUND, params, {"some": "thing"}), leaves=self.leaves, params=params, own=own, sums=sums, uniform=uniform
         )
         self.ctx: RoundContext = replace(context(params, _ROUND), leaves=self.leaves)
         self.updates = {f"client-{i}": _update(f"client-{i}", i) for i in range(4)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import re
 import resource
@@ -433,3 +434,12 @@ def test_a_stopped_run_says_how_to_go_on(name: str, code: int, call: Fedfm, tmp_
     monkeypatch.setattr(disk, "on_step", None)
     assert call("resume", "out")[0] == 0
     assert re.search(r"1/1|round", (tmp_path / "out" / "report.html").read_text())
+
+
+def test_a_name_in_a_warning_cannot_steer_a_terminal_or_forge_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    from fedfm.cli.commands import _Stderr
+
+    record = logging.LogRecord("fedfm", logging.WARNING, "", 0, "round 1: %s failed", ("x\x1b[2J\nWARNING: forged",), None)
+    _Stderr().emit(record)
+    shown = capsys.readouterr().err
+    assert "\x1b" not in shown and shown.count("\n") == 1 and "forged" in shown

@@ -234,7 +234,11 @@ def _unseen(text: str, done: int | None = None, total: int | None = None) -> Non
 
 
 class _Stderr(logging.Handler):
-    """To what stderr is when something is told: a live display puts its own in place, above which lines scroll."""
+    """To what stderr is when a record arrives: a live display puts its own in place, above which lines scroll.
+
+    Owners' names and clients' words are in these lines, and must neither steer a terminal nor make a line of their own.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        text = self.format(record)
+        print(text if record.exc_info else words.clean(text, 4000), file=sys.stderr)

@@ -2,6 +2,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 JOBS ?= 2
 BIN := .venv/bin
+CORE := .venv/.core
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
@@ -10,7 +11,7 @@ READY := .venv/.ready
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-quickstart: $(READY) ## Federated tuning on this machine, offline, in a few minutes; ends with a table and runs/quickstart/report.html
+quickstart: $(CORE) ## Federated tuning on this machine, offline, in a few minutes; ends with a table and runs/quickstart/report.html
 	$(BIN)/fedfm quickstart
 
 # One thread in each process: two tests share two cores, and a run's numbers are exact for one number of threads.
@@ -21,10 +22,14 @@ test: $(READY) ## Lint, types and every test
 	$(BIN)/mypy
 	$(BIN)/pytest -n $(JOBS)
 
-$(READY): pyproject.toml constraints.txt
+$(CORE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,data,track,demo]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[demo]'
 	$(BIN)/python -m compileall -q src
+	@touch $@
+
+$(READY): $(CORE)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,data,track,demo]'
 	@touch $@
 
 clean: ## Remove what was installed, built and cached here; runs/ stays

@@ -178,6 +178,12 @@ COLUMNS: Mapping[str, Mapping[str, Callable[[Row], str]]] = {
         "median / bound": _ratio,
         "imports torch": _plain("imports_torch"),
     },
+    "first-hour": {
+        "what": _plain("what"),
+        "command": lambda row: f"`{row['command']}`",
+        "took": _seconds("ours_s"),
+        "the last line that it prints": _plain("printed"),
+    },
     "truth": {
         "command": lambda row: f"`{row['command']}`",
         "rounds": _plain("rounds"),

@@ -14,7 +14,21 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # benchmarks run from the checkout and are never installed
 common, page, bits, before_after = (importlib.import_module(f"benchmarks.{name}") for name in ("common", "render", "same_bits", "pairs"))
-MODULES = ["cohort", "memory", "owners", "start", "truth", "render", "peers", "same_bits", "pairs", "rounds", "robustness"]
+MODULES = [
+    "cohort",
+    "memory",
+    "owners",
+    "start",
+    "truth",
+    "render",
+    "peers",
+    "same_bits",
+    "pairs",
+    "rounds",
+    "robustness",
+    "first_hour",
+    "job",
+]
 ROW = {
     "date": "2026-01-01T00:00:00+00:00",
     "cpu": "a CPU",
@@ -50,7 +64,7 @@ def test_a_ratio_is_the_median_of_the_pairs() -> None:
 
 
 def test_every_table_has_its_place_in_the_page() -> None:
-    text = page.DOC.read_text()
+    text = "".join(file.read_text() for file in page.PAGES)
     for name in common.COLUMNS:
         assert text.count(f"<!-- begin {name} -->") == text.count(f"<!-- end {name} -->") == 1
 

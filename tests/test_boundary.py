@@ -18,14 +18,10 @@ from fedfm.client.spent import SpentStore
 from fedfm.core import registry
 from fedfm.core.errors import ConfigError, DataError, MessageError, RunError
 from fedfm.core.messages import Failure, Reply, Request, unpack
-from fedfm.data import Data
-from fedfm.engines import Embedded, Process
+from fedfm.engines import Process
 from fedfm.federation import Federation
-from fedfm.local import SGD
 from fedfm.simulation import Simulation
-from fedfm.tasks import CausalLM
-from fedfm.testing.tiny import TEXT, spec
-from fedfm.tuning import LoRA
+from fedfm.testing import tiny
 from fedfm.verbs import Describe
 
 
@@ -33,19 +29,9 @@ from fedfm.verbs import Describe
 def masked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     """Three owners whose channel has two exchanges and shows sums alone."""
     folder = tmp_path_factory.mktemp("boundary")
-    rows = [{"owner": "abc"[i % 3], "text": text} for i, text in enumerate(TEXT[:30])]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDFM_CACHE", str(folder / "cache"))
-        yield Federation(
-            model=spec("Llama", num_hidden_layers=1),
-            data=Data(str(folder / "rows.jsonl"), by="owner", test_fraction=0.3),
-            task=CausalLM(max_length=16, packed=False),
-            tuning=LoRA(r=2),
-            local=SGD(lr=0.1, steps=1, batch_size=2),
-            channel=Masks(),
-            engine=Embedded(bank=1, device="cpu"),
-        )
+        yield tiny.federation(folder, channel=Masks())
 
 
 # --- channels with several exchanges ------------------------------------------------------------------------------------------------

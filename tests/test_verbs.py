@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import count
@@ -16,15 +15,12 @@ from fedfm.core import leaves
 from fedfm.core.messages import Body
 from fedfm.core.parts import Errand, RoundContext, Update
 from fedfm.core.round import start
-from fedfm.data import Data
-from fedfm.engines import Embedded
 from fedfm.federation import Federation
-from fedfm.local import SGD
 from fedfm.methods import Scaffold
 from fedfm.simulation import Simulation
-from fedfm.tasks import CausalLM, Classification
-from fedfm.testing import check_verb, examples
-from fedfm.testing.tiny import TEXT, spec
+from fedfm.tasks import Classification
+from fedfm.testing import check_verb, examples, tiny
+from fedfm.testing.tiny import spec
 from fedfm.tuning import LoRA
 from fedfm.verbs import Describe, Evaluation, Train
 
@@ -35,18 +31,9 @@ VERBS = examples("verbs", {})
 def base(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
     """Three unequal owners and a model of one layer."""
     folder = tmp_path_factory.mktemp("verbs")
-    rows = [{"owner": "abcab"[i % 5], "text": text, "label": "xyz"[i % 3]} for i, text in enumerate(TEXT[:30])]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDFM_CACHE", str(folder / "cache"))
-        yield Federation(
-            model=spec("Llama", num_hidden_layers=1),
-            data=Data(str(folder / "rows.jsonl"), by="owner", test_fraction=0.3),
-            task=CausalLM(max_length=16, packed=False),
-            tuning=LoRA(r=2),
-            local=SGD(lr=0.1, steps=1, batch_size=2),
-            engine=Embedded(bank=1, device="cpu"),
-        )
+        yield tiny.federation(folder, "abcab")
 
 
 def trained(simulation: Simulation) -> Errand:

@@ -2,26 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter
 from typing import Any
 
 from fedfm.core.errors import FedfmError
-from fedfm.data import Data
 from fedfm.engines import Embedded
 from fedfm.federation import Federation
-from fedfm.local import SGD
-from fedfm.tasks import CausalLM
-from fedfm.testing.tiny import TEXT, spec
-from fedfm.tuning import LoRA
+from fedfm.testing import tiny
 
 OWNERS = ("ann", "bob", "cid", "dan")
 LIAR = OWNERS[0]
@@ -86,8 +81,6 @@ def workshop() -> Iterator[Path]:
     log, before, cache = logging.getLogger("fedfm"), logging.getLogger("fedfm").level, os.environ.get("FEDFM_CACHE")
     with TemporaryDirectory(prefix="fedfm-robustness-") as name:
         folder = Path(name)
-        rows = [{"owner": OWNERS[i % len(OWNERS)], "text": text} for i, text in enumerate(TEXT[:48])]
-        (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         os.environ["FEDFM_CACHE"] = str(folder / "cache")
         log.setLevel(logging.CRITICAL + 1)
         try:
@@ -101,14 +94,4 @@ def workshop() -> Iterator[Path]:
 
 def small(folder: Path, **changes: Any) -> Federation:
     """A federation of four owners, a Llama of one layer and LoRA."""
-    base = Federation(
-        model=spec("Llama", num_hidden_layers=1),
-        data=Data(str(folder / "rows.jsonl"), by="owner", test_fraction=0.3),
-        name="small",
-        task=CausalLM(max_length=16, packed=False),
-        tuning=LoRA(r=2),
-        local=SGD(lr=0.1, steps=1, batch_size=2),
-        engine=Embedded(device="cpu"),
-        rounds=3,
-    )
-    return replace(base, **changes)
+    return tiny.federation(folder, OWNERS, 48, **{"name": "small", "engine": Embedded(device="cpu"), "rounds": 3, **changes})

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import random
 import struct
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -25,16 +23,13 @@ from fedfm.federation import Federation
 from fedfm.run.folder import JOURNAL, METRICS, latest_state, read_journal
 from fedfm.run.loop import run as play_run
 from fedfm.simulation import Simulation
+from fedfm.testing.mutations import ODD, changed
 from fedfm.testing.sessions import Scripted
 from fedfm.transforms import TopK
 from fedfm.verbs import Evaluation
 
 # Cases of each kind; together more than 200,000.
 MESSAGES, JOURNALS, STATES, MEMORIES, ACCOUNTS, RECIPES = 44_000, 12_000, 4000, 8000, 8000, 3000
-ODD: tuple[Any, ...] = (
-    None, True, False, -1, 0, 2**31, 2**63, 10**40, 1.5, -0.0, 1e308, math.nan, math.inf, "", "train", "\ud800", "\x1b[2J", [], {}, [1], {"a": 1},
-    "F8_E4M3", "U64", "C64", "BOOL", "I64", [2**62, 4], [-1], [0, 2**63], [0, 2**62, 2**62], [0, 8],
-)  # fmt: skip
 YAML = (
     "{", "}", "[", "]", ": ", ", ", "\n", "  ", "- ", "null", "1e9", "!!timestamp x", "!!binary a", "!!int x", "9" * 5000, "'", "#", "<<", "? ", "|",
     "\t", "%", "@", "\0", "&a ", "*a", "-1", ".nan", ".inf", "true",
@@ -58,27 +53,6 @@ def run(folder: Path, quick: bool) -> Iterator[Tally]:
 
 
 # --- how something is changed ---------------------------------------------------------------------------------------
-
-
-def changed(data: bytes, draw: random.Random) -> bytes:
-    """One to five bits, bytes or pieces changed, put in or taken out."""
-    mutated = bytearray(data)
-    for _ in range(draw.choice([1, 1, 1, 2, 5])):
-        at = draw.randrange(len(mutated) + 1)
-        match draw.randrange(6):
-            case 0 if mutated:
-                mutated[min(at, len(mutated) - 1)] ^= 1 << draw.randrange(8)
-            case 1:
-                mutated[at : at + 1] = bytes([draw.randrange(256)])
-            case 2:
-                mutated[at : at + 1] = bytes([draw.choice(b'0123456789{}[]",:FUBI\\ \n')])
-            case 3:
-                del mutated[at : at + draw.randrange(1, 9)]
-            case 4:
-                mutated[at:at] = bytes(draw.choice(b'019{}[]",:-.eE') for _ in range(draw.randrange(1, 5)))
-            case _:
-                del mutated[at:]
-    return bytes(mutated)
 
 
 def changed_fields(data: bytes, draw: random.Random) -> bytes:

@@ -12,7 +12,7 @@ import torch
 
 from fedfm.core.errors import PlanError
 from fedfm.core.leaves import Leaf
-from fedfm.core.parts import Finding, Plan, Transform, refuse, warn
+from fedfm.core.parts import Finding, Plan, Transform, refuse, transform_place, warn
 from fedfm.core.roster import Roster
 from fedfm.core.tree import Spec
 
@@ -73,7 +73,7 @@ def _order(plan: Plan) -> Iterator[Finding]:
             clash = part.traits().needs & other.traits().hides
             if clash:
                 yield refuse(
-                    f"transforms.{i}",
+                    transform_place(i),
                     f"{type(part).__name__} needs {', '.join(sorted(clash))}, which {type(other).__name__} to its left hides. "
                     f"Put {type(part).__name__} before {type(other).__name__}.",
                 )
@@ -91,7 +91,7 @@ def _sums(plan: Plan) -> Iterator[Finding]:
     for i, transform in enumerate(plan.transforms):
         if "linear" not in transform.traits().is_:
             yield refuse(
-                f"transforms.{i}",
+                transform_place(i),
                 f"{type(transform).__name__} cannot be decoded from a sum, and {channel} shows sums alone. Leave one of the two out.",
             )
     if plan.on_failure == "retry":
@@ -120,7 +120,7 @@ def _privacy(plan: Plan) -> Iterator[Finding]:
         bare = sorted(groups - transform.covers)
         if "private" in transform.traits().is_ and bare:
             yield refuse(
-                f"transforms.{i}",
+                transform_place(i),
                 f"{type(transform).__name__} promises privacy and covers {', '.join(sorted(transform.covers))}, but leaves of the group "
                 f"{' and '.join(bare)} leave uncovered.",
             )

@@ -248,6 +248,11 @@ class Transform(Part, ABC):
         return aggregate, state
 
 
+def transform_place(i: int) -> str:
+    """Where the transform at index ``i`` stands in the recipe: the name of its state and of what is said of it."""
+    return f"transforms.{i}"
+
+
 class Aggregator(Part, ABC):
     """Many updates become one."""
 

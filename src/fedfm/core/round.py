@@ -14,7 +14,7 @@ from typing import Any
 from fedfm.core import leaves, messages
 from fedfm.core.keys import Key
 from fedfm.core.messages import ClientId, Failure, Reply, Request
-from fedfm.core.parts import Errand, Plan, RoundContext, ServerState, Session, Update
+from fedfm.core.parts import Errand, Plan, RoundContext, ServerState, Session, Update, transform_place
 from fedfm.core.session import Answer, WrappedSession
 from fedfm.core.sums import Partial
 from fedfm.core.tree import Spec, Tree, norm
@@ -50,7 +50,7 @@ def start(plan: Plan, params: Tree) -> ServerState:
     """The state before the first round."""
     travelling = plan.travelling(params)
     parts = {"sampler": plan.sampler.init(), "server": plan.server.init(travelling)}
-    parts |= {f"transforms.{i}": transform.init(travelling) for i, transform in enumerate(plan.transforms)}
+    parts |= {transform_place(i): transform.init(travelling) for i, transform in enumerate(plan.transforms)}
     return ServerState(0, dict(params), {place: state for place, state in parts.items() if state})
 
 
@@ -165,7 +165,7 @@ def finish(plan: Plan, aggregate: Update, state: ServerState, errand: Errand, ct
     """The aggregate after each transform's ``finish``, right to left, and their new states by place."""
     states: dict[str, Tree] = {}
     for i, transform in reversed(list(enumerate(plan.transforms))):
-        place = f"transforms.{i}"
+        place = transform_place(i)
         aggregate, states[place] = transform.finish(aggregate, state.of(place), replace(ctx, received=errand.received.get(i, {})))
     return aggregate, states
 

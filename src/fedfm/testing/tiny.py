@@ -1,9 +1,11 @@
-"""Models, tokenizers and examples small enough to build in a test, in the shapes that matter: Llama, GPT-2, BERT, and a RoBERTa classifier,
+"""Models, tokenizers, examples and a federation small enough to build in a test, in the shapes that matter: Llama, GPT-2, BERT, and a RoBERTa classifier,
 whose head has two layers and which counts positions from its padding token's id."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import mkdtemp
@@ -15,7 +17,13 @@ import torch
 from fedfm.core.batch import Batch, IntArray
 from fedfm.core.keys import Key
 from fedfm.core.task import Head, Vocabulary
+from fedfm.data import Data
+from fedfm.engines import Embedded
+from fedfm.federation import Federation
+from fedfm.local import SGD
 from fedfm.models import Foundation, Model, load, train_bpe
+from fedfm.tasks import CausalLM
+from fedfm.tuning import LoRA
 
 CONFIGS: dict[str, dict[str, int]] = {
     "Llama": {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2},
@@ -129,3 +137,26 @@ def disturbed(params: dict[str, torch.Tensor], seed: int = 1, scale: float = 0.2
     """Parameters moved at random, so that nothing is zero."""
     generator = torch.Generator().manual_seed(seed)
     return {name: p + scale * torch.randn(p.shape, generator=generator) for name, p in params.items()}
+
+
+def federation(folder: Path, owners: Sequence[str] = ("a", "b", "c"), rows: int = 30, **changes: Any) -> Federation:
+    """A federation that plays a round in a blink: a Llama of one layer, LoRA of rank 2, one step of two rows, clients one by one.
+
+    Args:
+        folder: Where its rows are written, as ``rows.jsonl``: a text and a label each.
+        owners: Whose each row is, in turn; a name that stands here twice has twice as many.
+        rows: How many rows, at most 256.
+        changes: Fields of the federation that are to be others.
+    """
+    source = folder / "rows.jsonl"
+    lines = [{"owner": owners[i % len(owners)], "text": text, "label": "xyz"[i % 3]} for i, text in enumerate(TEXT[:rows])]
+    source.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    base = Federation(
+        model=spec("Llama", num_hidden_layers=1),
+        data=Data(str(source), by="owner", test_fraction=0.3),
+        task=CausalLM(max_length=16, packed=False),
+        tuning=LoRA(r=2),
+        local=SGD(lr=0.1, steps=1, batch_size=2),
+        engine=Embedded(bank=1, device="cpu"),
+    )
+    return replace(base, **changes)

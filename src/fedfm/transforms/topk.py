@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from fedfm.core.errors import ConfigError, MessageError, RunError
-from fedfm.core.parts import Finding, Plan, RoundContext, Spec, Traits, Transform, Tree, Update, refuse, traits, warn
+from fedfm.core.parts import Finding, Plan, RoundContext, Spec, Traits, Transform, Tree, Update, refuse, traits, transform_place, warn
 
 _VALUES, _INDICES, _RESIDUAL = "topk::values", "topk::indices", "topk.residual"
 
@@ -61,7 +61,7 @@ class TopK(Transform):
         bounds = [type(part).__name__ for part in before if "bounds" in part.traits().is_]
         if self.error_feedback and bounds:
             yield refuse(
-                f"transforms.{place}",
+                transform_place(place),
                 f"TopK adds what the client kept from earlier rounds to an update that {' and '.join(bounds)} has bounded, so what leaves has no "
                 f"bound. Put {' and '.join(bounds)} after TopK (what it cuts off is lost), or set TopK's error_feedback to false.",
             )

@@ -18,7 +18,7 @@ from fedfm.core import leaves
 from fedfm.core.errors import DataError, FedfmError
 from fedfm.core.leaves import Leaf
 from fedfm.core.messages import Body, ClientId, Failure, Request, Scalar
-from fedfm.core.parts import COUNTED, TICKET, Errand, LocalTrainer, Plan, RoundContext, ServerState, Transform, Update
+from fedfm.core.parts import COUNTED, TICKET, Errand, LocalTrainer, Plan, RoundContext, ServerState, Transform, Update, transform_place
 from fedfm.core.task import Examples
 from fedfm.core.tree import Spec, Tree
 from fedfm.data import opened
@@ -47,10 +47,10 @@ class Train(Verb):
         """What a cohort is asked to do in a round."""
         params, tuning = plan.travelling(state.params), plan.tuning
         full = Spec.of(params)
-        received = {i: transform.broadcast(state.of(place(i))) for i, transform in enumerate(plan.transforms)}
+        received = {i: transform.broadcast(state.of(transform_place(i))) for i, transform in enumerate(plan.transforms)}
         tensors = {**params, **plan.server.broadcast(params, state.of("server"))}
         for i, tree in received.items():
-            tensors |= {f"{place(i)}/{name}": leaf for name, leaf in tree.items()}
+            tensors |= {f"{transform_place(i)}/{name}": leaf for name, leaf in tree.items()}
         unequal = {client: own for client in cohort if (own := tuning.own(client))}
         return Errand(
             body=Body(self.name, ctx.round, tensors, {_UNIFORM: plan.aggregator.uniform()}),
@@ -175,9 +175,9 @@ class Desk:
         update = Update(payload, self.weight(), 1, client, self.numbers(trained))
         ctx = RoundContext(request.round, house.key, self.params, house.num_clients, client, spent=house.spent.of(client))
         for i, transform in enumerate(plan.transforms):
-            received = under(f"{place(i)}/", self.received)
-            update, after = transform.encode(update, under(f"{place(i)}/", self.memory), replace(ctx, received=received))
-            memory |= {f"{place(i)}/{name}": leaf for name, leaf in after.items()}
+            received = under(f"{transform_place(i)}/", self.received)
+            update, after = transform.encode(update, under(f"{transform_place(i)}/", self.memory), replace(ctx, received=received))
+            memory |= {f"{transform_place(i)}/{name}": leaf for name, leaf in after.items()}
         ticket = house.memory.save(client, number(request.own, TICKET) or 0, number(request.own, COUNTED), memory)
         metrics = {"weight": update.weight, **update.metrics}
         return Contribution(replace(update, metrics=metrics, ticket=ticket), layout.leaves)
@@ -218,11 +218,6 @@ def declared(local: LocalTrainer, transforms: Sequence[Transform], trained: Spec
     for transform in transforms:
         answer_leaves = transform.leaves(answer_leaves)
     return answer_leaves
-
-
-def place(i: int) -> str:
-    """A transform's place in the recipe."""
-    return f"transforms.{i}"
 
 
 def _pad(tuning: Tuning, full: Spec, payload: Tree, own: Mapping[str, Scalar]) -> Tree:

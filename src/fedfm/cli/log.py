@@ -27,7 +27,7 @@ def show(path: Path, last: int | None, verify: bool, head: str | None, as_json: 
     logs = logs_in(path)
     if head is not None and len(logs) > 1:
         raise ConfigError(f"--head is the digest of one log, and {path} holds {len(logs)}. Name one of them.")
-    if verify:
+    if verify or head is not None:
         checked = [_verified(log, head) for log in logs]
         if as_json:
             show_json(checked)
@@ -39,15 +39,15 @@ def show(path: Path, last: int | None, verify: bool, head: str | None, as_json: 
                 "fedfm log --verify --head DIGEST finds both."
             )
         return
+    # Every line is checked on the way, whether it is shown or not.
+    shown = {log: deque(read(log), maxlen=last) for log in logs}
+    if as_json:
+        show_json([{"log": str(log), "number": line.number, "digest": line.digest, **line.what} for log in logs for line in shown[log]])
+        return
     for log in logs:
-        # Every line is checked on the way, whether it is shown or not.
-        lines = deque(read(log), maxlen=last)
-        if as_json:
-            show_json([{"log": str(log), "number": line.number, "digest": line.digest, **line.what} for line in lines])
-            continue
         if len(logs) > 1:
-            print(f"{log}")
-        for line in lines:
+            print(log)
+        for line in shown[log]:
             print(in_words(line))
 
 

@@ -188,7 +188,7 @@ def log(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="An owner's log or folder, or a run's folder.", callback=_usable)],
     last: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the last N lines.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Say whether the log is unbroken, and print its head.")] = False,
-    head: Annotated[str | None, typer.Option(metavar="DIGEST", help="With --verify: a head noted earlier, which the log must still hold.")] = None,
+    head: Annotated[str | None, typer.Option(metavar="DIGEST", help="A head noted earlier: verify that the log still holds it.")] = None,
     as_json: Json = False,
 ) -> None:
     """Show an owner's log: what was asked, what left, what was refused."""

@@ -134,14 +134,15 @@ class Guard:
             if not any(_meets(part, demand) for part in (plan.channel, *plan.transforms)):
                 raise PolicyError("demand", f"the owner demands {demand!r} before anything leaves, and no part of this plan meets it. {_offered(demand)}")
 
-    def is_waiting(self, request: Request) -> bool:
+    def is_waiting(self, request: Request, tells: Mapping[Kind, str] | None = None) -> bool:
         """Whether this request waits for a person, and for nothing else, so that an engine may keep it until it is answered."""
-        if self.policy.ask == "never":
-            return False
         try:
-            return self.door(self.client, self._question(request)) is None
+            self.admit(request, tells)
+        except PolicyError as error:
+            return error.rule == "ask" and self.door(self.client, self._question(request)) is None
         except FedfmError:
-            return False
+            pass
+        return False
 
     def _require_quota(self, request: Request) -> None:
         policy = self.policy
@@ -159,12 +160,8 @@ class Guard:
 
     def _ask(self, request: Request) -> None:
         question = self._question(request)
-        asked = {line.what["id"]: line.what.get("answer") for line in self.log.lines() if line.event in ("question", "answer")}
-        if question.id not in asked:
-            self.log.add("question", self.now(), id=question.id, text=question.text)
         verdict = self.door(self.client, question)
-        if verdict is not None and asked.get(question.id) != verdict:
-            self.log.add("answer", self.now(), id=question.id, answer=verdict)
+        self.log.note_question(self.now(), question, verdict)
         if verdict == "no":
             raise PolicyError("ask", f"a person was asked ({question.id}) and said no.")
         if verdict is None:
@@ -177,7 +174,7 @@ class Guard:
             f"The coordinator {words.clean(asker.coordinator, 80)} asks for the run {words.clean(asker.run, 80)} ({planned}{asker.cohort} clients in a round, as it says): "
             f"task {plan.task!r}, base with the digest {self.base()}, tuning {plan.tuning!r}, work {plan.local!r}. Answers leave {self.guarantee()}."
         )
-        about: list[Any] = [asker.coordinator, asker.run, notation.write(plan), self.base(), self.policy.to_json()]
+        about: list[Any] = [asker.coordinator, asker.run, asker.cohort, asker.num_rounds, notation.write(plan), self.base(), self.policy.to_json()]
         if ask == "round":
             text += f" Now it asks to {words.clean(request.verb, 40)} in round {words.clean(request.round, 20)}."
             about += [request.verb, request.round]
@@ -350,5 +347,7 @@ def _contents(reply: Reply, contribution: Contribution | None, policy: Policy) -
 
 
 def _plain(value: Any) -> Any:
-    """A number as JSON holds it."""
+    """A value as JSON holds it."""
+    if isinstance(value, str):
+        return words.clean(value, 80)
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -18,11 +18,14 @@ notes the digest of the last line elsewhere notices the first two: ``fedfm log -
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fedfm.client.asking import Question, Verdict
 from fedfm.client.memory import home
 from fedfm.core import words
 from fedfm.core.chain import Chain, Line, digest_of, lines
@@ -44,7 +47,6 @@ class OwnerLog:
     def __init__(self, folder: Path | None, client: ClientId) -> None:
         self.path = None if folder is None else home(folder, client) / NAME
         self._chain = Chain(self.path, _changed, root())
-        self._policy: Mapping[str, Any] | None = None
 
     def add(self, event: str, time: datetime, **what: Any) -> str:
         """Adds a line; durable when this returns. Returns its digest.
@@ -52,15 +54,37 @@ class OwnerLog:
         Raises:
             RunError: if the log was changed by something else, or cannot be written; nothing may leave then.
         """
-        return self._chain.add(event, time=time.isoformat(timespec="seconds"), **what).digest
+        known = self._known
+        line = self._chain.add(event, time=time.isoformat(timespec="seconds"), **what)
+        known.take(line)
+        return line.digest
 
     def note_policy(self, time: datetime, rules: Mapping[str, Any]) -> None:
-        """Writes the rules down where they are not those that were written last."""
-        if self._policy is None:
-            self._policy = next((line.what["rules"] for line in reversed(list(self.lines())) if line.event == "policy"), {})
-        if dict(rules) != self._policy:
+        """Writes the rules down where they are not those that were written last.
+
+        Raises:
+            RunError: as :meth:`add`.
+        """
+        if dict(rules) != self._known.rules:
             self.add("policy", time, rules=dict(rules))
-            self._policy = dict(rules)
+
+    def note_question(self, time: datetime, question: Question, answer: Verdict | None) -> None:
+        """Writes a question and its answer down, each once.
+
+        Raises:
+            RunError: as :meth:`add`.
+        """
+        if question.id not in self._known.answers:
+            self.add("question", time, id=question.id, text=question.text)
+        if answer is not None and self._known.answers[question.id] != answer:
+            self.add("answer", time, id=question.id, answer=answer)
+
+    @cached_property
+    def _known(self) -> _Known:
+        known = _Known()
+        for line in self.lines():
+            known.take(line)
+        return known
 
     def lines(self) -> Iterator[Line]:
         """The lines one at a time, each checked.
@@ -69,6 +93,20 @@ class OwnerLog:
             RunError: naming the first line that was changed.
         """
         return self._chain.lines()
+
+
+@dataclass
+class _Known:
+    """What a house needs of its log to go on: the rules that were written last, and what was asked and answered."""
+
+    rules: Mapping[str, Any] = field(default_factory=dict)
+    answers: dict[str, str | None] = field(default_factory=dict)
+
+    def take(self, line: Line) -> None:
+        if line.event == "policy":
+            self.rules = line.what["rules"]
+        elif line.event in ("question", "answer"):
+            self.answers[line.what["id"]] = line.what.get("answer")
 
 
 def read(path: Path) -> Iterator[Line]:
@@ -105,7 +143,7 @@ def logs_in(path: Path) -> list[Path]:
 def in_words(line: Line) -> str:
     """A line as a person reads it."""
     what, event = line.what, line.event
-    tell = {
+    tell: dict[str, Callable[[Mapping[str, Any]], str]] = {
         "policy": _policy,
         "request": _request,
         "release": _release,
@@ -113,8 +151,9 @@ def in_words(line: Line) -> str:
         "failure": lambda what: f"failed    {_asked(what)}: {_text(what, 'why')} The coordinator is told: {_text(what, 'told')}",
         "question": lambda what: f"question  a person is asked ({_text(what, 'id')}): {_text(what, 'text')}",
         "answer": lambda what: f"answer    a person said {_text(what, 'answer')} ({_text(what, 'id')})",
-    }.get(event, lambda what: words.clean(f"{event}  {dict(what)}", 400))
-    return f"{_text(what, 'time')}  {tell(what)}"
+    }
+    sentence = tell[event](what) if event in tell else words.clean(f"{event}  {dict(what)}", 400)
+    return f"{_text(what, 'time')}  {sentence}"
 
 
 def _text(what: Mapping[str, Any], name: str) -> str:

@@ -19,8 +19,9 @@ from fedfm.core.errors import ConfigError
 from fedfm.core.messages import ClientId
 from fedfm.core.paths import usable
 
-Kind = Literal["counts", "labels", "losses", "evaluation", "reasons"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+# What leaves declare that they tell, and why a request failed.
+Telling = Literal["counts", "labels", "losses", "evaluation", "reasons"]
+KINDS: tuple[Telling, ...] = get_args(Telling)
 # Demands that are not the name of a part.
 SUMS, PRIVATE, BOUNDED = "sums", "private", "bounded"
 _LARGEST = 1 << 20  # bytes of a policy's file
@@ -64,7 +65,7 @@ class Policy:
     columns: Mapping[str, str] | None = None
     min_cohort: int = 3
     demand: tuple[str, ...] = ()
-    may_leave: tuple[Kind, ...] = ()
+    may_leave: tuple[Telling, ...] = ()
     rounds: int | None = 100
     hours: tuple[str, ...] | None = None
     max_bytes: int | None = None

@@ -75,6 +75,10 @@ class Runtime:
             return self._failed(request, Failure(client, "policy", str(error)), error.rule)
         except FedfmError as error:
             return self._failed(request, Failure(client, "exchange", str(error)))
+        except Exception as error:
+            # A rule that cannot be looked at refuses.
+            log.debug("a request could not be admitted", exc_info=True)
+            return self._failed(request, Failure(client, "exchange", f"it cannot be looked at ({type(error).__name__})."))
         return None
 
     def _failed(self, request: Request, failure: Failure, rule: str | None = None) -> Failure:

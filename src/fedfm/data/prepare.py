@@ -135,7 +135,7 @@ def _fingerprint(
     # Where the files lie does not change what they hold.
     rules = {part.name: repr(getattr(data, part.name)) for part in fields(data) if part.name not in ("source", "test")}
     stamps = [source.stamp, test.stamp if test else None]
-    known = [layout.VERSION, rules, repr(task), stamps, tokenizer_words(tokenizer), key.digest.hex(), *classes]
+    known: list[Any] = [layout.VERSION, rules, repr(task), stamps, tokenizer_words(tokenizer), key.digest.hex(), *classes]
     if columns:
         known.append({owner: dict(names) for owner, names in columns.items()})
     return hashlib.blake2b(json.dumps(known, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()

@@ -442,7 +442,9 @@ def test_an_owner_may_withhold_what_the_round_does_not_need(base: Federation) ->
             assert not refusals or "which bob withhold" in refusals[0].text
             state = start(plan, simulation.house.start)
             if weights == "examples":
-                with pytest.raises(RoundError, match="bob: its owner's policy refuses .rule 'may_leave'.: the answer to train tells its counts"):
+                with pytest.raises(
+                    RoundError, match="bob: its owner's policy refuses .rule 'may_leave'.: the answer to train tells its counts"
+                ):
                     play(plan, state, session, simulation.clients, simulation.key)
             else:
                 _, record = play(plan, state, session, simulation.clients, simulation.key)

@@ -29,11 +29,11 @@ ROOT = Path(__file__).parent.parent
 NOW = datetime(2026, 7, 6, 12, 30)
 EVENTS: list[tuple[str, dict[str, Any]]] = [
     ("policy", {"rules": {"owner": "a", "min_cohort": 3, "models": None, "may_leave": ["counts"]}}),
-    ("request", {"run": "small", "verb": "train", "round": "1", "coordinator": "local", "digest": "0f" * 16, "size": 1234}),
+    ("request", {"run": "small", "verb": "train", "round": "1", "coordinator": "local", "request": "0f" * 16, "size": 1234}),
     (
         "release",
         {
-            "run": "small", "verb": "train", "round": "1", "request": "0f" * 16, "size": 4321, "digest": "ab" * 32, "guarantee": "unchanged by any transform.",
+            "run": "small", "verb": "train", "round": "1", "request": "0f" * 16, "size": 4321, "blake2b": "ab" * 32, "guarantee": "unchanged by any transform.",
             "leaves": {"tensors": {"delta": {"names": ["x", "y"], "values": 12}}, "numbers": {"weight": 7.0}, "withheld": ["loss"]},
         },
     ),
@@ -239,7 +239,9 @@ def test_log_and_approve_as_commands(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_house_that_is_killed_at_every_step_has_logged_all_that_left(tmp_path: Path) -> None:
     environment = os.environ | {"PYTHONPATH": f"{ROOT / 'src'}:{ROOT / 'tests'}:{ROOT}", "FEDFM_CACHE": str(tmp_path / "cache")}
-    done = subprocess.run([sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, env=environment, timeout=600, check=False)
+    done = subprocess.run(
+        [sys.executable, __file__, str(tmp_path)], capture_output=True, text=True, env=environment, timeout=600, check=False
+    )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     report = json.loads(done.stdout.splitlines()[-1])
     assert report["kills"] >= 8 and report["wrong"] == []
@@ -280,7 +282,7 @@ def sweep(folder: Path) -> dict[str, Any]:
             os._exit(0)
         _, status = os.waitpid(child, 0)
         path = home(out, "a") / NAME
-        shown = {line.what["digest"] for line in read(path) if line.event == "release"}
+        shown = {line.what["blake2b"] for line in read(path) if line.event == "release"}
         gone = set(left.read_text().split()) if left.exists() else set[str]()
         if not gone <= shown:
             wrong.append(f"step {step}: {len(gone - shown)} answers left that the log does not show")

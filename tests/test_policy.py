@@ -200,7 +200,12 @@ def test_bytes_are_counted_as_they_leave(base: Federation) -> None:
     answer = free.ask(free.train())
     assert isinstance(answer, Reply)
     size = len(pack(answer))
-    for rule, most, fits in (("max_bytes", size - 1, False), ("max_bytes", size, True), ("total_bytes", size - 1, False), ("total_bytes", size, True)):
+    for rule, most, fits in (
+        ("max_bytes", size - 1, False),
+        ("max_bytes", size, True),
+        ("total_bytes", size - 1, False),
+        ("total_bytes", size, True),
+    ):
         site = Site.of(base, Policy.open(**{rule: most}))
         answer = site.ask(site.train())
         assert isinstance(answer, Reply) == fits
@@ -276,7 +281,9 @@ def test_a_round_goes_on_without_a_loss_that_is_withheld(base: Federation) -> No
 def test_a_verb_that_tells_what_may_not_leave_is_stopped_at_the_door(base: Federation, monkeypatch: pytest.MonkeyPatch) -> None:
     site = Site.of(base, Policy.open(may_leave=()))
     honest = describe_file._answer
-    monkeypatch.setattr(describe_file, "_answer", lambda client, house: honest("b", house).__class__({}, client=client, metrics=honest("b", house).metrics))
+    monkeypatch.setattr(
+        describe_file, "_answer", lambda client, house: honest("b", house).__class__({}, client=client, metrics=honest("b", house).metrics)
+    )
     answer = site.ask(Request.of("describe"))
     assert isinstance(answer, Failure) and "rule 'may_leave'" in answer.reason and "'train' tells counts" in answer.reason
     monkeypatch.setattr(describe_file, "_answer", lambda client, house: replace(honest(client, house), metrics={"secret": 7.0}))

@@ -32,8 +32,8 @@ def show(path: Path, last: int | None, verify: bool, head: str | None, as_json: 
         if as_json:
             show_json(checked)
         else:
-            for log in checked:
-                print(f"{log['log']}: {log['lines']} lines, unbroken.\nhead  {log['head']}")
+            for told in checked:
+                print(f"{told['log']}: {told['lines']} lines, unbroken.\nhead  {told['head']}")
             print(
                 "Note the head somewhere else. Lines cut off the end, or an older copy put back, cannot be seen from the file alone; "
                 "fedfm log --verify --head DIGEST finds both."
@@ -86,9 +86,9 @@ def approve(path: Path, question: str | None, refuse: bool, as_json: bool) -> No
     if question not in known:
         raise ConfigError(f"There is no question {words.clean(question, 40)!r} at {path}. Known: {words.listed(list(known), 8) or 'none'}.")
     file, asked, _ = known[question]
-    answer: asking.Verdict = "no" if refuse else "yes"
-    asking.write(file, asked, answer)
+    verdict: asking.Verdict = "no" if refuse else "yes"
+    asking.write(file, asked, verdict)
     if as_json:
-        show_json({"id": asked.id, "answer": answer})
+        show_json({"id": asked.id, "answer": verdict})
     else:
-        print(f"{asked.id}: {answer}. It holds from the next request on.")
+        print(f"{asked.id}: {verdict}. It holds from the next request on.")

@@ -87,7 +87,9 @@ class Guard:
         """
         self.log.note_policy(self.now(), {"owner": self.client, **self.policy.to_json()})
         size, digest = messages.size(request), digest_of(request)
-        self.log.add("request", self.now(), **self._of(request), coordinator=words.clean(self.asker.coordinator, 80), digest=digest, size=size)
+        self.log.add(
+            "request", self.now(), **self._of(request), coordinator=words.clean(self.asker.coordinator, 80), request=digest, size=size
+        )
 
     def admit(self, request: Request, tells: Mapping[Kind, str] | None = None) -> None:
         """Holds a request to the rules, before any data is read.
@@ -107,10 +109,14 @@ class Guard:
             raise PolicyError("hours", f"it is {self.now():%a %H:%M} here, and requests are taken {', '.join(policy.hours or ())}.")
         for kind, why in (tells or {}).items():
             if policy.withholds(kind):
-                raise PolicyError("may_leave", f"the answer to {verb} tells its {kind} ({why}), and the owner lets {_listed(policy.may_leave)} leave.")
+                raise PolicyError(
+                    "may_leave", f"the answer to {verb} tells its {kind} ({why}), and the owner lets {_listed(policy.may_leave)} leave."
+                )
         self._require_quota(request)
         if policy.models is not None and self.base() not in policy.models:
-            raise PolicyError("models", f"the base's weights have the digest {self.base()}, which is not among the owner's {len(policy.models)}.")
+            raise PolicyError(
+                "models", f"the base's weights have the digest {self.base()}, which is not among the owner's {len(policy.models)}."
+            )
         if policy.ask != "never":
             self._ask(request)
 
@@ -128,11 +134,14 @@ class Guard:
                 _require_in("columns", tuple(policy.columns), column, "the task reads the column")
         if self.asker.cohort < policy.min_cohort:
             raise PolicyError(
-                "min_cohort", f"the coordinator says that a round asks {self.asker.cohort}, and the owner wants {policy.min_cohort} or more."
+                "min_cohort",
+                f"the coordinator says that a round asks {self.asker.cohort}, and the owner wants {policy.min_cohort} or more.",
             )
         for demand in policy.demand:
-            if not any(_meets(part, demand) for part in (plan.channel, *plan.transforms)):
-                raise PolicyError("demand", f"the owner demands {demand!r} before anything leaves, and no part of this plan meets it. {_offered(demand)}")
+            if not _meets(plan.channel, demand) and not any(_meets(part, demand) for part in plan.transforms):
+                raise PolicyError(
+                    "demand", f"the owner demands {demand!r} before anything leaves, and no part of this plan meets it. {_offered(demand)}"
+                )
 
     def is_waiting(self, request: Request, tells: Mapping[Kind, str] | None = None) -> bool:
         """Whether this request waits for a person, and for nothing else, so that an engine may keep it until it is answered."""
@@ -153,7 +162,10 @@ class Guard:
         answered = {what for what, _ in entries if what.startswith(f"{kind}/")}
         # Asked again for the same, a house gives the same answer, which tells nothing new.
         if policy.rounds is not None and mine not in answered and len(answered) >= policy.rounds:
-            raise PolicyError("rounds", f"{len(answered)} different requests to {words.clean(request.verb, 40)} were answered, which is all that the owner gives.")
+            raise PolicyError(
+                "rounds",
+                f"{len(answered)} different requests to {words.clean(request.verb, 40)} were answered, which is all that the owner gives.",
+            )
         size = sum(amount for _, amount in entries)
         if policy.total_bytes is not None and size >= policy.total_bytes:
             raise PolicyError("total_bytes", f"{words.size(size)} have left, and the owner gives {words.size(policy.total_bytes)} in all.")
@@ -174,7 +186,15 @@ class Guard:
             f"The coordinator {words.clean(asker.coordinator, 80)} asks for the run {words.clean(asker.run, 80)} ({planned}{asker.cohort} clients in a round, as it says): "
             f"task {plan.task!r}, base with the digest {self.base()}, tuning {plan.tuning!r}, work {plan.local!r}. Answers leave {self.guarantee()}."
         )
-        about: list[Any] = [asker.coordinator, asker.run, asker.cohort, asker.num_rounds, notation.write(plan), self.base(), self.policy.to_json()]
+        about: list[Any] = [
+            asker.coordinator,
+            asker.run,
+            asker.cohort,
+            asker.num_rounds,
+            notation.write(plan),
+            self.base(),
+            self.policy.to_json(),
+        ]
         if ask == "round":
             text += f" Now it asks to {words.clean(request.verb, 40)} in round {words.clean(request.round, 20)}."
             about += [request.verb, request.round]
@@ -197,11 +217,15 @@ class Guard:
         for leaf in leaves:
             kept = [kind for kind in leaf.tells if self.policy.withholds(kind)]
             if kept and leaf.name in values and not leaf.is_silent(values[leaf.name]):
-                raise PolicyError("may_leave", f"{leaf.name!r} tells {' and '.join(kept)}, and the owner lets {_listed(self.policy.may_leave)} leave.")
+                raise PolicyError(
+                    "may_leave", f"{leaf.name!r} tells {' and '.join(kept)}, and the owner lets {_listed(self.policy.may_leave)} leave."
+                )
         groups = {leaf.group for leaf in leaves}
         for demand in self.policy.demand:
             if not _stands(demand, self.plan.channel, contribution.transforms, groups):
-                raise PolicyError("demand", f"the owner demands {demand!r}, which does not cover all of this answer ({', '.join(sorted(groups))}).")
+                raise PolicyError(
+                    "demand", f"the owner demands {demand!r}, which does not cover all of this answer ({', '.join(sorted(groups))})."
+                )
 
     def release(self, request: Request, reply: Reply, contribution: Contribution | None) -> None:
         """Counts and logs an answer as it leaves. When this returns, both are on disk.
@@ -220,7 +244,10 @@ class Guard:
         if total is not None:
             gone = math.fsum(amount for what, amount in self.spent.entries(self.client) if what.startswith(f"{_ANSWER}/"))
             if gone + size > total:
-                raise PolicyError("total_bytes", f"with this answer {words.size(gone + size)} would have left, and the owner gives {words.size(total)} in all.")
+                raise PolicyError(
+                    "total_bytes",
+                    f"with this answer {words.size(gone + size)} would have left, and the owner gives {words.size(total)} in all.",
+                )
         self.spent.add(self.client, self._expense(request), size)
         digest = hashlib.blake2b(digest_size=32)
         for part in parts:
@@ -233,7 +260,7 @@ class Guard:
             **self._of(request),
             request=digest_of(request),
             size=size,
-            digest=digest.hexdigest(),
+            blake2b=digest.hexdigest(),
             leaves=_contents(reply, contribution, self.policy),
             guarantee=self.guarantee(through),
         )
@@ -247,7 +274,9 @@ class Guard:
         Returns:
             The failure with its reason, where the policy lets it leave.
         """
-        told = failure if rule is not None or not self.policy.withholds("reasons") else replace(failure, reason="its owner's log tells why.")
+        told = (
+            failure if rule is not None or not self.policy.withholds("reasons") else replace(failure, reason="its owner's log tells why.")
+        )
         try:
             if rule is not None:
                 self.log.add("refusal", self.now(), **self._of(request), rule=rule, why=failure.reason)
@@ -332,11 +361,14 @@ def _offered(demand: str) -> str:
 def _contents(reply: Reply, contribution: Contribution | None, policy: Policy) -> Mapping[str, Any]:
     """What is in an answer, for the log: tensors by group, numbers with their values, and what was withheld."""
     if contribution is None:
-        tensors = {"channel": {"names": list(reply.tensors), "values": sum(leaf.numel() for leaf in reply.tensors.values())}} if reply.tensors else {}
-        return {"tensors": tensors, "numbers": {name: _plain(value) for name, value in reply.meta.items()}}
+        sent = {"names": list(reply.tensors), "values": sum(leaf.numel() for leaf in reply.tensors.values())}
+        return {
+            "tensors": {"channel": sent} if reply.tensors else {},
+            "numbers": {name: _plain(value) for name, value in reply.meta.items()},
+        }
     update, leaves = contribution.update, contribution.leaves
     kept = [leaf.name for leaf in leaves if any(policy.withholds(kind) for kind in leaf.tells)]
-    tensors = {}
+    tensors: dict[str, dict[str, Any]] = {}
     for leaf in leaves:
         if not leaf.is_number and leaf.name not in kept:
             group = tensors.setdefault(leaf.group, {"names": [], "values": 0})

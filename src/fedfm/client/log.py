@@ -167,14 +167,14 @@ def _asked(what: Mapping[str, Any]) -> str:
 def _request(what: Mapping[str, Any]) -> str:
     return (
         f"asked     {_asked(what)}, by coordinator {_text(what, 'coordinator')} for run {_text(what, 'run')} "
-        f"({words.size(what.get('size'))}, {_text(what, 'digest')})"
+        f"({words.size(what.get('size'))}, {_text(what, 'request')})"
     )
 
 
 def _release(what: Mapping[str, Any]) -> str:
     return (
         f"left      {_asked(what)}, for run {_text(what, 'run')}: {_leaves(what.get('leaves'))}; {words.size(what.get('size'))}, "
-        f"BLAKE2b {_text(what, 'digest')}; {_text(what, 'guarantee')}"
+        f"BLAKE2b {_text(what, 'blake2b')}; {_text(what, 'guarantee')}"
     )
 
 
@@ -183,7 +183,10 @@ def _leaves(leaves: Any) -> str:
     if not isinstance(leaves, Mapping):
         return "-"
     tensors, numbers, withheld = leaves.get("tensors", {}), leaves.get("numbers", {}), leaves.get("withheld", [])
-    parts = [f"{len(group['names'])} tensor{'s' if len(group['names']) > 1 else ''} of {name} ({group['values']} values)" for name, group in tensors.items()]
+    parts = [
+        f"{len(group['names'])} tensor{'s' if len(group['names']) > 1 else ''} of {name} ({group['values']} values)"
+        for name, group in tensors.items()
+    ]
     parts += [f"{name}={value}" for name, value in numbers.items()]
     parts += [f"withheld: {words.listed(withheld, _NAMED)}"] if withheld else []
     return words.clean(", ".join(parts) or "nothing but that it answered", 1000)

@@ -145,7 +145,9 @@ def read_policies(folder: Path | str) -> dict[ClientId, Policy]:
     """
     folder = usable(folder, "policies")
     if not folder.is_dir():
-        raise ConfigError(f"policies is {words.clean(folder, 120)}, which is no folder. It holds a file OWNER.yaml for each owner with a policy.")
+        raise ConfigError(
+            f"policies is {words.clean(folder, 120)}, which is no folder. It holds a file OWNER.yaml for each owner with a policy."
+        )
     return {path.stem: read_policy(path) for path in sorted(folder.glob("*.yaml"))}
 
 
@@ -158,7 +160,9 @@ def require_known(policies: Iterable[ClientId], owners: Iterable[ClientId]) -> N
     known = sorted(owners)
     unknown = sorted(set(policies) - set(known))
     if unknown:
-        raise ConfigError(f"There is a policy of {words.clean(unknown[0], 40)!r}, and no owner of that name. The owners are {words.listed(known, 8)}.")
+        raise ConfigError(
+            f"There is a policy of {words.clean(unknown[0], 40)!r}, and no owner of that name. The owners are {words.listed(known, 8)}."
+        )
 
 
 def write_policy(policy: Policy) -> str:

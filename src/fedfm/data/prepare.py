@@ -89,7 +89,9 @@ def prepare(
     if not (folder / "owners.json").exists():
 
         def build(temporary: Path) -> None:
-            _Build(data, task, tokenizer, key, temporary, fingerprint, progress or (lambda stage, rows: None), classes, columns or {}).run(source, test)
+            _Build(data, task, tokenizer, key, temporary, fingerprint, progress or (lambda stage, rows: None), classes, columns or {}).run(
+                source, test
+            )
 
         _make(folder, build)
     owners = Owners.open(folder)

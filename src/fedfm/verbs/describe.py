@@ -75,9 +75,7 @@ class Describe(Verb):
 
 def _declared(num_labels: int) -> tuple[Leaf, ...]:
     counts = tuple(leaves.number(name, nan=True, bound=2.0**37) for name in _COUNTS)
-    histogram = Leaf(
-        _LABELS, (num_labels,), torch.float64, "told", leaves.MOST, "sum", signed=False, nan=True, kinds=("counts", "labels")
-    )
+    histogram = Leaf(_LABELS, (num_labels,), torch.float64, "told", leaves.MOST, "sum", signed=False, nan=True, kinds=("counts", "labels"))
     return (*counts, histogram) if num_labels else counts
 
 

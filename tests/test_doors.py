@@ -274,7 +274,7 @@ def test_an_owner_whose_leaf_is_gone_does_not_begin_anew(base: Federation, tmp_p
     stop_after(2, run(plan, out=tmp_path))
     for path in home(tmp_path, "bob").glob("memory-*"):
         path.unlink()
-    with pytest.raises(RoundError, match="bob: Client 'bob' no longer has what it remembered with ticket 2"):
+    with pytest.raises(RoundError, match=r"bob: Client 'bob' no longer has what it remembered with ticket 2"):
         last(resume(tmp_path))
 
 
@@ -443,7 +443,7 @@ def test_an_owner_may_withhold_what_the_round_does_not_need(base: Federation) ->
             state = start(plan, simulation.house.start)
             if weights == "examples":
                 with pytest.raises(
-                    RoundError, match="bob: its owner's policy refuses .rule 'may_leave'.: the answer to train tells its counts"
+                    RoundError, match=r"bob: its owner's policy refuses .rule 'may_leave'.: the answer to train tells its counts"
                 ):
                     play(plan, state, session, simulation.clients, simulation.key)
             else:

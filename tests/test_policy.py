@@ -520,7 +520,7 @@ def test_a_recipe_names_the_policies_of_simulated_owners(base: Federation, tmp_p
     assert before.round == 0 and "loss" in record.clients["a"] and "loss" not in record.clients["b"]
     assert (home(tmp_path / "run", "b") / "log.jsonl").is_file() and not (home(tmp_path / "run", "a") / "log.jsonl").exists()
     (folder / "bob.yaml").write_text(write_policy(Policy.open()))
-    with pytest.raises(ConfigError, match="policy of 'bob', and no owner of that name. The owners are a, b and c"):
+    with pytest.raises(ConfigError, match=r"policy of 'bob', and no owner of that name. The owners are a, b and c"):
         Simulation.build(plan)
     assert read_policies(folder).keys() == {"b", "bob"}
     require_known(["a"], "abc")

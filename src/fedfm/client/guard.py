@@ -265,11 +265,11 @@ class Guard:
             guarantee=self.guarantee(through),
         )
 
-    def refuse(self, request: Request, failure: Failure, rule: str | None = None) -> Failure:
+    def refuse(self, request: Request, failure: Failure, refusal: PolicyError | None = None) -> Failure:
         """What a coordinator is told of a request that is not answered, written into the log first.
 
         Args:
-            rule: The rule that refused, where it was the policy.
+            refusal: What the policy says, where it was the policy that refused.
 
         Returns:
             The failure with its reason, where the policy lets it leave.
@@ -278,8 +278,8 @@ class Guard:
             failure if rule is not None or not self.policy.withholds("reasons") else replace(failure, reason="its owner's log tells why.")
         )
         try:
-            if rule is not None:
-                self.log.add("refusal", self.now(), **self._of(request), rule=rule, why=failure.reason)
+            if refusal is not None:
+                self.log.add("refusal", self.now(), **self._of(request), rule=refusal.rule, why=refusal.why)
             else:
                 self.log.add("failure", self.now(), **self._of(request), why=f"{failure.stage}: {failure.reason}", told=told.reason)
         except RunError:

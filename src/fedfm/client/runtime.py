@@ -72,7 +72,7 @@ class Runtime:
             if guard is not None:
                 guard.admit(request, None if verb is None else verb.tells(request, self.house))
         except PolicyError as error:
-            return self._failed(request, Failure(client, "policy", str(error)), error.rule)
+            return self._failed(request, Failure(client, "policy", str(error)), error)
         except FedfmError as error:
             return self._failed(request, Failure(client, "exchange", str(error)))
         except Exception as error:
@@ -81,10 +81,10 @@ class Runtime:
             return self._failed(request, Failure(client, "exchange", f"it cannot be looked at ({type(error).__name__})."))
         return None
 
-    def _failed(self, request: Request, failure: Failure, rule: str | None = None) -> Failure:
+    def _failed(self, request: Request, failure: Failure, refusal: PolicyError | None = None) -> Failure:
         """A failure as it leaves the house: logged, and no more of its reason than the owner lets leave."""
         guard = self.house.guard(failure.client)
-        return failure if guard is None else guard.refuse(request, failure, rule)
+        return failure if guard is None else guard.refuse(request, failure, refusal)
 
     def _answer(self, verb: Verb, group: dict[ClientId, Request]) -> Iterator[Answer]:
         """The answers of one bank; one that does not fit into memory is halved until it does."""
@@ -139,7 +139,7 @@ class Runtime:
             if guard is not None:
                 guard.release(request, reply, contribution)
         except PolicyError as error:
-            return self._failed(request, Failure(client, "policy", str(error)), error.rule)
+            return self._failed(request, Failure(client, "policy", str(error)), error)
         except FedfmError as error:
             return self._failed(request, Failure(client, "channel", str(error)))
         return reply

@@ -61,7 +61,7 @@ class PolicyError(FedfmError):
 
     def __init__(self, rule: str, why: str) -> None:
         super().__init__(f"its owner's policy refuses (rule {rule!r}): {why}")
-        self.rule = rule
+        self.rule, self.why = rule, why
 
 
 class RoundError(FedfmError):

@@ -274,9 +274,8 @@ class Guard:
         Returns:
             The failure with its reason, where the policy lets it leave.
         """
-        told = (
-            failure if rule is not None or not self.policy.withholds("reasons") else replace(failure, reason="its owner's log tells why.")
-        )
+        keep = refusal is None and self.policy.withholds("reasons")
+        told = replace(failure, reason="its owner's log tells why.") if keep else failure
         try:
             if refusal is not None:
                 self.log.add("refusal", self.now(), **self._of(request), rule=refusal.rule, why=refusal.why)

@@ -21,7 +21,7 @@ from fedfm.core import tree
 from fedfm.core.batch import Batch, IntArray, Row, Shaping
 from fedfm.core.errors import ConfigError, DataError, FedfmError, MessageError, RunError
 from fedfm.core.keys import Key
-from fedfm.core.leaves import Leaf
+from fedfm.core.leaves import Kind, Leaf
 from fedfm.core.messages import Body, Failure, Reply, Request, Scalar
 from fedfm.core.parts import (
     Channel,
@@ -441,12 +441,15 @@ class Count(Verb):
             total += item.totals()[LONGER].item() if isinstance(item, Partial) else item.metrics[LONGER]
         return total
 
+    def tells(self, request: Request, house: House) -> Mapping[Kind, str]:
+        return {"counts": "it is one"}
+
     def answer(self, requests: Mapping[ClientId, Request], house: House) -> Iterator[Contribution | Failure]:
         for client, request in requests.items():
             try:
                 more_than = number(request.meta, LENGTH)
-                if more_than is None or "counts" in house.policy(client).withhold:
-                    raise MessageError("the request names no length, or its owner withholds counts.")
+                if more_than is None:
+                    raise MessageError("the request names no length.")
                 longer = float((house.shard(client).train.lengths > more_than).sum())
                 yield Contribution(Update({}, client=client, metrics={LONGER: longer}), (declare.number(LONGER),))
             except FedfmError as error:

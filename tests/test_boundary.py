@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from parts import HELLO, Masks
 
-from fedfm.client.house import House, Policy
+from fedfm.client.house import House
 from fedfm.client.memory import home
+from fedfm.client.policy import KINDS, Policy
 from fedfm.client.runtime import Runtime
 from fedfm.client.spent import SpentStore
 from fedfm.core import registry
@@ -53,9 +54,12 @@ def test_what_a_channel_keeps_goes_when_another_round_begins_for_anybody(masked:
 
 
 def test_an_owner_that_withholds_counts_under_sums_is_named_with_the_reason(masked: Federation) -> None:
-    simulation = Simulation.build(masked, policies={"b": Policy(frozenset({"counts"}))})
+    simulation = Simulation.build(masked, policies={"b": Policy.open(may_leave=tuple(set(KINDS) - {"counts"}))})
     house: House = simulation.house
-    with simulation.open() as session, pytest.raises(DataError, match=r"^b does not say .*withholds its counts.*Masks shows sums alone"):
+    with (
+        simulation.open() as session,
+        pytest.raises(DataError, match=r"^b does not say .*rule 'may_leave'.*tells its counts .Masks shows sums alone"),
+    ):
         Describe().roster(masked.channel, session, house.clients, house.labels, house.key)
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from test_run import STATEFUL, same, small
 
+from fedfm.core.chain import digest_of
 from fedfm.core.errors import RunError
 from fedfm.core.journal import EVENTS, Journal, lines
 from fedfm.reports import reading
@@ -211,12 +212,10 @@ WRONG: list[Any] = [
 
 @pytest.mark.parametrize("what", WRONG, ids=lambda what: json.dumps(what)[:40])
 def test_lines_of_the_wrong_shape_are_refused_though_their_digests_hold(what: Any, tmp_path: Path) -> None:
-    import fedfm.core.journal as module
-
     path = begin(tmp_path / JOURNAL).path
     before = list(lines(path))[-1].digest
     body = json.dumps(what, separators=(",", ":"))[:-1].encode()
-    path.write_bytes(path.read_bytes() + body + f',"digest":"{module._digest(before, body)}"}}\n'.encode())
+    path.write_bytes(path.read_bytes() + body + f',"digest":"{digest_of(before, body)}"}}\n'.encode())
     with pytest.raises(RunError, match=r"journal\.jsonl:2 is damaged"):
         Journal.read(path)
 

@@ -13,8 +13,8 @@ import torch
 
 from fedfm import notation
 from fedfm.aggregators import Mean
-from fedfm.client.house import Policy
 from fedfm.client.plan import ClientPlan
+from fedfm.client.policy import Policy
 from fedfm.core.check import check
 from fedfm.core.errors import ModelError
 from fedfm.core.messages import Reply
@@ -103,14 +103,14 @@ def test_a_process_is_told_its_own_client_and_the_runs_key(plan: Federation) -> 
         meta = session._hello("a", Path("home")).meta
     assert meta["key"] == simulation.key.digest.hex() and meta["client"] == "a"
     assert set(meta) == {
-        "client", "plan", "data", "folder", "key", "device", "threads", "choices", "num_clients", "withhold", "max_bytes",
+        "client", "plan", "data", "folder", "key", "device", "threads", "choices", "num_clients", "cohort_size", "num_rounds", "policy", "run", "max_bytes",
     }  # fmt: skip
     assert str(simulation.house.shards["b"]) not in str(meta)
 
 
-def test_a_policy_withholds_counts_and_labels_and_not_an_evaluation(plan: Federation) -> None:
+def test_a_policy_withholds_counts_labels_and_what_an_evaluation_tells_of_them(plan: Federation) -> None:
     plan = replace(plan, task=Classification(max_length=16), model=tiny.spec("Bert", num_hidden_layers=1))
-    silent = {"a": Policy(frozenset({"counts", "labels"}))}
+    silent = {"a": Policy.open(may_leave=("losses", "evaluation"))}
     simulation = Simulation.build(replace(plan, aggregator=Mean(weights="uniform")), policies=silent)
     house, uniform = simulation.house, simulation.federation
     with simulation.open() as session:
@@ -122,7 +122,7 @@ def test_a_policy_withholds_counts_and_labels_and_not_an_evaluation(plan: Federa
     meta = {answer.client: answer.meta for answer in trained(simulation)}
     assert {name: meta["a"][name] for name in SIX - {"loss"}} == {**dict.fromkeys(SIX - {"loss"}, 0.0), "weight": 1.0}
     assert meta["b"]["weight"] == roster.holdings["b"].train
-    assert set(report["owners"]) == {"a", "b"}, "an evaluation tells its sums whatever the policy says"
+    assert set(report["owners"]) == {"b"} and "rule 'may_leave'" in report["failed"]["a"], "the sums of an evaluation hold counts"
 
 
 def test_embeddings_travel_only_with_full_tuning_and_the_check_says_so() -> None:

@@ -57,6 +57,7 @@ class Federation:
         min_clients: Fewest updates with which a round counts.
         on_failure: What a client's failure does: ``leave_out`` goes on without it, ``retry`` asks once more and then leaves it out, ``stop`` ends the run.
         deadline: Seconds a client has to answer; ``None`` waits.
+        policies: A folder with the policies of simulated owners, a file ``OWNER.yaml`` each; an owner without one allows everything.
 
     Raises:
         ConfigError: if a number is out of range.
@@ -83,6 +84,7 @@ class Federation:
     min_clients: int = 1
     on_failure: Literal["leave_out", "retry", "stop"] = "leave_out"
     deadline: float | None = None
+    policies: str | None = None
 
     def __post_init__(self) -> None:
         if self.rounds < 0:

@@ -50,7 +50,7 @@ class _Loader(yaml.SafeLoader):
         if self.check_event(yaml.AliasEvent):
             # An alias puts one node in two places, so an override of one place would change the other.
             mark = self.get_mark()
-            raise ConfigError(f"{_line(mark.name, mark.line)}: a recipe says each thing where it holds; aliases (*name) are not read.")
+            raise ConfigError(f"{_line(mark.name, mark.line)}: each thing is said where it holds; aliases (*name) are not read.")
         return super().compose_node(parent, index)
 
 
@@ -75,13 +75,14 @@ def _whole(loader: _Loader, node: ScalarNode) -> int:
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole)
 
 
-def build(cls: type[T], text: str, name: str, overrides: Sequence[str] = ()) -> T:
+def build(cls: type[T], text: str, name: str, overrides: Sequence[str] = (), what: str = "recipe") -> T:
     """What a YAML mapping of fields describes.
 
     Args:
         cls: A dataclass of parts, such as a federation.
         name: What the text is called in messages, a file's name for one.
         overrides: ``key=value`` each, applied before anything is built.
+        what: What the text is, in messages.
 
     Raises:
         ConfigError: telling the place, the key, what was given and what is allowed.
@@ -89,11 +90,11 @@ def build(cls: type[T], text: str, name: str, overrides: Sequence[str] = ()) -> 
     root = _compose(text, name)
     if root is None or not isinstance(root, MappingNode):
         raise ConfigError(
-            f"{name}: a recipe is a mapping of keys such as model, data and tuning; this one {'is empty' if root is None else 'is not'}."
+            f"{name}: a {what} is a mapping of keys such as {', '.join(list(_fields(cls))[:3])}; this one {'is empty' if root is None else 'is not'}."
         )
     for override in overrides:
         _override(cls, root, override)
-    built: T = _build_fields(cls, root, "")
+    built: T = _build_fields(cls, root, "", what)
     return built
 
 
@@ -174,7 +175,7 @@ def _value(node: Node) -> Any:
     except (yaml.constructor.ConstructorError, ValueError, AttributeError) as error:
         # PyYAML raises the last two for a value that does not fit its tag (!!timestamp x).
         problem = getattr(error, "problem", None) or error
-        raise ConfigError(f"{_mark(node)}: {problem}; a recipe holds text, numbers, lists and mappings only.") from error
+        raise ConfigError(f"{_mark(node)}: {problem}; a file like this holds text, numbers, lists and mappings only.") from error
 
 
 def _given(node: Node) -> str:
@@ -338,19 +339,19 @@ def _architecture(body: MappingNode) -> str | None:
     return None
 
 
-def _build_fields(cls: type, node: MappingNode, at: str) -> Any:
+def _build_fields(cls: type, node: MappingNode, at: str, what: str = "recipe") -> Any:
     known, hints, values = _fields(cls), _hints(cls), {}
     for key, value in node.value:
         name = key.value
         if name not in known:
-            owner = at or "a recipe"
+            owner = at or f"a {what}"
             raise ConfigError(f"{_mark(key)}: {owner} has no {name!r}.{suggest(name, known)} Known: {', '.join(known) or 'nothing'}.")
         dotted = f"{at}.{name}" if at else name
         values[name] = _build(hints[name], value, dotted)
     missing = [name for name, item in known.items() if name not in values and item.default is MISSING and item.default_factory is MISSING]
     if missing:
         each = "; ".join(f"{name} is {_allowed(hints[name])}" for name in missing)
-        raise ConfigError(f"{_mark(node)}: {at or 'the recipe'} needs {' and '.join(missing)}: {each}.")
+        raise ConfigError(f"{_mark(node)}: {at or f'the {what}'} needs {' and '.join(missing)}: {each}.")
     return _construct(cls, values, _items(node), node, at)
 
 

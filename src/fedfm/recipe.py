@@ -78,6 +78,7 @@ def located(federation: Federation, folder: Path | None = None) -> Federation:
     model, data = federation.model, federation.data
     return replace(
         federation,
+        policies=locate(federation.policies, "policies"),
         model=replace(model, source=locate(model.source, "model.source"), tokenizer=locate(model.tokenizer, "model.tokenizer")),
         data=replace(data, source=locate(data.source, "data.source") or data.source, test=locate(data.test, "data.test")),
     )

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedfm.client.house import House, Policy
+from fedfm.client.house import House
+from fedfm.client.policy import Policy, read_policies, require_known
 from fedfm.core.clock import Clock
 from fedfm.core.keys import Key
 from fedfm.core.messages import ClientId
@@ -47,14 +48,17 @@ class Simulation:
             folder: The run's folder.
             progress: Told what is being done and how far it is.
             owners: Data that is prepared already.
-            policies: What owners do not tell; one that is not named tells all.
+            policies: What owners let happen, instead of those that the recipe names; an owner that is not named allows everything.
 
         Raises:
+            ConfigError: if a policy's file is wrong.
             DataError: if no owner has usable data.
             ModelError: if the tokenizer or config does not load.
         """
         plan, key = federation.resolved(), Key.root(federation.seed)
         outline = None
+        if policies is None:
+            policies = {} if plan.policies is None else read_policies(plan.policies)
         if owners is None:
             tokenizer = load_tokenizer(plan.model.tokenizer or plan.model.source or "")
             config = configured(plan.model, plan.task.head, tokenizer)
@@ -68,7 +72,9 @@ class Simulation:
                     max_context=max_context(config),
                     classes=classes_of(config),
                     progress=progress,
+                    columns={client: policy.columns for client, policy in policies.items() if policy.columns},
                 )
+        require_known(policies, owners.ids)
         house = House(
             plan=plan.client_plan(),
             shards={client: owners.path(client) for client in owners.ids},
@@ -79,7 +85,8 @@ class Simulation:
             num_rounds=plan.rounds,
             device=plan.engine.device,
             folder=folder,
-            policies=policies or {},
+            policies=policies,
+            run=plan.name,
             outline=outline,
         )
         return Simulation(plan, owners, house)

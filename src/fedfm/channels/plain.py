@@ -73,6 +73,8 @@ def _read(reply: Reply, errand: Errand) -> Update:
     numbers: dict[str, float] = {}
     for leaf in declared:
         value = reply.meta.get(leaf.name)
+        if value is None and leaf.optional:
+            continue
         if value is None:
             raise MessageError(f"it does not tell its {leaf.name}.")
         number = words.number(value)

@@ -1,4 +1,4 @@
-"""``fedfm``: run, resume, compare, check, list, show, report, export, generate, cache, quickstart, and commands of other packages.
+"""``fedfm``: run, resume, compare, check, list, show, report, export, generate, cache, log, approve, quickstart, and commands of other packages.
 
 Only what ``--help`` needs is imported here; a command imports the rest when it runs.
 """
@@ -181,6 +181,33 @@ def cache(
     from fedfm.cli import cache as kept
 
     kept.show(clear, older_than)
+
+
+@app.command(cls=Command)
+def log(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An owner's log or folder, or a run's folder.", callback=_usable)],
+    last: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the last N lines.")] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Say whether the log is unbroken, and print its head.")] = False,
+    head: Annotated[str | None, typer.Option(metavar="DIGEST", help="A head noted earlier: verify that the log still holds it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Show an owner's log: what was asked, what left, what was refused."""
+    from fedfm.cli import log as owners
+
+    owners.show(path, last, verify, head, as_json)
+
+
+@app.command(cls=Command)
+def approve(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An owner's folder, or a run's folder.", callback=_usable)],
+    question: Annotated[str | None, typer.Argument(metavar="[ID]", help="The question to say yes to. Default: list them.")] = None,
+    refuse: Annotated[bool, typer.Option("--refuse", help="Say no.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Answer the questions that an owner's policy puts to a person."""
+    from fedfm.cli import log as owners
+
+    owners.approve(path, question, refuse, as_json)
 
 
 @app.command(cls=Command)

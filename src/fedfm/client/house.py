@@ -1,16 +1,21 @@
-"""An owner's house: the plan it was told, its data, what it remembers and has spent, its key and its policy."""
+"""An owner's house: the plan it was told, its data, what it remembers and has spent, its key, and the policy that guards it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from fedfm.client.asking import Door, file_door
 from fedfm.client.bank import Bank
+from fedfm.client.guard import Asker, Guard
+from fedfm.client.log import OwnerLog
 from fedfm.client.memory import Memory
 from fedfm.client.plan import ClientPlan
+from fedfm.client.policy import OPEN, Policy
 from fedfm.client.spent import SpentStore
 from fedfm.core.errors import DataError
 from fedfm.core.keys import Key
@@ -19,21 +24,11 @@ from fedfm.core.task import Examples
 from fedfm.core.tree import Tree
 from fedfm.data import Shard, opened
 from fedfm.models import Foundation, load
+from fedfm.models.digest import weights_digest
 from fedfm.tuning.base import Tuned
 
 # The choice that bounds the tokens of an evaluation's batch.
 EVALUATE_TOKENS = "evaluate_tokens"
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What an owner does not tell.
-
-    Args:
-        withhold: ``counts``: how many examples and tokens it has; ``labels``: how many of each class.
-    """
-
-    withhold: frozenset[Literal["counts", "labels"]] = frozenset()
 
 
 @dataclass
@@ -51,7 +46,13 @@ class House:
         device: Where the model runs.
         folder: Clients keep what they remember and have spent under it. ``None`` keeps it in this process.
         choices: What was chosen for the whole run (the bank's size, and for how many clients the model is compiled), kept when a run is resumed.
-        policies: What each owner does not tell; one that is not named tells all.
+        policies: What each owner lets happen. An owner that is not named allows everything and keeps no log, as in a simulation; a house of one owner
+            has one, ``Policy()`` where the owner wrote none.
+        records: Owners' logs, questions and what they have spent are under it; ``None`` for ``folder``. A house has one for all its runs.
+        coordinator: The fingerprint of who sends the requests, as the engine has verified it.
+        run: The run's name.
+        now: The owners' clock, for hours and logs.
+        door: Asks a person; ``None`` for questions as files under ``records``.
         outline: The tokenizer and the config, where they are loaded already. The model takes them over.
     """
 
@@ -66,6 +67,11 @@ class House:
     folder: Path | None = None
     choices: dict[str, int] = field(default_factory=dict)
     policies: Mapping[ClientId, Policy] = field(default_factory=dict)
+    records: Path | None = None
+    coordinator: str = "local"
+    run: str = "-"
+    now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
+    door: Door | None = None
     outline: tuple[Any, Any] | None = None
 
     @property
@@ -82,8 +88,34 @@ class House:
         return Shard.open(self.shards[client], owner=client)
 
     def policy(self, client: ClientId) -> Policy:
-        """What this owner does not tell."""
-        return self.policies.get(client, _OPEN)
+        """What this owner lets happen."""
+        return self.policies.get(client, OPEN)
+
+    def guard(self, client: ClientId) -> Guard | None:
+        """Who holds this client to its policy and keeps its log; nobody where it has no policy."""
+        if client in self.policies and client not in self._guards:
+            folder = self.records or self.folder
+            self._guards[client] = Guard(
+                client=client,
+                policy=self.policies[client],
+                plan=self.plan,
+                asker=Asker(self.coordinator, self.run, min(self.cohort_size, self.num_clients), self.num_rounds),
+                log=OwnerLog(folder, client),
+                spent=self.spent,
+                base=lambda: self.base,
+                now=self.now,
+                door=self.door or file_door(folder),
+            )
+        return self._guards.get(client)
+
+    @cached_property
+    def _guards(self) -> dict[ClientId, Guard]:
+        return {}
+
+    @cached_property
+    def base(self) -> str:
+        """The digest of the base's weights."""
+        return weights_digest(self.foundation)
 
     @cached_property
     def memory(self) -> Memory:
@@ -93,7 +125,7 @@ class House:
     @cached_property
     def spent(self) -> SpentStore:
         """What clients have spent for good."""
-        return SpentStore(self.folder)
+        return SpentStore(self.records or self.folder)
 
     @cached_property
     def foundation(self) -> Foundation:
@@ -134,6 +166,3 @@ class House:
         bank = Bank(self.tuned, self.plan.task, self.plan.local, pad_id, self.foundation.device, self.key)
         bank.max_tokens = self.choices.get(EVALUATE_TOKENS, bank.max_tokens)
         return bank
-
-
-_OPEN = Policy()

@@ -1,21 +1,19 @@
-"""What a client has spent for good: privacy, mask contexts, quotas. Append-only, synced before anything leaves, never rolled back.
+"""What a client has spent for good: privacy, mask contexts, answers that its owner's policy counts. Append-only, synced before anything leaves, never rolled back.
 
-On disk it is ``<folder>/clients/<slug>/spent.jsonl``, a line for each expense, each with a digest of all before it. A line that a crash cut
+On disk it is ``<folder>/clients/<slug>/spent.jsonl``, a line for each expense, in a chain (:mod:`fedfm.core.chain`). A line that a crash cut
 short was never synced, so nothing left on its account, and it is dropped; one that lacks its newline alone is taken as spent. Covered here: damage, and lines that were changed, moved,
 put in, or taken out from among others. Not covered: an owner who puts back an older copy of the file, cuts off its last lines or deletes it.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fedfm.client.memory import home
-from fedfm.core import disk
+from fedfm.core.chain import Chain, digest_of
 from fedfm.core.errors import RunError
 from fedfm.core.messages import ClientId
 from fedfm.core.parts import Spent
@@ -36,7 +34,7 @@ class SpentStore:
 
     def __init__(self, folder: Path | None) -> None:
         self.folder = folder
-        self._held: dict[ClientId, list[tuple[str, float]]] = {}
+        self._chains: dict[ClientId, Chain] = {}
 
     def of(self, client: ClientId) -> Spent:
         """One client's account."""
@@ -48,48 +46,24 @@ class SpentStore:
         Raises:
             RunError: if the file was changed by something else.
         """
-        if self.folder is None:
-            return list(self._held.get(client, []))
-        return [(line["what"], line["amount"]) for line in self._lines(client)[0]]
+        return [(_text(line.what), _amount(line.what)) for line in self._chain(client).lines()]
 
     def add(self, client: ClientId, what: str, amount: float) -> None:
-        """Writes an expense down; durable when this returns."""
+        """Writes an expense down; durable when this returns.
+
+        Raises:
+            RunError: if it is no finite number of 0 or more, the file was changed by something else, or it cannot be written.
+        """
         if not (amount >= 0 and math.isfinite(amount)):
             raise RunError(f"Client {client!r} cannot spend {amount} of {what}; an expense is a finite number, 0 or more.")
-        if self.folder is None:
-            self._held.setdefault(client, []).append((what, float(amount)))
-            return
-        lines, size = self._lines(client)
-        if size is not None:
-            # What follows must begin on a line of its own.
-            disk.cut(self._path(client), size, b"\n" if size else b"")
-        before = lines[-1]["digest"] if lines else ""
-        entry = {"what": what, "amount": float(amount)}
-        disk.append(self._path(client), json.dumps({**entry, "digest": _digest(before, client, entry)}))
+        self._chain(client).add("spent", what=what, amount=float(amount))
 
-    def _path(self, client: ClientId) -> Path:
-        assert self.folder is not None
-        return home(self.folder, client) / "spent.jsonl"
-
-    def _lines(self, client: ClientId) -> tuple[list[dict[str, Any]], int | None]:
-        """The complete lines, and how many bytes they take without the last newline; ``None`` where there is no file."""
-        path = self._path(client)
-        try:
-            *complete, rest = path.read_bytes().split(b"\n")
-        except FileNotFoundError:
-            return [], None
-        except OSError as error:
-            raise RunError(f"{path} cannot be read: {error}. Nothing leaves this house until it can.") from error
-        if _is_object(rest):
-            # Only its newline is missing or changed. An expense is rather counted too often than forgotten.
-            complete.append(rest)
-        lines: list[dict[str, Any]] = []
-        for i, text in enumerate(complete, 1):
-            line = _checked(lines[-1]["digest"] if lines else "", client, text)
-            if line is None:
-                raise _changed(path, i)
-            lines.append(line)
-        return lines, max(sum(len(text) + 1 for text in complete) - 1, 0)
+    def _chain(self, client: ClientId) -> Chain:
+        if client not in self._chains:
+            path = None if self.folder is None else home(self.folder, client) / "spent.jsonl"
+            # Another client's file is not taken for this one's.
+            self._chains[client] = Chain(path, _changed, digest_of("spent", client.encode()))
+        return self._chains[client]
 
 
 @dataclass(frozen=True)
@@ -104,33 +78,17 @@ class _Account(Spent):
         return math.fsum(amount for name, amount in self.store.entries(self.client) if name == what)
 
 
-def _is_object(text: bytes) -> bool:
-    """Whether a whole JSON object stands at the beginning."""
-    try:
-        json.JSONDecoder().raw_decode(text.decode(errors="replace"))
-    except (ValueError, RecursionError):
-        return False
-    return True
+def _text(what: Any) -> str:
+    return str(what.get("what"))
 
 
-def _checked(before: str, client: ClientId, text: bytes) -> dict[str, Any] | None:
-    """A line of the file; ``None`` where it is not what was written after ``before``."""
-    try:
-        line = json.loads(text)
-        entry = {"what": str(line["what"]), "amount": float(line["amount"])}
-        if line["digest"] != _digest(before, client, entry):
-            return None
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
-        return None
-    return {**entry, "digest": line["digest"]}
+def _amount(what: Any) -> float:
+    amount = what.get("amount")
+    return float(amount) if isinstance(amount, int | float) else math.inf
 
 
-def _digest(before: str, client: ClientId, entry: dict[str, Any]) -> str:
-    return hashlib.blake2b(json.dumps([before, client, entry["what"], entry["amount"]]).encode(), digest_size=16).hexdigest()
-
-
-def _changed(path: Path, line: int) -> RunError:
+def _changed(path: Path, line: int, why: str) -> RunError:
     return RunError(
-        f"{path}, line {line}: this account was changed by something else than fedfm. What was spent is not known any more, "
+        f"{path}, line {line}: this account was changed by something else than fedfm ({why}). What was spent is not known any more, "
         "so nothing leaves this house. Restore the file from a copy."
     )

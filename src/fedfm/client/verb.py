@@ -4,28 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
 from typing import ClassVar
 
+from fedfm.client.contribution import Contribution as Contribution
 from fedfm.client.house import House
 from fedfm.core import registry
-from fedfm.core.leaves import Leaf
+from fedfm.core.leaves import Kind
 from fedfm.core.messages import ClientId, Failure, Request
-from fedfm.core.parts import Part, Update
-
-
-@dataclass(frozen=True)
-class Contribution:
-    """A client's answer before its channel seals it.
-
-    Args:
-        update: The answer; ``update.client`` is set.
-        leaves: The declaration of everything in it.
-    """
-
-    update: Update
-    leaves: tuple[Leaf, ...]
+from fedfm.core.parts import Part
 
 
 class Verb(Part, ABC):
@@ -43,6 +30,10 @@ class Verb(Part, ABC):
     @abstractmethod
     def answer(self, requests: Mapping[ClientId, Request], house: House) -> Iterator[Contribution | Failure]:
         """The clients' half: one outcome for each request. All requests have one body."""
+
+    def tells(self, request: Request, house: House) -> Mapping[Kind, str]:
+        """What the answer tells of its owner and cannot leave out, each with the reason. An owner who withholds one of it refuses before any data is read."""
+        return {}
 
     def shrink(self, house: House) -> bool:
         """Makes the next try need less memory. Returns whether it could. The runtime halves banks before it calls this."""

@@ -69,8 +69,9 @@ def _runtime(client: str, hello: Mapping[str, Any]) -> Runtime:
     import torch
 
     from fedfm import notation
-    from fedfm.client.house import House, Policy
+    from fedfm.client.house import House
     from fedfm.client.plan import ClientPlan
+    from fedfm.client.policy import parse_policy
     from fedfm.client.runtime import Runtime
     from fedfm.core.keys import Key
     from fedfm.data import Shard
@@ -84,10 +85,13 @@ def _runtime(client: str, hello: Mapping[str, Any]) -> Runtime:
         labels=Shard.open(data).labels,
         key=Key(bytes.fromhex(hello["key"])),
         num_clients=hello["num_clients"],
+        cohort_size=hello["cohort_size"],
+        num_rounds=hello["num_rounds"],
         device=hello["device"],
         folder=Path(hello["folder"]),
         choices=json.loads(hello["choices"]),
-        policies={client: Policy(frozenset(filter(None, hello["withhold"].split(","))))},
+        policies={client: parse_policy(hello["policy"])} if hello["policy"] else {},
+        run=hello["run"],
     )
     runtime = Runtime(house)
     # The model is loaded now, so that a failure to load is a failure to start, not one of the first round.

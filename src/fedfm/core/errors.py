@@ -9,6 +9,7 @@
     ├── DataError                  a file, row, column or owner is unusable
     ├── ModelError                 a model, tokenizer or adapter does not load or does not fit
     ├── MessageError               bytes that crossed a boundary are not a valid message
+    ├── PolicyError                an owner's policy refuses what was asked, or what would leave
     ├── RoundError                 a round could not be completed under the recipe's rule
     └── RunError                   a run folder cannot be written, resumed or read
 
@@ -48,6 +49,19 @@ class ModelError(FedfmError):
 
 class MessageError(FedfmError):
     """Bytes that crossed a boundary are not a valid message."""
+
+
+class PolicyError(FedfmError):
+    """An owner's policy refuses what was asked, or what would leave.
+
+    Args:
+        rule: The rule that refuses, as the policy's file calls it.
+        why: What it allows, and what was asked.
+    """
+
+    def __init__(self, rule: str, why: str) -> None:
+        super().__init__(f"its owner's policy refuses (rule {rule!r}): {why}")
+        self.rule, self.why = rule, why
 
 
 class RoundError(FedfmError):

@@ -1,11 +1,7 @@
 """The journal: what happened in a run, a line for each event, never rewritten.
 
-A line is a JSON object that ends in a digest of itself and of the digest of the line before it::
-
-    {"event":"round","round":7, ... ,"digest":"4d1c..."}
-
-So a changed, missing, repeated or moved line is noticed when the file is read, and refused: what a run would go on with must be what it wrote.
-A line that a crash left unfinished is dropped. Rounds after the one that a ``resume`` line names are void.
+Its lines are a chain (:mod:`fedfm.core.chain`), so a changed, missing, repeated or moved line is noticed when the file is read, and refused:
+what a run would go on with must be what it wrote. A line that a crash left unfinished is dropped. Rounds after the one that a ``resume`` line names are void.
 
 Covered here: damage of any kind to lines that something follows, and to the last one. Not covered: somebody who writes the file with digests
 of his own, and lines cut off the end; :func:`fedfm.run.folder.read_journal` notices those by the states and metrics beside it.
@@ -13,44 +9,18 @@ of his own, and lines cut off the end; :func:`fedfm.run.folder.read_journal` not
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from fedfm.core import disk
+from fedfm.core import chain, disk
+from fedfm.core.chain import Line
 from fedfm.core.errors import RunError
 
-_END = re.compile(rb',"digest":"([0-9a-f]{32})"\}')
 _KEPT = ("start", "recipe", "base", "data", "roster")
-
-
-@dataclass(frozen=True)
-class Line:
-    """A line of the journal.
-
-    Args:
-        number: Counted from 1.
-        begin: Position of its first byte in the file.
-        end: Position after its last byte, without the newline.
-        digest: Digest of all lines up to this one.
-        what: All its other fields.
-    """
-
-    number: int
-    begin: int
-    end: int
-    digest: str
-    what: Mapping[str, Any]
-
-    @property
-    def event(self) -> str:
-        """What happened."""
-        return str(self.what["event"])
 
 
 @dataclass(frozen=True)
@@ -69,47 +39,15 @@ def lines(path: Path) -> Iterator[Line]:
     Raises:
         RunError: naming the first line that is not what a run wrote.
     """
-    try:
-        with path.open("rb") as file:
-            yield from _checked(path, file)
-    except FileNotFoundError:
-        return
-    except OSError as error:
-        raise RunError(f"{path} cannot be read: {error.strerror}.") from error
+    for line in chain.lines(path, damaged):
+        _require(path, line.number, line.what)
+        yield line
 
 
-def _checked(path: Path, file: BinaryIO) -> Iterator[Line]:
-    before, begin = "", 0
-    for number, raw in enumerate(file, 1):
-        text = raw.removesuffix(b"\n")
-        if len(text) == len(raw):
-            complete = next((match for match in _END.finditer(raw) if _digest(before, raw[: match.start()]) == match[1].decode()), None)
-            if complete is None:
-                return
-            if complete.end() < len(raw):
-                raise damaged(path, number, "something follows its end")
-        match = _END.fullmatch(text, max(0, len(text) - _TAIL))
-        if match is None:
-            raise damaged(path, number, "it does not end in a digest")
-        digest = match[1].decode()
-        if _digest(before, text[: match.start()]) != digest:
-            raise damaged(path, number, "its digest is not that of its contents and of the lines before it")
-        yield Line(number, begin, begin + len(text), digest, _parsed(path, number, text))
-        before, begin = digest, begin + len(raw)
-
-
-_TAIL = len(',"digest":""}') + 32
-
-
-def _parsed(path: Path, number: int, text: bytes) -> dict[str, Any]:
-    try:
-        what: Any = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise damaged(path, number, f"it is not JSON ({error})") from error
+def _require(path: Path, number: int, what: Mapping[str, Any]) -> None:
     wrong = _wrong(what)
     if wrong is not None:
         raise damaged(path, number, wrong)
-    return {name: value for name, value in what.items() if name != "digest"}
 
 
 @dataclass
@@ -154,9 +92,7 @@ class Journal:
         entry = {"event": event, **what}
         wrong = _wrong(entry)
         assert wrong is None, wrong
-        body = json.dumps(entry, allow_nan=False, separators=(",", ":"))[:-1].encode()
-        digest = _digest(self._digest, body)
-        text = f'{body.decode()},"digest":"{digest}"}}'
+        text, digest = chain.sealed(self._digest, entry)
         disk.append(self.path, text)
         begin = self.size + 1 if self.size else 0
         self._take(Line(self.num_lines + 1, begin, begin + len(text.encode()), digest, entry))
@@ -179,7 +115,8 @@ class Journal:
         try:
             with self.path.open("rb") as file:
                 file.seek(mark.begin)
-                what = _parsed(self.path, mark.round, file.read(mark.end - mark.begin))
+                what = chain.parsed(self.path, mark.round, file.read(mark.end - mark.begin), damaged)
+                _require(self.path, mark.round, what)
         except OSError as error:
             raise RunError(f"{self.path} cannot be read: {error.strerror}.") from error
         if what["event"] != "round" or what["round"] != mark.round:
@@ -217,12 +154,6 @@ def damaged(path: Path, number: int, why: str) -> RunError:
         f"{path}:{number} is damaged: {why}. What the run has done is not known any more, so nothing goes on from here. "
         "Restore the file from a copy, or start the run again in a new folder."
     )
-
-
-def _digest(before: str, body: bytes) -> str:
-    digest = hashlib.blake2b(before.encode(), digest_size=16)
-    digest.update(body)
-    return digest.hexdigest()
 
 
 # --- the shape of each line -----------------------------------------------------------------------------------------
@@ -286,10 +217,8 @@ EVENTS: Mapping[str, Mapping[str, Test]] = {
 """Fields that each kind of line must hold. It may hold more."""
 
 
-def _wrong(what: Any) -> str | None:
+def _wrong(what: Mapping[str, Any]) -> str | None:
     """Why this cannot be a line; ``None`` where it can."""
-    if not isinstance(what, dict) or not isinstance(what.get("event"), str):
-        return "it names no event"
     event = what["event"]
     if event not in EVENTS:
         return f"the event {event!r:.40} is not known to this version of fedfm"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -16,6 +16,8 @@ from fedfm.core.errors import MessageError
 from fedfm.core.tree import Spec, Tree
 
 Reduce = Literal["mean", "sum", "each"]
+# What a leaf can tell of its owner that the owner may keep to itself.
+Kind = Literal["counts", "labels", "losses", "evaluation"]
 # A 256th of the largest sum that an aggregate can hold. No client has more examples, and no honest delta is longer.
 MOST = 2.0**30
 
@@ -32,6 +34,9 @@ class Leaf:
         bound: No value is larger in magnitude.
         signed: Whether values may be negative.
         nan: Whether NaN is an honest value: a loss of a model that diverged, a count that its owner withholds.
+        optional: Whether a number may be missing: its owner withholds it.
+        silent: What stands in for the value where its owner withholds it.
+        kinds: What it tells of its owner; see :attr:`tells`.
         reduce: How many become one: the weighted ``mean``, the ``sum``, or ``each`` by itself.
     """
 
@@ -43,6 +48,16 @@ class Leaf:
     reduce: Reduce = "mean"
     signed: bool = True
     nan: bool = False
+    optional: bool = False
+    silent: float = 0.0
+    kinds: tuple[Kind, ...] | None = None
+
+    @property
+    def tells(self) -> tuple[Kind, ...]:
+        """What it tells of its owner beyond a change of parameters. A number whose maker says nothing is taken for a count."""
+        if self.kinds is not None:
+            return self.kinds
+        return ("counts",) if self.group == "told" else ()
 
     @property
     def is_number(self) -> bool:
@@ -53,6 +68,11 @@ class Leaf:
     def size(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
+
+    def is_silent(self, value: torch.Tensor | float) -> bool:
+        """Whether this is what stands in for a value that its owner withholds: NaN, or :attr:`silent`."""
+        x = torch.as_tensor(value, dtype=torch.float64)
+        return bool((x.isnan() | (x == self.silent)).all())
 
     def require(self, value: torch.Tensor | float, whose: str) -> None:
         """Refuses a value that is out of bounds.
@@ -72,9 +92,13 @@ class Leaf:
             )
 
 
-def number(name: str, reduce: Reduce = "sum", bound: float = MOST, signed: bool = False, nan: bool = False) -> Leaf:
-    """A leaf that is a single number; a count unless said otherwise."""
-    return Leaf(name, (), torch.float64, "told", bound, reduce, signed, nan)
+def number(name: str, reduce: Reduce = "sum", bound: float = MOST, signed: bool = False, nan: bool = False, **more: Any) -> Leaf:
+    """A leaf that is a single number; a count unless said otherwise.
+
+    Args:
+        more: ``optional``, ``silent`` and ``kinds`` of :class:`Leaf`.
+    """
+    return Leaf(name, (), torch.float64, "told", bound, reduce, signed, nan, **more)
 
 
 def deltas(spec: Spec) -> tuple[Leaf, ...]:

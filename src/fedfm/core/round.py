@@ -180,6 +180,6 @@ def _metrics(aggregate: Update, errand: Errand, arrivals: Arrivals, cohort: Sequ
     total = sum(weight for weight, _ in losses)
     if total > 0:
         metrics["train_loss"] = sum(weight * loss for weight, loss in losses) / total
-    elif "loss" in aggregate.metrics and aggregate.num_clients:
+    elif not reported and "loss" in aggregate.metrics and aggregate.num_clients:
         metrics["train_loss"] = aggregate.metrics["loss"]
     return metrics

@@ -184,7 +184,7 @@ class Partial:
         return self._weight / (1 << GRID)
 
     def add(self, client: ClientId, tensors: Tree, numbers: Mapping[str, float], weight: float) -> None:
-        """Adds one client's answer.
+        """Adds one client's answer; a number that its owner withholds adds nothing.
 
         Raises:
             MessageError: if a value is not finite, or the sum could become too large; the sum is then what it was before.
@@ -192,7 +192,7 @@ class Partial:
         weight = 1.0 if self.uniform else weight
         spec = {reduce: spec_of(part) for reduce, part in self._parts.items()}
         vectors = {reduce: one.flatten(tensors, _wide(one.dtypes)) for reduce, one in spec.items()}
-        if not math.isfinite(weight) or not all(math.isfinite(numbers[name]) for name in self._numbers):
+        if not math.isfinite(weight) or not all(math.isfinite(numbers.get(name, 0.0)) for name in self._numbers):
             raise MessageError("An answer holds a number that is not finite.")
         for reduce, x_d in vectors.items():
             require_summable(x_d, weight if reduce == "mean" else 1.0)
@@ -200,7 +200,7 @@ class Partial:
             self._sums[reduce].add(x_d, weight if reduce == "mean" else 1.0)
         factors = {leaf.name: weight if leaf.reduce == "mean" else 1.0 for leaf in self.leaves}
         for name in self._numbers:
-            self._numbers[name] += _integer(numbers[name] * factors[name])
+            self._numbers[name] += _integer(numbers.get(name, 0.0) * factors[name])
         self._weight += _integer(weight)
         self.clients.append(client)
         self.by_client[client] = numbers

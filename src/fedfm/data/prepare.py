@@ -15,7 +15,7 @@ import sys
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from itertools import count, islice
 from pathlib import Path
@@ -55,6 +55,7 @@ def prepare(
     classes: tuple[str, ...] = (),
     cache: Path | None = None,
     progress: Callable[[str, int], None] | None = None,
+    columns: Mapping[str, Mapping[str, str]] | None = None,
 ) -> Owners:
     """Everybody's examples, from the cache where nothing has changed.
 
@@ -65,6 +66,7 @@ def prepare(
         classes: Classes of the base's own head, in its order. The order is kept where the owners' rows have the same classes.
         cache: Where prepared data is kept; default ``$FEDFM_CACHE/data``, else ``~/.cache/fedfm/data``.
         progress: Called with what is being done, and the number of rows so far.
+        columns: For owners who name their columns otherwise: the owner's own name of each of the task's columns.
 
     Raises:
         DataError: if a file, row or column is unusable, or no owner is left.
@@ -82,12 +84,14 @@ def prepare(
         raise ConfigError(
             f"The task's max_length is {task.max_length} tokens, but the model's context is {max_context}. Set max_length to at most {max_context}."
         )
-    fingerprint = _fingerprint(data, task, tokenizer, key, source, test, classes)
+    fingerprint = _fingerprint(data, task, tokenizer, key, source, test, classes, columns or {})
     folder = (cache or disk.cache() / "data") / fingerprint
     if not (folder / "owners.json").exists():
 
         def build(temporary: Path) -> None:
-            _Build(data, task, tokenizer, key, temporary, fingerprint, progress or (lambda stage, rows: None), classes).run(source, test)
+            _Build(data, task, tokenizer, key, temporary, fingerprint, progress or (lambda stage, rows: None), classes, columns or {}).run(
+                source, test
+            )
 
         _make(folder, build)
     owners = Owners.open(folder)
@@ -120,11 +124,22 @@ def _tell(owners: Owners) -> None:
         log.info("%d rows gave nothing to learn from", owners.dropped)
 
 
-def _fingerprint(data: Data, task: Task, tokenizer: Any, key: Key, source: Source, test: Source | None, classes: tuple[str, ...]) -> str:
+def _fingerprint(
+    data: Data,
+    task: Task,
+    tokenizer: Any,
+    key: Key,
+    source: Source,
+    test: Source | None,
+    classes: tuple[str, ...],
+    columns: Mapping[str, Mapping[str, str]],
+) -> str:
     # Where the files lie does not change what they hold.
     rules = {part.name: repr(getattr(data, part.name)) for part in fields(data) if part.name not in ("source", "test")}
     stamps = [source.stamp, test.stamp if test else None]
-    known = [layout.VERSION, rules, repr(task), stamps, tokenizer_words(tokenizer), key.digest.hex(), *classes]
+    known: list[Any] = [layout.VERSION, rules, repr(task), stamps, tokenizer_words(tokenizer), key.digest.hex(), *classes]
+    if columns:
+        known.append({owner: dict(names) for owner, names in columns.items()})
     return hashlib.blake2b(json.dumps(known, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()
 
 
@@ -186,8 +201,10 @@ class _Build:
         fingerprint: str,
         progress: Callable[[str, int], None],
         classes: tuple[str, ...],
+        columns: Mapping[str, Mapping[str, str]],
     ) -> None:
         self.data, self.task, self.tokenizer, self.key, self.classes = data, task, tokenizer, key, classes
+        self.columns = columns
         self.folder, self.fingerprint, self.progress = folder, fingerprint, progress
         self.owners: dict[str, _Owner] = {}
         self.codes: dict[str, int] = {}
@@ -200,8 +217,8 @@ class _Build:
             self._train(record, train_owner(record))
         if test is not None:
             for record in self._watched(test):
-                owner = self._owner(test_owner(record))
-                self._wait(owner.test, record)
+                name = test_owner(record)
+                self._wait(name, self._owner(name).test, record)
         self._drain(end=True)
         self._finish()
 
@@ -260,10 +277,11 @@ class _Build:
         tested = owner.rows == owner.next_test and owner.rows >= self.data.min_examples
         owner.rows += 1
         owner.train_rows += not tested
-        self._wait(owner.test if tested else owner.train, record)
+        self._wait(name, owner.test if tested else owner.train, record)
 
-    def _wait(self, split: _Split, record: Record) -> None:
-        kept = Record({column: value_in(record, column) for column in self.task.columns}, record.where)
+    def _wait(self, owner: str, split: _Split, record: Record) -> None:
+        own = self.columns.get(owner, {})
+        kept = Record({column: value_in(record, own.get(column, column)) for column in self.task.columns}, record.where)
         split.waiting.append(kept)
         self.waiting += sum(len(entry) for entry in kept.values() if isinstance(entry, str))
         if len(split.waiting) == _GROUP:

@@ -33,6 +33,7 @@ from fedfm.client.footprint import base_bytes
 from fedfm.client.frames import Inbox, Outbox
 from fedfm.client.house import House
 from fedfm.client.memory import home
+from fedfm.client.policy import write_policy
 from fedfm.core import words
 from fedfm.core.clock import Clock, Wall
 from fedfm.core.errors import ConfigError, MessageError
@@ -113,7 +114,6 @@ class Process(Engine):
         max_bytes = 16 * sum(leaf.size for leaf in house.plan.local.leaves(spec, spec)) + (16 << 20)
 
         def hello(client: ClientId, folder: Path) -> Request:
-            withheld = sorted(house.policy(client).withhold)
             meta: dict[str, Scalar] = {
                 "client": client,
                 "plan": text,
@@ -124,7 +124,10 @@ class Process(Engine):
                 "threads": threads,
                 "choices": json.dumps(house.choices),
                 "num_clients": house.num_clients,
-                "withhold": ",".join(withheld),
+                "cohort_size": house.cohort_size,
+                "num_rounds": house.num_rounds,
+                "policy": write_policy(house.policies[client]) if client in house.policies else "",
+                "run": house.run,
                 "max_bytes": max_bytes,
             }
             return Request(Body("hello", meta=meta))

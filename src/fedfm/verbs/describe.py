@@ -13,7 +13,7 @@ from fedfm.client.verb import Contribution, Verb
 from fedfm.core import leaves
 from fedfm.core.errors import DataError, FedfmError
 from fedfm.core.keys import Key
-from fedfm.core.leaves import Leaf
+from fedfm.core.leaves import Kind, Leaf
 from fedfm.core.messages import Body, ClientId, Failure, Request
 from fedfm.core.parts import Channel, Errand, Partial, RoundContext, Session, Update
 from fedfm.core.roster import Holding, Roster, count, total_of
@@ -55,6 +55,14 @@ class Describe(Verb):
         ordered = {client: holdings[client] for client in clients if client in holdings}
         return Roster(tuple(clients), ordered, totals or total_of(ordered.values()))
 
+    def tells(self, request: Request, house: House) -> Mapping[Kind, str]:
+        """Everything, where a sum of all would miss it; else a number that is withheld is NaN."""
+        channel = house.plan.channel
+        if "single-updates" not in channel.traits().hides:
+            return {}
+        why = f"{type(channel).__name__} shows sums alone, in which they cannot be left out"
+        return {"counts": why, "labels": why} if house.labels else {"counts": why}
+
     def answer(self, requests: Mapping[ClientId, Request], house: House) -> Iterator[Contribution | Failure]:
         """What each owner has, as far as its policy lets it."""
         declared = _declared(len(house.labels))
@@ -67,34 +75,19 @@ class Describe(Verb):
 
 def _declared(num_labels: int) -> tuple[Leaf, ...]:
     counts = tuple(leaves.number(name, nan=True, bound=2.0**37) for name in _COUNTS)
-    histogram = Leaf(_LABELS, (num_labels,), torch.float64, "told", leaves.MOST, "sum", signed=False, nan=True)
+    histogram = Leaf(_LABELS, (num_labels,), torch.float64, "told", leaves.MOST, "sum", signed=False, nan=True, kinds=("counts", "labels"))
     return (*counts, histogram) if num_labels else counts
 
 
-def _require_countable(client: ClientId, house: House) -> None:
-    """Refuses to answer where a number that the owner withholds would be missing in the sum of all.
-
-    Raises:
-        DataError: naming what is withheld, and the channel.
-    """
-    withheld, channel = house.policy(client).withhold, house.plan.channel
-    what = [name for name in ("counts", "labels") if name in withheld and (name == "counts" or house.labels)]
-    if what and "single-updates" in channel.traits().hides:
-        raise DataError(
-            f"its owner withholds its {' and '.join(what)}, and {type(channel).__name__} shows sums alone, in which they cannot be left out. "
-            "Ask the owner to tell them to this sum, leave the owner out, or use a channel that shows single answers."
-        )
-
-
 def _answer(client: ClientId, house: House) -> Update:
-    _require_countable(client, house)
-    shard, withhold = house.shard(client), house.policy(client).withhold
+    shard, policy = house.shard(client), house.policy(client)
+    counts_kept, labels_kept = policy.withholds("counts"), policy.withholds("counts") or policy.withholds("labels")
     counts = (len(shard.train), len(shard.test), shard.tokens)
-    numbers = {name: math.nan if "counts" in withhold else float(value) for name, value in zip(_COUNTS, counts, strict=True)}
+    numbers = {name: math.nan if counts_kept else float(value) for name, value in zip(_COUNTS, counts, strict=True)}
     payload: dict[str, torch.Tensor] = {}
     if house.labels:
         histogram = shard.histogram()
-        values = [math.nan if withhold else float(histogram.get(label, 0)) for label in house.labels]
+        values = [math.nan if labels_kept else float(histogram.get(label, 0)) for label in house.labels]
         payload[_LABELS] = torch.tensor(values, dtype=torch.float64)
     return Update(payload, client=client, metrics=numbers)
 

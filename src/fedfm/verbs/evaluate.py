@@ -14,7 +14,7 @@ from fedfm.client.requests import counted, remembered, require_parameters, start
 from fedfm.client.verb import Contribution, Verb
 from fedfm.core.errors import FedfmError, MessageError
 from fedfm.core.keys import Key
-from fedfm.core.leaves import Leaf
+from fedfm.core.leaves import Kind, Leaf
 from fedfm.core.leaves import number as number_leaf
 from fedfm.core.messages import Body, ClientId, Failure, Request
 from fedfm.core.parts import Errand, Partial, RoundContext, ServerState, Session, Update
@@ -127,6 +127,12 @@ class Evaluation(Verb):
             numbers = {name: value if math.isfinite(value) else math.nan for name, value in numbers.items()}
             yield Contribution(Update({name: totals[name] for name in totals if name not in numbers}, 1.0, 1, client, numbers), leaves)
 
+    def tells(self, request: Request, house: House) -> Mapping[Kind, str]:
+        """Its sums hold the number of test targets, and under a classifier hits and misses of each class."""
+        leaves = declared(house.plan.task, max(len(house.labels), 2))
+        why = "an evaluation is the sums of the task's metrics"
+        return {kind: why for leaf in leaves for kind in leaf.tells}
+
     def shrink(self, house: House) -> bool:
         """Halves the tokens of a batch, which bound an evaluation's memory whoever shares it."""
         if house.bank.max_tokens <= 256:
@@ -152,11 +158,19 @@ def declared(task: Task, classes: int) -> tuple[Leaf, ...]:
             reduce="sum",
             signed=name == "loss",
             nan=name == "loss",
+            kinds=_kinds(name, value.dim() > 1),
         )
         for name, value in stats.items()
         if name not in SQUARES
     )
-    return (*leaves, number_leaf(VARIANCE, bound=LARGEST, nan=True)) if set(SQUARES) <= set(stats) else leaves
+    return (*leaves, number_leaf(VARIANCE, bound=LARGEST, nan=True, kinds=("evaluation",))) if set(SQUARES) <= set(stats) else leaves
+
+
+def _kinds(name: str, by_class: bool) -> tuple[Kind, ...]:
+    """What a statistic tells of the owner's test rows."""
+    if name == "loss":
+        return ("evaluation",)
+    return ("evaluation", "counts", "labels") if by_class else ("evaluation", "counts")
 
 
 def _examples(request: Request, house: House, client: ClientId) -> Examples:

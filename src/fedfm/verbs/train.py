@@ -16,7 +16,7 @@ from fedfm.client.requests import HOME, counted, number, remembered, require_par
 from fedfm.client.verb import Contribution, Verb
 from fedfm.core import leaves
 from fedfm.core.errors import DataError, FedfmError
-from fedfm.core.leaves import Leaf
+from fedfm.core.leaves import Kind, Leaf
 from fedfm.core.messages import Body, ClientId, Failure, Request, Scalar
 from fedfm.core.parts import COUNTED, TICKET, Errand, LocalTrainer, Plan, RoundContext, ServerState, Transform, Update, transform_place
 from fedfm.core.task import Examples
@@ -64,6 +64,15 @@ class Train(Verb):
             sums=plan.aggregator.takes_sums(),
             uniform=plan.aggregator.uniform(),
         )
+
+    def tells(self, request: Request, house: House) -> Mapping[Kind, str]:
+        """The weight, unless clients count alike; the loss, where a sum of all would miss it."""
+        channel, needed = house.plan.channel, dict[Kind, str]()
+        if not request.meta.get(_UNIFORM):
+            needed["counts"] = "this round weighs clients by how many examples they have; with uniform weights it would not"
+        if "single-updates" in channel.traits().hides:
+            needed["losses"] = f"{type(channel).__name__} shows sums alone, in which a loss cannot be left out"
+        return needed
 
     def answer(self, requests: Mapping[ClientId, Request], house: House) -> Iterator[Contribution | Failure]:
         """Trains the clients as one bank."""
@@ -180,25 +189,20 @@ class Desk:
             memory |= {f"{transform_place(i)}/{name}": leaf for name, leaf in after.items()}
         ticket = house.memory.save(client, number(request.own, TICKET) or 0, number(request.own, COUNTED), memory)
         metrics = {"weight": update.weight, **update.metrics}
-        return Contribution(replace(update, metrics=metrics, ticket=ticket), layout.leaves)
+        return Contribution(replace(update, metrics=metrics, ticket=ticket), layout.leaves, plan.transforms)
 
     def weight(self) -> float:
-        """The number of examples; 1 where the owner withholds it.
-
-        Raises:
-            DataError: if the mean is weighted by a number that the owner withholds.
-        """
-        if "counts" not in self.house.policy(self.client).withhold:
-            return float(len(self.examples))
-        if not self.request.meta.get(_UNIFORM):
-            raise DataError("its owner withholds how many examples it has, and this round weighs clients by them. Use uniform weights.")
-        return 1.0
+        """The number of examples; 1 where the owner withholds it."""
+        return 1.0 if self.house.policy(self.client).withholds("counts") else float(len(self.examples))
 
     def numbers(self, trained: Trained) -> dict[str, float]:
-        """The numbers of the client's work; counts are 0 where the owner withholds them."""
-        if "counts" not in self.house.policy(self.client).withhold:
-            return trained.metrics
-        return {name: value if name == "loss" else 0.0 for name, value in trained.metrics.items()}
+        """The numbers of the client's work. Where the owner withholds them, counts are 0 and the loss is missing."""
+        policy, numbers = self.house.policy(self.client), dict(trained.metrics)
+        if policy.withholds("counts"):
+            numbers = {name: value if name == "loss" else 0.0 for name, value in numbers.items()}
+        if policy.withholds("losses"):
+            del numbers["loss"]
+        return numbers
 
 
 def declared(local: LocalTrainer, transforms: Sequence[Transform], trained: Spec, travelling: Spec) -> tuple[Leaf, ...]:
@@ -210,8 +214,8 @@ def declared(local: LocalTrainer, transforms: Sequence[Transform], trained: Spec
     """
     answer_leaves = (
         *local.leaves(trained, travelling),
-        leaves.number("weight"),
-        leaves.number("loss", "mean", bound=2.0**30, signed=True),
+        leaves.number("weight", silent=1.0),
+        leaves.number("loss", "mean", bound=2.0**30, signed=True, optional=True, kinds=("losses",)),
         *(leaves.number(name) for name in ("steps", "examples", "tokens")),
         leaves.number("padding", "mean", bound=1.0),
     )

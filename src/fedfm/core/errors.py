@@ -9,6 +9,7 @@
     ├── DataError                  a file, row, column or owner is unusable
     ├── ModelError                 a model, tokenizer or adapter does not load or does not fit
     ├── MessageError               bytes that crossed a boundary are not a valid message
+    ├── WireError                  the network or the broker does not do what is asked
     ├── RoundError                 a round could not be completed under the recipe's rule
     └── RunError                   a run folder cannot be written, resumed or read
 
@@ -48,6 +49,10 @@ class ModelError(FedfmError):
 
 class MessageError(FedfmError):
     """Bytes that crossed a boundary are not a valid message."""
+
+
+class WireError(FedfmError):
+    """The network or the broker does not do what is asked."""
 
 
 class RoundError(FedfmError):

@@ -129,9 +129,12 @@ class Card:
             if len(getattr(self, key)) != length:
                 raise MessageError(f"The card of {self.name} has a key {key!r} of {len(getattr(self, key))} bytes; it has {length}.")
         require_cryptography()
+        from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+
         try:
-            # Both are made now, so that a key which is none is refused where it enters.
+            # A key with which nothing can be sealed is refused where it enters.
             _ = self.verifier, self.lock
+            X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(self.x25519))
         except ValueError as error:
             raise MessageError(f"The card of {self.name} has a public key that is none: {error}.") from error
 

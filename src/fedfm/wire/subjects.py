@@ -38,7 +38,7 @@ def require_name(name: object) -> str:
         MessageError: if it is something else.
     """
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise MessageError(f"{name!r:.60} is no name; a name has 1 to 40 letters a-z, digits and hyphens.")
+        raise MessageError(f"{_shown(name)} is no name; a name has 1 to 40 letters a-z, digits and hyphens.")
     return name
 
 
@@ -49,8 +49,13 @@ def require_id(value: object) -> str:
         MessageError: if it is something else.
     """
     if not isinstance(value, str) or not _ID.fullmatch(value):
-        raise MessageError(f"{value!r:.60} is no id of a transfer, which has 32 hexadecimal digits.")
+        raise MessageError(f"{_shown(value)} is no id of a transfer, which has 32 hexadecimal digits.")
     return value
+
+
+def _shown(value: object) -> str:
+    # What is nested may be nested too deep to be shown.
+    return f"{value!r:.60}" if isinstance(value, str | int | float | None) else f"A {type(value).__name__}"
 
 
 @dataclass(frozen=True)

@@ -37,8 +37,9 @@ if TYPE_CHECKING:
     from nats.aio.msg import Msg
 
 T = TypeVar("T")
-# Seconds: of the first and of the longest pause between two attempts, of one attempt, of one question to the broker, of one wait for a message.
-_FIRST, _SLOWEST, _ATTEMPT, _ANSWER, _PULL = 0.1, 5.0, 10.0, 5.0, 20.0
+# Seconds: of the first and of the longest pause between two attempts, of one attempt, of one question to the broker, of one wait for a message,
+# and between two looks at whether the connection is still there.
+_FIRST, _SLOWEST, _ATTEMPT, _ANSWER, _PULL, _LOOK = 0.1, 5.0, 10.0, 5.0, 20.0, 0.25
 _REFUSED = re.compile(r"authorization violation|user authentication|authentication (expired|revoked|timeout)", re.IGNORECASE)
 _FORBIDDEN = re.compile(r"permissions violation for (?:publish|subscription) to \"?([^\"\s]+)", re.IGNORECASE)
 _NANO = 10**9
@@ -161,7 +162,7 @@ class Connection:
         if self._is_closed:
             return
         self._is_closed = True
-        with suppress(concurrent.futures.TimeoutError):
+        with suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(_ANSWER)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_ANSWER)
@@ -265,9 +266,7 @@ class Connection:
             raise RuntimeError("A blocking call was made in the connection's own thread.")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return future.result()
-        except concurrent.futures.CancelledError as error:
-            raise WireError("The connection to the broker was closed.") from error
+            return _result(future)
         except BaseException:
             future.cancel()
             raise
@@ -373,14 +372,12 @@ class Connection:
 
     async def _keep(self) -> None:
         """Connects, and connects again, until it is cancelled."""
-        import nats.errors
-
         pause = _FIRST
         self._lost_event = asyncio.Event()
         while True:
             try:
                 client, gone = await asyncio.wait_for(self._connect(), _ATTEMPT)
-            except (nats.errors.Error, OSError, asyncio.TimeoutError, ValueError) as error:
+            except Exception as error:  # Whatever it was, the next attempt may do better; a keeper that has died never will.
                 self._note(error)
                 self._is_refused = bool(_REFUSED.search(str(error)))
                 self._change.set()
@@ -392,7 +389,11 @@ class Connection:
             self.reconnects += 1
             self._change.set()
             try:
-                await gone.wait()
+                # nats-py calls back at the end of its closing, which an error on the way may keep it from reaching.
+                while client.is_connected:
+                    with suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(gone.wait(), _LOOK)
+                        break
             finally:
                 self._client = None
                 self._lost_event.set()
@@ -400,6 +401,7 @@ class Connection:
                     await client.close()
 
     async def _connect(self) -> tuple[Client, asyncio.Event]:
+        import nats.errors
         from nats.aio.client import Client
 
         client, gone = Client(), asyncio.Event()
@@ -409,6 +411,8 @@ class Connection:
 
         async def failed(error: Exception) -> None:
             self._note(error)
+            if isinstance(error, nats.errors.UnexpectedEOF | nats.errors.StaleConnectionError):
+                gone.set()
             match = _FORBIDDEN.search(str(error))
             for watcher in self._watched.get(match[1].lower(), ()) if match else ():
                 if not watcher.done():
@@ -453,9 +457,7 @@ class Connection:
             with suppress(Exception):
                 await client.flush(1)
                 await client.close()
-        for task in others:
-            task.cancel()
-        await asyncio.wait(others, timeout=1.0) if others else None
+        await asyncio.wait_for(_stop(*others), 1.0)
 
 
 @dataclass(frozen=True)
@@ -547,7 +549,8 @@ class Inbox:
         request = json.dumps({"batch": 1, "expires": int(_PULL * _NANO)}).encode()
 
         async def pull(client: Client) -> Msg:
-            return await client.request(branch.next, request, timeout=_PULL + _ANSWER)
+            # A message comes under its own subject, by which the newer way would not know it for the answer.
+            return await client.request(branch.next, request, timeout=_PULL + _ANSWER, old_style=True)
 
         while True:
             taken = asyncio.Event()
@@ -618,9 +621,9 @@ class Stored(ChunkStore):
             for index in indices:
                 under_way.append(self._connection.get_soon(self._branch, self._branch.chunk(id, index), self._patience))
                 if len(under_way) >= self._depth:
-                    yield under_way.popleft().result()
+                    yield _result(under_way.popleft())
             while under_way:
-                yield under_way.popleft().result()
+                yield _result(under_way.popleft())
         finally:
             for future in under_way:
                 future.cancel()
@@ -631,12 +634,19 @@ class Stored(ChunkStore):
 
     def _finish(self) -> None:
         try:
-            self._under_way.popleft().result()
+            _result(self._under_way.popleft())
         except BaseException:
             for future in self._under_way:
                 future.cancel()
             self._under_way.clear()
             raise
+
+
+def _result(future: concurrent.futures.Future[T]) -> T:
+    try:
+        return future.result()
+    except concurrent.futures.CancelledError as error:
+        raise WireError("The connection to the broker was closed.") from error
 
 
 class _Later(Exception):

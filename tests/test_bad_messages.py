@@ -82,7 +82,10 @@ GOOD = message()
 
 
 def rebuilt(
-    header: Callable[[dict[str, Any]], object] | bytes | None = None, data: bytes = GOOD, signer: Identity = ALICE, prefix: dict[str, int] | None = None
+    header: Callable[[dict[str, Any]], object] | bytes | None = None,
+    data: bytes = GOOD,
+    signer: Identity = ALICE,
+    prefix: dict[str, int] | None = None,
 ) -> bytes:
     """A message with another header or other sizes, which a member has signed: what a liar with good keys can send."""
     head = wire._split(data)
@@ -302,7 +305,9 @@ def test_a_flood_is_refused() -> None:
 LONG = {"chunk": 50}
 
 
-def listed(change: Callable[[dict[str, Any]], object] | None, digests: Callable[[list[bytes]], list[bytes]], coordinator: Coordinator) -> bytes:
+def listed(
+    change: Callable[[dict[str, Any]], object] | None, digests: Callable[[list[bytes]], list[bytes]], coordinator: Coordinator
+) -> bytes:
     """A message of several chunks whose list a member has changed and signed."""
     data = send(sealed(**LONG), coordinator.store)
     head = wire._split(data)

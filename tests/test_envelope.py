@@ -127,7 +127,8 @@ def unwrapped(wrapped: bytes, mlkem_secret: bytes, x_secret: bytes, x_public: by
     context = b"\0" + extract(b"", b"psk_id_hash", b"") + extract(b"", b"info_hash", info)
     secret = extract(shared, b"secret", b"")
     key, nonce = (
-        expand(secret, struct.pack(">H", length) + b"HPKE-v1" + suite + label + context, length) for label, length in ((b"key", 32), (b"base_nonce", 12))
+        expand(secret, struct.pack(">H", length) + b"HPKE-v1" + suite + label + context, length)
+        for label, length in ((b"key", 32), (b"base_nonce", 12))
     )
     return AESGCM(key).decrypt(nonce, sealed, None)
 

@@ -119,7 +119,9 @@ def test_what_a_crash_left_of_the_last_line_is_dropped(tmp_path: Path) -> None:
     assert refused(window(path), header(3)) == "replay"
 
 
-@pytest.mark.parametrize("line", ["{}", "[1,2,3]", '["alice","x",NaN]', '["../x","x",1]', "[" * 50_000, "\0", '["a","x",true]', '["a","x"]'])
+@pytest.mark.parametrize(
+    "line", ["{}", "[1,2,3]", '["alice","x",NaN]', '["../x","x",1]', "[" * 50_000, "\0", '["a","x",true]', '["a","x"]']
+)
 def test_a_damaged_file_is_refused(tmp_path: Path, line: str) -> None:
     path = tmp_path / "window.jsonl"
     path.write_text(line + "\n")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import json
+import logging
 import queue
 import re
 import ssl
@@ -190,7 +191,8 @@ class Connection:
         config = {
             "name": branch.stream,
             "subjects": [branch.all],
-            "retention": "limits",
+            # What was acknowledged is deleted; what nobody consumes, as chunks are, stays until it is purged.
+            "retention": "workqueue",
             "storage": "file",
             "discard": "new",
             "max_bytes": max_bytes,
@@ -287,7 +289,9 @@ class Connection:
 
         async def publish(client: Client) -> None:
             if len(data) > client.max_payload:
-                raise WireError(f"A message of {len(data)} bytes is longer than the {client.max_payload} that the broker takes (max_payload).")
+                raise WireError(
+                    f"A message of {len(data)} bytes is longer than the {client.max_payload} that the broker takes (max_payload)."
+                )
             _answer((await client.request(subject, data, timeout=_ANSWER, headers=headers)).data)
 
         await self.call(subject, publish, until)
@@ -457,7 +461,10 @@ class Connection:
             with suppress(Exception):
                 await client.flush(1)
                 await client.close()
-        await asyncio.wait_for(_stop(*others), 1.0)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(_stop(*others), 1.0)
+        # Sockets are closed in the loop's next steps.
+        await asyncio.sleep(_FIRST)
 
 
 @dataclass(frozen=True)
@@ -549,8 +556,15 @@ class Inbox:
         request = json.dumps({"batch": 1, "expires": int(_PULL * _NANO)}).encode()
 
         async def pull(client: Client) -> Msg:
-            # A message comes under its own subject, by which the newer way would not know it for the answer.
-            return await client.request(branch.next, request, timeout=_PULL + _ANSWER, old_style=True)
+            # A message comes under its own subject, so it needs a subscription of its own. Ending that ends the request at the broker too.
+            subject = client.new_inbox()
+            subscription = await client.subscribe(subject)
+            try:
+                await client.publish(branch.next, request, reply=subject)
+                return await subscription.next_msg(_PULL + _ANSWER)
+            finally:
+                with suppress(Exception):
+                    await subscription.unsubscribe()
 
         while True:
             taken = asyncio.Event()
@@ -566,7 +580,13 @@ class Inbox:
             status = (message.headers or {}).get("Status")
             if status is None:
                 self._queue.put((Delivery(branch, message.data, _times(message.reply), self._connection, message.reply), taken))
-                await taken.wait()
+                try:
+                    await taken.wait()
+                except asyncio.CancelledError:
+                    # Nobody will take it here; another inbox shall not wait for it.
+                    with suppress(Exception):
+                        await message.nak()
+                    raise
             elif status not in ("404", "408"):
                 # The consumer moved or is being made again.
                 await asyncio.sleep(_FIRST)
@@ -701,7 +721,13 @@ async def _stop(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def _is_worth_saying(record: logging.LogRecord) -> bool:
+    """Whether a line of asyncio's log is: this one follows from nats-py over TLS whenever a broker goes away."""
+    return "eof_received() has no effect when using ssl" not in record.getMessage()
+
+
 def _require_nats() -> None:
+    logging.getLogger("asyncio").addFilter(_is_worth_saying)
     try:
         import nats.aio.client  # noqa: F401
         import nkeys  # noqa: F401

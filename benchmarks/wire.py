@@ -72,7 +72,7 @@ def row(stage: str, size: int, work: Callable[[], object], repetitions: int, syn
 
 
 def _peak(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines() if os.path.exists(f"/proc/{pid}/status") else []
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines() if Path(f"/proc/{pid}").exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), psutil.Process(pid).memory_info().rss)
 
 
@@ -92,9 +92,10 @@ def through(payload: bytes, repetitions: int, sync: str) -> Iterator[Row]:
         people = ((COORDINATOR, "c0"), (MEMBER, "member"))
         coordinator, member = (Connection([broker.url], NAMES.inbox(name), person.nkey, broker.tls()) for person, name in people)
         with coordinator, member:
-            coordinator.make_stream(up, 1 << 36)
+            coordinator.make_stream(up, 1 << 30)
             coordinator.make_consumer(up)
-            there, here, heads = Stored(member, up), Stored(coordinator, up), []
+            there, here = Stored(member, up), Stored(coordinator, up)
+            heads: list[bytes] = []
 
             def go_up() -> None:
                 if heads:

@@ -306,7 +306,7 @@ class Connection:
                 return message.data
             if status == "404":
                 return None
-            raise _Later(f"the broker answered {status} {message.headers.get('Description', '')}")
+            raise _Later(f"the broker answered {status}")
 
         return await self.call(place, get, until)
 
@@ -331,13 +331,14 @@ class Connection:
                 task = asyncio.ensure_future(work(client))
                 lost = asyncio.ensure_future(self._lost(client))
                 try:
-                    await asyncio.wait({task, lost, forbidden}, timeout=until - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
+                    waiting: set[asyncio.Future[Any]] = {task, lost, forbidden}
+                    await asyncio.wait(waiting, timeout=until - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
                     if task.done():
                         return task.result()
                     if forbidden.done():
                         raise WireError(f"The broker does not let this key use {subject}.")
                     reason = "the connection was lost" if lost.done() else "the broker does not answer"
-                except (nats.errors.Error, asyncio.TimeoutError, OSError, _Later) as error:
+                except (TimeoutError, nats.errors.Error, OSError, _Later) as error:
                     reason = str(error) or type(error).__name__
                     await asyncio.sleep(_FIRST)
                 finally:
@@ -361,7 +362,7 @@ class Connection:
             self._change.clear()
             try:
                 await asyncio.wait_for(self._change.wait(), until - time.monotonic())
-            except asyncio.TimeoutError as error:
+            except TimeoutError as error:
                 raise self._late(reason) from error
         return self._client
 
@@ -422,8 +423,9 @@ class Connection:
                 if not watcher.done():
                     watcher.set_result(None)
 
-        login = {} if self._nkey is None else {"nkeys_seed_str": self._nkey.seed}
-        secure = {} if self._tls is None else {"tls": self._tls, "tls_handshake_first": True}
+        options: dict[str, Any] = {} if self._nkey is None else {"nkeys_seed_str": self._nkey.seed}
+        if self._tls is not None:
+            options |= {"tls": self._tls, "tls_handshake_first": True}
         try:
             # Connecting again is ours: nats-py would keep what was written before the cut, and stops for ever after some errors.
             await client.connect(
@@ -438,8 +440,7 @@ class Connection:
                 error_cb=failed,
                 closed_cb=closed,
                 disconnected_cb=closed,
-                **login,
-                **secure,
+                **options,
             )
         except BaseException:
             with suppress(Exception):
@@ -693,10 +694,10 @@ def _answer(data: bytes) -> dict[str, Any]:
         raise _Later(f"the broker's answer is not JSON ({error})") from error
     if not isinstance(answer, dict):
         raise _Later("the broker's answer is not an object")
-    error = answer.get("error")
-    if not isinstance(error, dict):
+    refusal = answer.get("error")
+    if not isinstance(refusal, dict):
         return answer
-    number, text = error.get("err_code"), words.clean(error.get("description", "no reason"), 160)
+    number, text = refusal.get("err_code"), words.clean(refusal.get("description", "no reason"), 160)
     if number == _EXISTS:
         raise _Exists(text)
     if number == _NO_STREAM:

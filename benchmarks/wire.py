@@ -22,7 +22,8 @@ from benchmarks.common import Row, say, seconds_of
 from fedfm.testing.broker import Broker
 from fedfm.wire.envelope import Header, Opener, Sealed, seal
 from fedfm.wire.identity import Identity
-from fedfm.wire.nats import Connection, Stored
+from fedfm.wire.nats import Connection
+from fedfm.wire.stored import Stored
 from fedfm.wire.subjects import Names
 from fedfm.wire.transfer import Memory, receive, send
 

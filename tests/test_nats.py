@@ -21,7 +21,8 @@ pytest.importorskip("nkeys", reason="the extra 'deploy' is not installed")
 from fedfm.testing.broker import Broker, server
 from fedfm.wire.envelope import Header, Opener, seal
 from fedfm.wire.identity import Identity
-from fedfm.wire.nats import Connection, Inbox, Stored, mutual_tls
+from fedfm.wire.nats import Connection, Inbox, mutual_tls
+from fedfm.wire.stored import Stored
 from fedfm.wire.subjects import Names
 from fedfm.wire.transfer import receive, receive_all, send
 
@@ -326,7 +327,9 @@ def test_a_call_that_waits_ends_when_the_connection_is_closed(broker: Broker) ->
     connection = connect(broker, ALICE)
     inbox = connection.inbox([NAMES.down("alice")])
     assert inbox.next(0.1) is None
-    connection.close()
+    threading.Timer(0.2, connection.close).start()
+    with pytest.raises(WireError, match="closed"):
+        inbox.next(30)
     connection.close()
     with pytest.raises(WireError, match="closed"):
         connection.publish(NAMES.up("alice").message, b"x")

@@ -29,7 +29,7 @@ $(CORE): pyproject.toml constraints.txt
 	@touch $@
 
 $(READY): $(CORE)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,data,track,demo]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,data,track,demo,deploy]'
 	@touch $@
 
 clean: ## Remove what was installed, built and cached here; runs/ stays

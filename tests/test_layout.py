@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "fedfm"
 # A room may import, when it is imported, what stands on a line above its own.
 LAYERS = [
     {"core"},
-    {"samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data", "reports"},
+    {"samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data", "reports", "wire"},
     {"tasks", "tuning"},
     {"local"},
     {"methods", "observers", "notation"},
@@ -31,7 +31,7 @@ LAYERS = [
 # Rooms that know nothing else, not even for annotations or inside a function.
 STRICT = {
     "core": set(),
-    **{room: {"core"} for room in ("samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data")},
+    **{room: {"core"} for room in ("samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data", "wire")},
     "tasks": {"core", "data"},
     "tuning": {"core", "models"},
     "local": {"core", "tuning"},

@@ -35,13 +35,16 @@ def step(name: str) -> None:
 _steps = 0
 
 
-def write_atomic(path: Path, data: bytes) -> None:
+def write_atomic(path: Path, data: bytes, private: bool = False) -> None:
     """Replaces ``path`` with ``data``, durably.
+
+    Args:
+        private: Whether only its owner may read it, from its first byte on.
 
     Raises:
         RunError: if the disk is full or the folder cannot be written; what was there before is untouched.
     """
-    _replace(path, [data])
+    _replace(path, [data], private)
 
 
 def write_lines(path: Path, lines: Iterable[str]) -> None:
@@ -53,12 +56,15 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     _replace(path, (line.encode() + b"\n" for line in lines))
 
 
-def _replace(path: Path, parts: Iterable[bytes]) -> None:
+def _replace(path: Path, parts: Iterable[bytes], private: bool = False) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         make_folder(path.parent)
         step(f"before {path.name}")
-        with temporary.open("wb") as file:
+        # What a crash left of an earlier write may have other rights.
+        temporary.unlink(missing_ok=True)
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600 if private else 0o666)
+        with os.fdopen(fd, "wb") as file:
             file.writelines(parts)
             file.flush()
             os.fsync(file.fileno())

@@ -10,6 +10,7 @@
     ├── ModelError                 a model, tokenizer or adapter does not load or does not fit
     ├── MessageError               bytes that crossed a boundary are not a valid message
     ├── PolicyError                an owner's policy refuses what was asked, or what would leave
+    ├── WireError                  the network or the broker does not do what is asked
     ├── RoundError                 a round could not be completed under the recipe's rule
     └── RunError                   a run folder cannot be written, resumed or read
 
@@ -62,6 +63,10 @@ class PolicyError(FedfmError):
     def __init__(self, rule: str, why: str) -> None:
         super().__init__(f"its owner's policy refuses (rule {rule!r}): {why}")
         self.rule, self.why = rule, why
+
+
+class WireError(FedfmError):
+    """The network or the broker does not do what is asked."""
 
 
 class RoundError(FedfmError):

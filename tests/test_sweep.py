@@ -206,11 +206,11 @@ def test_a_sweep_is_its_runs_and_goes_on_where_it_was(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_run_that_fails_is_named_and_tried_again(tmp_path: Path, call: Fedfm) -> None:  # noqa: F811
     path = recipe(tmp_path, on_failure="stop")
-    wild = "{SGD: {lr: 1e30, steps: 2, max_grad_norm: null}}"
+    wild = "{SGD: {lr: 1e30, steps: 3, max_grad_norm: null}}"
     words = ["sweep", path, f"local={wild},{{SGD: {{lr: 0.1, steps: 2}}}}", "--out", "out"]
     code, out, err = call(*words)
     assert code == 1 and "1 of 2 runs failed" in err, out + err
-    assert "local-SGD-lr-1e30-steps-2-max_grad_norm-null failed: Round 1" in out and "0 of 1 done, 1 failed" in out
+    assert "local-SGD-lr-1e30-steps-3-max-grad-norm-null failed: Round 1" in out and "0 of 1 done, 1 failed" in out
     assert "failed" in Page((tmp_path / "out" / "sweep.html").read_text()).text
     code, out, err = call(*words, "--json", "--quiet")
     answer = json.loads(out)
@@ -246,7 +246,21 @@ def until(what: Callable[[], Any], seconds: float = 120.0) -> None:
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_sweep_that_is_ended_takes_its_runs_with_it_and_goes_on(ending: signal.Signals, tmp_path: Path) -> None:
     path, out = recipe(tmp_path, rounds=40), tmp_path / "out"
-    words = [sys.executable, "-m", "fedfm.cli.main", "sweep", str(path), "seed=0..1", "rounds=40", "--out", str(out), "--jobs", "2", "--threads", "1"]
+    words = [
+        sys.executable,
+        "-m",
+        "fedfm.cli.main",
+        "sweep",
+        str(path),
+        "seed=0..1",
+        "rounds=40",
+        "--out",
+        str(out),
+        "--jobs",
+        "2",
+        "--threads",
+        "1",
+    ]
     begun = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     until(lambda: all(len(read_lines(out / f"seed-{seed}" / "metrics.jsonl")) > 3 for seed in (0, 1)))
     begun.send_signal(ending)
@@ -272,7 +286,7 @@ def test_a_sweep_that_is_ended_takes_its_runs_with_it_and_goes_on(ending: signal
     ("overrides", "error", "told"),
     [
         (["tuning.LoRA.r=2,0"], ConfigError, "The run r-0 is refused, and so no run has begun"),
-        (["min_clients=1,9", "sampler={Uniform: {clients: 2}}"], PlanError, "min_clients-9"),
+        (["min_clients=1,9", "sampler={Uniform: {clients: 2}}"], PlanError, "min-clients-9"),
         (["tuning.LoRA.r=2,two"], ConfigError, "a whole number"),
         (["seed=1,01"], ConfigError, "the same recipe, written in two ways"),
         (["data.source=rows.jsonl,nowhere.jsonl"], DataError, "nowhere.jsonl"),

@@ -172,8 +172,10 @@ def generate(run: Path, prompt: str, max_new_tokens: int, temperature: float, se
 
 
 def _round(text: str) -> int | Literal["last", "best"]:
-    if text == "last" or text == "best":
-        return text
+    if text == "last":
+        return "last"
+    if text == "best":
+        return "best"
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise ConfigError(f"--round is {words.clean(text, 40)}; it must be last, best, or a round's number.")
     return int(text)

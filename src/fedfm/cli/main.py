@@ -89,12 +89,20 @@ def resume(run: Run, overrides: Overrides = None, quiet: Quiet = False, as_json:
 
 @app.command(cls=Command)
 def compare(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or a run's folder; several runs are put side by side.", callback=_usable)],
+    recipe: Annotated[
+        Path,
+        typer.Argument(metavar="RECIPE", help="A recipe file, or a run's folder; several runs are put side by side.", callback=_usable),
+    ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]... | [RUN]...", help="Values for fields of the recipe; or more runs, where the first is a run."),
+        typer.Argument(
+            metavar="[KEY=VALUE]... | [RUN]...", help="Values for fields of the recipe; or more runs, where the first is a run."
+        ),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="The run's folder (default: runs/NAME); of several runs, where to write table and page.", callback=_usable)] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run's folder (default: runs/NAME); of several runs, where to write table and page.", callback=_usable),
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
     log_level: LogLevel = "warning",
@@ -119,7 +127,9 @@ def sweep(
     ],
     out: Annotated[Path | None, typer.Option(help="The sweep's folder. Default: runs/NAME-sweep.", callback=_usable)] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time. Default: as many as cores and total memory hold.")] = None,
-    threads: Annotated[int | None, typer.Option(min=1, help="Threads of each run. Default: the cores divided by the runs that fit.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of each run. Default: the cores divided by the runs that fit.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipes, list the runs, and stop.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,

@@ -35,7 +35,9 @@ def sweep(
         table = sweep(recipe, overrides, out, jobs=jobs, threads=threads, tell=tell)
     _show(table, telling, table.page)
     if table.failed:
-        message = f"{len(table.failed)} of {len(table.entries)} runs failed. Start the same command again to try them again; the others are kept."
+        message = (
+            f"{len(table.failed)} of {len(table.entries)} runs failed. Start the same command again to try them again; the others are kept."
+        )
         print(message, file=sys.stderr)
         sys.exit(1)
 

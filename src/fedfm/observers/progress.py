@@ -211,7 +211,6 @@ class Story:
             text += f" in the whole run ({duration(session)}, {size(up)} up and {size(down)} down in this session)"
         return text + (f", {len(self.failures)} failed {'answer' if len(self.failures) == 1 else 'answers'}" if self.failures else "")
 
-
     def best_round(self) -> str:
         """The best round where it is not the last; nothing otherwise."""
         scores = {score.round: score.cost for score in self.scores}

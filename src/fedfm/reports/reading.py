@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ class Round:
     seconds: Mapping[str, float] = field(default_factory=dict)
     cohort: Sequence[str] = ()
     failures: Sequence[Mapping[str, Any]] = ()
-    score: Score = Score(0)
+    score: Score = field(default_factory=partial(Score, 0))
 
     @property
     def scored(self) -> float | None:

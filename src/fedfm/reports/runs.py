@@ -22,7 +22,9 @@ from fedfm.reports.reading import Run, read
 
 CURVES = 7
 """Rows whose learning curves are drawn, the best ones."""
-SPREAD = "Mean ± standard deviation over the runs of a row (n - 1 in the denominator); their number is in brackets where it is more than one."
+SPREAD = (
+    "Mean ± standard deviation over the runs of a row (n - 1 in the denominator); their number is in brackets where it is more than one."
+)
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,14 @@ class Row:
             for what, value in (("mean", spread.mean), ("sd", spread.deviation))
         }
         states = {status.replace(" ", "_"): self.num(status) for status in ("done", "failed", "unfinished", "not begun")}
-        return {**self.values, "metric": self.metric.name, "runs": len(self.entries), **states, "measured": self.numbers["after"].num, **flat}
+        return {
+            **self.values,
+            "metric": self.metric.name,
+            "runs": len(self.entries),
+            **states,
+            "measured": self.numbers["after"].num,
+            **flat,
+        }
 
 
 @dataclass(frozen=True)
@@ -255,7 +264,9 @@ class Table:
         widths = [max(map(len, column)) for column in zip(*grid)]
         texts = len(self.columns())
         lines = [
-            "  ".join(f"{cell:<{width}}" if i < texts else f"{cell:>{width}}" for i, (cell, width) in enumerate(zip(cells, widths))).rstrip()
+            "  ".join(
+                f"{cell:<{width}}" if i < texts else f"{cell:>{width}}" for i, (cell, width) in enumerate(zip(cells, widths))
+            ).rstrip()
             for cells in grid
         ]
         return [lines[0], "-" * sum((*widths, 2 * len(widths) - 2)), *lines[1:], "", *self.remarks()]

@@ -132,8 +132,10 @@ class _Ends:
         if not own["before"]["owners"]:
             raise DataError("No owner has test data, so there is nothing to compare on. Give data.test, or a data.test_fraction above 0.")
         seconds = {"federated": self.ledger.seconds, "evaluate": time.perf_counter() - began}
+        start = self.house.tuned.spec.flatten(self.start).unsqueeze(0)
 
-        began, num_clients = time.perf_counter(), len(self.house.clients)
+        began, num_clients, curve = time.perf_counter(), len(self.house.clients), self.curves["local"]
+        curve.at(0, list(curve.sets), start)
         local: dict[ClientId, dict[str, float]] = {}
         alone = []
         stage("Training each owner alone", 0, num_clients)
@@ -143,13 +145,14 @@ class _Ends:
             local[client] = mine["owners"].get(client, {})
             alone.append(scores)
             stage("Training each owner alone", done + 1, num_clients)
-        seconds["local"] = time.perf_counter() - began - self.curves["local"].seconds
+        seconds["local"] = time.perf_counter() - began - curve.seconds
 
-        began = time.perf_counter()
+        began, curve = time.perf_counter(), self.curves["centralised"]
+        curve.totals.update({round: totals for round, totals in self.curves["local"].totals.items() if round == 0})
         stage("Training on all data in one place", None, None)
         models["centralised"] = [self.centralised()]
         own["centralised"] = self.score(models["centralised"], self.tests)
-        seconds["centralised"] = time.perf_counter() - began - self.curves["centralised"].seconds
+        seconds["centralised"] = time.perf_counter() - began - curve.seconds
         seconds["curves"] = sum(curve.seconds for curve in self.curves.values())
         together = own if self.is_all else {way: self.score(models[way], self.everybody) for way in models}
         return self.table(own, local, together, alone, seconds)
@@ -210,10 +213,7 @@ class _Ends:
         }
         rounds = [round for round in self.scored if 0 < round <= self.after.round]
         chosen = {rounds[(i + 1) * len(rounds) // CURVE - 1] for i in range(CURVE)} if len(rounds) > CURVE else set(rounds)
-        curve = _Curve(self.plan.task, self.house.bank, sets, self.sizes, chosen)
-        if chosen:
-            curve.at(0, list(sets), self.house.tuned.spec.flatten(self.start).unsqueeze(0))
-        return curve
+        return _Curve(self.plan.task, self.house.bank, sets, self.sizes, chosen)
 
     def score(self, models: Sequence[Tree], sets: Mapping[ClientId, Examples]) -> Scores:
         """Metrics on sets of test examples, and pooled, of one model for all or of one for each owner."""
@@ -326,7 +326,7 @@ class _Curve:
     def __init__(
         self, task: Task, bank: Bank, sets: Mapping[ClientId, Examples], sizes: Mapping[ClientId, int], rounds: Collection[int]
     ) -> None:
-        self.task, self.bank, self.sets, self.sizes, self.rounds = task, bank, sets, sizes, {0, *rounds}
+        self.task, self.bank, self.sets, self.sizes, self.rounds = task, bank, sets, sizes, {0, *rounds} if rounds else set()
         self.totals: dict[int, dict[ClientId, Tree]] = {}
         self.seconds = 0.0
 

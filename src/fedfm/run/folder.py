@@ -311,7 +311,9 @@ class RunFolder:
         names = ", ".join(f"{number} (best)" if number == chosen else str(number) for number in kept)
         if round == "best":
             if chosen is None:
-                raise RunError(f"{self.path} has no best round: no round that it kept was evaluated. Rounds with a state: {names or 'none'}.")
+                raise RunError(
+                    f"{self.path} has no best round: no round that it kept was evaluated. Rounds with a state: {names or 'none'}."
+                )
             round = chosen
         state = self._load(marks[round]) if 0 <= round < len(marks) else None
         if state is None:

@@ -69,7 +69,9 @@ def axis(override: str) -> Axis:
     for value in _parted(override, text):
         values += _range(override, value)
     if len(values) > 1 and "" in values:
-        raise ConfigError(f"{_shown(override)} has an empty value among several. Write null for none, '' for an empty text, or remove the comma.")
+        raise ConfigError(
+            f"{_shown(override)} has an empty value among several. Write null for none, '' for an empty text, or remove the comma."
+        )
     twice = next((value for i, value in enumerate(values) if value in values[:i]), None)
     if twice is not None:
         raise ConfigError(f"{_shown(override)} names {twice} twice; each value stands once.")
@@ -133,7 +135,9 @@ def grid(overrides: Sequence[str]) -> tuple[list[Axis], list[Cell]]:
     for item in axes:
         num *= len(item.values)
     if num > MOST:
-        raise ConfigError(f"The grid has {num:,} recipes ({' x '.join(str(len(item.values)) for item in axes)}); a sweep has at most {MOST:,}.")
+        raise ConfigError(
+            f"The grid has {num:,} recipes ({' x '.join(str(len(item.values)) for item in axes)}); a sweep has at most {MOST:,}."
+        )
     swept = [item for item in axes if len(item.values) > 1]
     titles = short([item.key for item in swept])
     cells = []

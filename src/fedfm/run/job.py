@@ -34,7 +34,8 @@ def main(recipe: Path, out: Path) -> int:
 
 
 def _end_with_the_sweep() -> None:
-    while sys.stdin.buffer.read(1):
+    # Not sys.stdin, whose lock the interpreter wants when it ends.
+    while os.read(0, 1):
         pass
     # Every durable step may be the last one, so nothing need be tidied up.
     os._exit(1)

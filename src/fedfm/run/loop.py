@@ -114,7 +114,9 @@ def resume(
                 f"{path} has completed {done} rounds, more than the {federation.rounds} asked for. Ask for rounds={done} or more."
             )
         restored = folder.restore()
-        if restored is None or (restored[0].round < federation.rounds and not _is_over(federation, folder.journal.scores[: restored[0].round + 1])):
+        if restored is None or (
+            restored[0].round < federation.rounds and not _is_over(federation, folder.journal.scores[: restored[0].round + 1])
+        ):
             (path / COMPARE).unlink(missing_ok=True)  # it compares a model that is about to change
         folder.write_text(RECIPE, dump(federation))
         if ran is None:
@@ -349,7 +351,9 @@ class _Game:
         if early:
             metrics[EARLY] = early
             waiting = early["patience"]
-            self.watch.stage(f"Ending early after round {record.round}: {waiting} evaluation{'' if waiting == 1 else 's'} without a better score")
+            self.watch.stage(
+                f"Ending early after round {record.round}: {waiting} evaluation{'' if waiting == 1 else 's'} without a better score"
+            )
         if (early or record.round in (0, plan.rounds)) and not plan.evaluate.takes_the_sample(self._test_sizes()):
             # What the run ends with is evaluated on as much as its last round would have been.
             report = self._report(replace(plan, rounds=record.round), state, meter)

@@ -22,13 +22,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import psutil
 
 from fedfm.client.footprint import base_bytes, client_bytes
 from fedfm.core import check, disk
-from fedfm.core.errors import ConfigError, FedfmError, RunError
+from fedfm.core.errors import ConfigError, FedfmError, MissingExtra, RunError
 from fedfm.core.words import count, duration
 from fedfm.engines import Embedded, Process
 from fedfm.engines.embedded import total_memory
@@ -180,7 +180,7 @@ def sweep(
     path = Path(out) if out is not None else Path("runs") / f"{base.name}-sweep"
     with _locked(path):
         before = Sweep.read(path)
-        share = _share(before, federations, threads, tell)
+        share = _share(before, cells, federations, threads, tell)
         title = f"{base.name}: {' '.join(overrides)}"
         members = _members(cells, [share.of(federation) for federation in federations], before, path)
         made = Sweep(path, title, overrides, share, members, {} if before is None else before.errors)
@@ -207,7 +207,7 @@ def plans(recipe: Federation | Path | str, overrides: Sequence[str]) -> tuple[li
             plan = located(read(text, cell.overrides) if isinstance(text, Path) else load(text, cell.overrides))
             check.require(plan.resolved())
         except FedfmError as error:
-            raise type(error)(f"The run {cell.name} is refused, and so no run has begun. {error}") from error
+            raise _refused(cell.name, error) from error
         federations.append(plan)
     first: dict[str, str] = {}
     for cell, plan in zip(cells, federations, strict=True):
@@ -247,38 +247,63 @@ def _members(cells: Sequence[Cell], plans: Sequence[Federation], before: Sweep |
 # --- shares --------------------------------------------------------------------------------------------------------
 
 
-def _share(before: Sweep | None, plans: Sequence[Federation], threads: int | None, tell: Tell) -> Share:
-    """What a sweep began with, or what arithmetic gives a new one. Opens the model and the data of each kind of recipe."""
-    if before is not None and threads not in (None, before.share.threads):
+def _share(before: Sweep | None, cells: Sequence[Cell], plans: Sequence[Federation], threads: int | None, tell: Tell) -> Share:
+    """What a sweep began with, or what arithmetic gives a new one. Opens the model and the data of each kind of recipe that is to be played."""
+    if before is None:
+        return share(plans, _open(list(zip(cells, plans, strict=True)), tell), threads)
+    if threads not in (None, before.share.threads):
         raise RunError(
             f"{before.path} began with {before.share.threads} threads for each run, and a run's numbers are exact for one number of threads. "
             "Leave --threads out, or choose another --out."
         )
-    kinds: dict[str, list[Federation]] = {}
-    for plan in plans:
+    done = {member.recipe for member in before.members if _is_done(before.path / member.name)}
+    _open([(cell, plan) for cell, plan in zip(cells, plans, strict=True) if dump(before.share.of(plan)) not in done], tell)
+    return before.share
+
+
+def _open(runs: Sequence[tuple[Cell, Federation]], tell: Tell) -> int:
+    """Opens the model and the data of each kind of recipe; the most bytes that one of them takes."""
+    kinds: dict[str, list[tuple[str, Federation]]] = {}
+    for cell, plan in runs:
         resolved = plan.resolved()
-        kinds.setdefault(repr((resolved.model, resolved.data, resolved.task, resolved.tuning, resolved.local)), []).append(plan)
-    tell(f"{len(plans)} runs; opening the model and the data of {len(kinds)} kind{'' if len(kinds) == 1 else 's'} of recipe")
-    needs = [_opened(alike) for alike in kinds.values()]
-    return before.share if before is not None else share(plans, max(needs), threads)
+        kind = repr((resolved.model, resolved.data, resolved.task, resolved.tuning, resolved.local))
+        kinds.setdefault(kind, []).append((cell.name, plan))
+    if runs:
+        tell(f"{len(runs)} runs to play; opening the model and the data of {len(kinds)} kind{'' if len(kinds) == 1 else 's'} of recipe")
+    return max((_opened(alike) for alike in kinds.values()), default=0)
 
 
-def _opened(plans: Sequence[Federation]) -> int:
-    """Checks recipes of one kind against their model and data; the bytes that the largest of their banks takes."""
-    # Here and on the CPU, whatever engine plays them.
-    first = replace(plans[0], engine=Embedded(bank=1, device="cpu"))
-    simulation = Simulation.build(first)
-    house = simulation.house
-    with simulation.open() as session:
-        roster = Describe().roster(simulation.federation.channel, session, house.clients, house.labels, house.key)
+def _opened(plans: Sequence[tuple[str, Federation]]) -> int:
+    """Checks recipes of one kind against their model and data; the bytes that the largest of their banks takes.
+
+    Args:
+        plans: Recipes and the names of their runs.
+    """
+    name = plans[0][0]
     warnings = dict[str, None]()
-    for plan in plans:
-        for finding in check.require(plan.resolved(), len(house.clients), roster):
-            if finding.level == "warning":
-                warnings[f"{finding.where}: {finding.text}"] = None
+    try:
+        # Here and on the CPU, whatever engine plays them.
+        simulation = Simulation.build(replace(plans[0][1], engine=Embedded(bank=1, device="cpu")))
+        house = simulation.house
+        with simulation.open() as session:
+            roster = Describe().roster(simulation.federation.channel, session, house.clients, house.labels, house.key)
+        for name, plan in plans:  # noqa: B007 (the error names it)
+            for finding in check.require(plan.resolved(), len(house.clients), roster):
+                if finding.level == "warning":
+                    warnings[f"{finding.where}: {finding.text}"] = None
+        bank = max(_bank(plan, len(house.clients)) for _, plan in plans)
+        num_bytes = base_bytes(house) + client_bytes(house) * bank
+    except FedfmError as error:
+        raise _refused(name, error) from error
     for text in warnings:
         log.warning("%s", text)
-    return base_bytes(house) + client_bytes(house) * max(_bank(plan, len(house.clients)) for plan in plans)
+    return num_bytes
+
+
+def _refused(name: str, error: FedfmError) -> FedfmError:
+    # One kind of error makes its message itself.
+    kind = ConfigError if isinstance(error, MissingExtra) else type(error)
+    return kind(f"The run {name} is refused, and so no run has begun. {error}")
 
 
 def _bank(plan: Federation, num_clients: int) -> int:
@@ -333,7 +358,7 @@ class _Play:
 
     def play(self) -> None:
         """Returns when every run is done or has failed."""
-        waiting = [member for member in self.sweep.members if not self._is_done(member)]
+        waiting = [member for member in self.sweep.members if not _is_done(self.sweep.path / member.name)]
         total, self.num_ended = len(self.sweep.members), len(self.sweep.members) - len(waiting)
         if self.num_ended:
             self.tell(f"{self.num_ended} of {total} runs are done already.")
@@ -354,12 +379,6 @@ class _Play:
                     self.tell("playing " + ", ".join(f"{one.member.name} (round {self._round(one.member)})" for one in self.running))
         finally:
             self._stop()
-
-    def _is_done(self, member: Member) -> bool:
-        try:
-            return is_finished(self.sweep.path / member.name)
-        except RunError:
-            return False  # playing it tells what is damaged
 
     def _start(self, member: Member) -> _Running:
         out, text = self.sweep.path / member.name, str(self.sweep.share.threads)
@@ -412,6 +431,13 @@ class _Play:
                 one.process.wait()
             _close(one)
         self.running.clear()
+
+
+def _is_done(folder: Path) -> bool:
+    try:
+        return is_finished(folder)
+    except RunError:
+        return False  # playing it tells what is damaged
 
 
 def _close(running: _Running) -> None:

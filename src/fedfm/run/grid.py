@@ -20,6 +20,7 @@ MOST = 10_000
 _RANGE = re.compile(r"(-?\d{1,15})\.\.(-?\d{1,15})")
 # YAML's quoted texts: '' stands for one quote, a backslash escapes in the other kind.
 _QUOTED = re.compile(r"""'(?:[^']|'')*'|"(?:[^"\\]|\\.)*\"""")
+_AROUND = "{}[]'\" "
 _CLOSES = {"[": "]", "{": "}"}
 
 
@@ -144,7 +145,7 @@ def grid(overrides: Sequence[str]) -> tuple[list[Axis], list[Cell]]:
     for values in itertools.product(*(item.values for item in axes)):
         own = dict(zip(keys, values, strict=True))
         mine = {item.key: own[item.key] for item in swept}
-        words = [f"{titles[key]}-{value}" for key, value in mine.items()]
+        words = [f"{titles[key]}-{value.strip(_AROUND)}" for key, value in mine.items()]
         cells.append(Cell(_slug(words), mine, tuple(f"{key}={value}" for key, value in own.items())))
     names = [cell.name for cell in cells]
     if len(set(names)) == len(names):

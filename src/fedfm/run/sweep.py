@@ -481,6 +481,7 @@ def _locked(path: Path) -> Iterator[None]:
     except OSError as error:
         os.close(descriptor)
         raise RunError(f"{path} is in use by another sweep. Wait for it to end, or stop it, then try again.") from error
+    try:
         yield
     finally:
         if not (path / SWEEP).exists():

@@ -254,7 +254,9 @@ class Table:
     def remarks(self) -> list[str]:
         """What is said below the table."""
         direction = "lower" if self.metric.lower_is_better else "higher"
-        first = f"Held-out {self.metric.title}, before training and at the last evaluation; {direction} is better. {SPREAD}"
+        first = f"Held-out {self.metric.title}, before training and at the last evaluation; {direction} is better."
+        if any(len(row.entries) > 1 for row in self.rows):
+            first += f" {SPREAD}"
         failed = [f"{entry.name} failed: {clean(entry.error, 300)}" for entry in self.failed]
         return [first, *self.notes, *failed]
 

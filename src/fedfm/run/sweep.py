@@ -29,7 +29,7 @@ import psutil
 from fedfm.client.footprint import base_bytes, client_bytes
 from fedfm.core import check, disk
 from fedfm.core.errors import ConfigError, FedfmError, MissingExtra, RunError
-from fedfm.core.words import count, duration
+from fedfm.core.words import LOSS, count, duration
 from fedfm.engines import Embedded, Process
 from fedfm.engines.embedded import total_memory
 from fedfm.federation import Federation
@@ -407,11 +407,17 @@ class _Play:
         error = None if code == 0 else _last_error(Path(running.log.name), code)
         if error is None:
             self.sweep.errors.pop(name, None)
-            self.tell(f"{where}: done in {duration(time.monotonic() - running.began)}")
+            self.tell(f"{where}: done in {duration(time.monotonic() - running.began)}{self._outcome(name)}")
         else:
             self.sweep.errors[name] = error
             self.tell(f"{where}: failed: {error}")
         self.sweep.save()
+
+    def _outcome(self, name: str) -> str:
+        entry = Entry.of(self.sweep.path / name, {})
+        metric = LOSS if entry.run is None else entry.run.metric
+        before, after = (metric.show(entry.value(metric.name, last)) for last in (False, True))
+        return "" if after == "-" else f", {metric.title} {before} -> {after}"
 
     def _round(self, member: Member) -> str:
         try:

@@ -193,6 +193,18 @@ def test_from_a_recipe_to_a_result(call: Fedfm, tmp_path: Path) -> None:
     assert call("generate", "out", "the small cat", "--max-new-tokens", "3")[0] == 0
 
 
+def test_the_best_round_is_exported_and_asked(call: Fedfm, tmp_path: Path) -> None:
+    assert call("run", "recipe.yaml", "server={FedAvg: {lr: 1e-6}}", "rounds=4", "evaluate.every=2", "--out", "out", "--quiet")[0] == 0
+    code, out, _ = call("export", "out", "--to", "best", "--round", "best")
+    (number,) = re.findall(r"\(round (\d)\)", out)
+    assert code == 0 and call("export", "out", "--to", "same", "--round", number)[0] == 0
+    exported = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("best", "same")]
+    assert exported[0] == exported[1] and call("export", "out", "--to", "last", "--round", "last")[1] == "last\n"
+    assert call("generate", "out", "the small cat", "--max-new-tokens", "2", "--round", "best")[0] == 0
+    refused(call("export", "out", "--to", "none", "--round", "1"), "no intact state of round 1")
+    refused(call("generate", "out", "the small cat", "--round", "newest"), "it must be last, best, or a round's number")
+
+
 def test_a_dry_run_prints_what_would_run(call: Fedfm, tmp_path: Path) -> None:
     code, out, _ = call("run", "recipe.yaml", "rounds=7", "--dry-run")
     assert code == 0 and load(out).rounds == 7 and load(out).data.source == str(tmp_path / "rows.jsonl")

@@ -176,6 +176,39 @@ def test_the_ends_of_a_federation_of_one_are_the_federation(tmp_path: Path, chan
     assert row["federated"]["loss"] < row["before"]["loss"]
     for metric in ("loss", "perplexity"):
         assert table.pooled["local"][metric] == pytest.approx(table.pooled["federated"][metric], rel=1e-6)
+    scores = [line["metrics"]["score"] for line in metrics(tmp_path / "out")]
+    for points in table.curves.values():
+        assert [point["round"] for point in points] == [0, 1, 2, 3]
+        assert [point["pooled"]["loss"] for point in points] == pytest.approx(scores, rel=1e-6)
+
+
+def test_the_curves_of_both_ends_are_bounded_and_change_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    federation = small(tmp_path, rounds=6, data=Data(str(small(tmp_path).data.source), by="owner", test_fraction=0.4))
+    federation = replace(federation, evaluate=Evaluate(max_examples=4))
+    table = compare(federation, tmp_path / "out")
+    assert [[point["round"] for point in points] for points in table.curves.values()] == [list(range(7))] * 2
+    scores = [line["metrics"]["score"] for line in metrics(tmp_path / "out")]
+    for points in table.curves.values():
+        losses = [point["pooled"]["loss"] for point in points]
+        assert losses[0] == pytest.approx(scores[0], rel=1e-6) and losses[-1] < losses[0] and len(set(losses)) == 7
+    assert table.seconds["curves"] > 0 and {"local", "centralised"} <= set(table.seconds)
+    page = (tmp_path / "out" / "report.html").read_text()
+    assert 'class="curve local"' in page and 'class="curve centralised"' in page and "learning curves of these two" in page
+    blind = compare(replace(federation, evaluate=Evaluate(every=0)), tmp_path / "blind")
+    assert blind.curves == {"local": [], "centralised": []}
+    assert [(row["local"], row["centralised"]) for row in blind.owners] == [(row["local"], row["centralised"]) for row in table.owners]
+    assert 'class="curve local"' not in (tmp_path / "blind" / "report.html").read_text()
+    monkeypatch.setattr("fedfm.run.compare.CURVE", 2)
+    assert [[point["round"] for point in points] for points in compare(federation, tmp_path / "out").curves.values()] == [[0, 3, 6]] * 2
+
+
+def test_the_ends_of_a_run_that_ended_early_train_as_long_as_it_did(tmp_path: Path) -> None:
+    federation = small(tmp_path, local=AdamW(lr=0.5, steps=2, batch_size=2), rounds=9, evaluate=Evaluate(patience=1))
+    table = compare(federation, tmp_path / "early")
+    played = metrics(tmp_path / "early")[-1]["round"]
+    assert played < 9
+    whole = compare(replace(federation, rounds=played, evaluate=Evaluate()), tmp_path / "whole")
+    assert table.owners == whole.owners
 
 
 def test_a_comparison_agrees_with_the_run(tmp_path: Path) -> None:

@@ -19,17 +19,21 @@ if TYPE_CHECKING:
     from fedfm.run.compare import compare as compare
     from fedfm.run.loop import resume as resume
     from fedfm.run.loop import run as run
+    from fedfm.run.side_by_side import compare_runs as compare_runs
+    from fedfm.run.sweep import sweep as sweep
 
 _LAZY = {
     "Federation": "fedfm.federation",
     "compare": "fedfm.run.compare",
+    "compare_runs": "fedfm.run.side_by_side",
     "dump": "fedfm.recipe",
     "load": "fedfm.recipe",
     "replace": "dataclasses",
     "resume": "fedfm.run.loop",
     "run": "fedfm.run.loop",
+    "sweep": "fedfm.run.sweep",
 }
-__all__ = ["Federation", "__version__", "compare", "dump", "load", "replace", "resume", "run"]
+__all__ = ["Federation", "__version__", "compare", "compare_runs", "dump", "load", "replace", "resume", "run", "sweep"]
 
 
 def __getattr__(name: str) -> Any:

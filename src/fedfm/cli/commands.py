@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import Literal, TextIO
 
 from fedfm.cli.parts import show_json
 from fedfm.core import check as plans
@@ -50,7 +50,7 @@ def resume(path: Path, overrides: Sequence[str], telling: Telling) -> None:
 
 
 def _play(rounds: Iterable[object], out: Path, telling: Telling) -> None:
-    with _stoppable(f"fedfm resume {out}"):
+    with stoppable(f"fedfm resume {out}"):
         for _ in rounds:
             pass
     model, report = str(out / "model"), str(out / "report.html")
@@ -73,7 +73,7 @@ def compare(recipe: Path, overrides: Sequence[str], out: Path | None, telling: T
     out = out or Path("runs") / federation.name
     watchers = telling.watchers()
     stage = Progress(file=telling.stream, live=False).stage if watchers else _unseen
-    with _stoppable(f"fedfm compare {out}"):
+    with stoppable(f"fedfm compare {out}"):
         table = compare(federation, out, watchers=watchers, stage=stage).to_json()
     if telling.as_json:
         show_json(table)
@@ -155,19 +155,30 @@ def _open(plan: Federation) -> _Opened:
     return _Opened(house.foundation.num_params, house.tuned.spec.size, roster, simulation.owners.left_out, findings)
 
 
-def export(run: Path, to: Path, merge: bool) -> None:
+def export(run: Path, to: Path, merge: bool, round: str) -> None:
     """``fedfm export``."""
     from fedfm.run.result import Result
 
-    Result.open(run).export(to, merge)
-    print(to)
+    result = Result.open(run, _round(round))
+    result.export(to, merge)
+    print(to if round == "last" else f"{to} (round {result.state.round})")
 
 
-def generate(run: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> None:
+def generate(run: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int, round: str) -> None:
     """``fedfm generate``."""
     from fedfm.run.result import Result
 
-    print(Result.open(run).generate(prompt, max_new_tokens, temperature, seed))
+    print(Result.open(run, _round(round)).generate(prompt, max_new_tokens, temperature, seed))
+
+
+def _round(text: str) -> int | Literal["last", "best"]:
+    if text == "last":
+        return "last"
+    if text == "best":
+        return "best"
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise ConfigError(f"--round is {words.clean(text, 40)}; it must be last, best, or a round's number.")
+    return int(text)
 
 
 class _Terminated(KeyboardInterrupt):
@@ -175,7 +186,7 @@ class _Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def _stoppable(command: str) -> Iterator[None]:
+def stoppable(command: str) -> Iterator[None]:
     """Ends the process on Ctrl-C and on SIGTERM with a word on how to go on.
 
     Args:

@@ -1,4 +1,5 @@
-"""``fedfm``: run, resume, compare, check, list, show, report, export, generate, cache, log, approve, quickstart, and commands of other packages.
+"""``fedfm``: run, resume, compare, sweep, check, list, show, report, export, generate, cache, log, approve, quickstart, and commands of other
+packages.
 
 Only what ``--help`` needs is imported here; a command imports the rest when it runs.
 """
@@ -45,6 +46,7 @@ Overrides = Annotated[
 ]
 Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/NAME.", callback=_usable)]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress; warnings and errors alone.")]
+Round = Annotated[str, typer.Option(metavar="ROUND", help="last, best, or the number of a round whose state the run has kept.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON on stdout; everything else goes to stderr.")]
 LogLevel = Annotated[str, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")]
 
@@ -88,17 +90,57 @@ def resume(run: Run, overrides: Overrides = None, quiet: Quiet = False, as_json:
 
 @app.command(cls=Command)
 def compare(
-    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file, or a run's folder.", callback=_usable)],
-    overrides: Overrides = None,
-    out: Out = None,
+    recipe: Annotated[
+        Path,
+        typer.Argument(metavar="RECIPE", help="A recipe file, or a run's folder; several runs are put side by side.", callback=_usable),
+    ],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]... | [RUN]...", help="Values for fields of the recipe; or more runs, where the first is a run."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="The run's folder (default: runs/NAME); of several runs, where to write table and page.", callback=_usable),
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
     log_level: LogLevel = "warning",
 ) -> None:
-    """Compare federated, local-only and centralised training."""
+    """Compare federated, local-only and centralised training; or several runs."""
     from fedfm.cli import commands
+    from fedfm.cli import sweep as sweeps
 
-    commands.compare(recipe, overrides or [], out, commands.Telling(quiet, as_json, log_level))
+    telling = commands.Telling(quiet, as_json, log_level)
+    if sweeps.are_runs(recipe, overrides or []):
+        sweeps.compare_runs([recipe, *map(Path, overrides or [])], out, telling)
+    else:
+        commands.compare(recipe, overrides or [], out, telling)
+
+
+@app.command(cls=Command)
+def sweep(
+    recipe: Recipe,
+    overrides: Annotated[
+        list[str],
+        typer.Argument(metavar="KEY=VALUE,VALUE...", help="Fields and their values: tuning.LoRA.r=4,16 server=FedAvg,FedAdam seed=0..2."),
+    ],
+    out: Annotated[Path | None, typer.Option(help="The sweep's folder. Default: runs/NAME-sweep.", callback=_usable)] = None,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time. Default: as many as cores and total memory hold.")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of each run. Default: the cores divided by the runs that fit.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the recipes, list the runs, and stop.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    log_level: LogLevel = "warning",
+) -> None:
+    """Run every combination of values; the same command goes on after a crash."""
+    from fedfm.cli import commands
+    from fedfm.cli import sweep as sweeps
+
+    sweeps.sweep(recipe, overrides, out, jobs, threads, dry_run, commands.Telling(quiet, as_json, log_level))
 
 
 @app.command(cls=Command)
@@ -151,11 +193,12 @@ def export(
     run: Run,
     to: Annotated[Path, typer.Option(help="The folder to write. It must be empty or not exist.", callback=_usable)],
     merge: Annotated[bool, typer.Option("--merge", help="Write a whole model with the tuning merged in, instead of an adapter.")] = False,
+    round: Round = "last",
 ) -> None:
     """Write a run's model as peft and transformers load it."""
     from fedfm.cli import commands
 
-    commands.export(run, to, merge)
+    commands.export(run, to, merge, round)
 
 
 @app.command(cls=Command)
@@ -165,11 +208,12 @@ def generate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 100,
     temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Sampling seed; used when temperature > 0.")] = 0,
+    round: Round = "last",
 ) -> None:
     """Generate text with a run's model."""
     from fedfm.cli import commands
 
-    commands.generate(run, prompt, max_new_tokens, temperature, seed)
+    commands.generate(run, prompt, max_new_tokens, temperature, seed, round)
 
 
 @app.command(cls=Command)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -103,6 +103,10 @@ class Course:
         )
 
 
+Watch = Callable[[int, Sequence[ClientId], torch.Tensor], None]
+"""Called with the number of steps done, those who took the last one, and their parameters ``(K, D)``."""
+
+
 class Bank:
     """A tuned model, a task and a trainer: everything that training needs but the clients.
 
@@ -150,7 +154,13 @@ class Bank:
         return self._shares is not False
 
     def train(
-        self, start: Tree, jobs: Sequence[Job], round: int, work: Work | None = None, starts_kd: torch.Tensor | None = None
+        self,
+        start: Tree,
+        jobs: Sequence[Job],
+        round: int,
+        work: Work | None = None,
+        starts_kd: torch.Tensor | None = None,
+        watch: Watch | None = None,
     ) -> list[Trained]:
         """Every job's local work, from the same start unless ``starts_kd`` says where each begins.
 
@@ -158,6 +168,7 @@ class Bank:
             start: The global parameters, and leaves that came with them.
             work: Instead of the trainer's own amount.
             starts_kd: Parameters of each job ``(K, D)``, where jobs do not begin at ``start``.
+            watch: Shown the parameters after each step; it must not change them.
 
         Raises:
             ModelError: if the task is causal and the base looks ahead.
@@ -166,7 +177,7 @@ class Bank:
         self.look(start, sets)
         if len(jobs) > 1 and not self.shares(start, sets):
             own_1d = [None] * len(jobs) if starts_kd is None else list(torch.split(starts_kd, 1))
-            return [self.train(start, [job], round, work, own)[0] for job, own in zip(jobs, own_1d, strict=True)]
+            return [self.train(start, [job], round, work, own, watch)[0] for job, own in zip(jobs, own_1d, strict=True)]
         course = Course.of(jobs, work or self.local.work, round, self.key)
         cohort, start_kd = self._begin(course, start, starts_kd)
         tally = Tally.zeros(len(jobs), self.learner)
@@ -174,6 +185,8 @@ class Bank:
             step = course.step(number)
             objective = StepObjective(self.learner, step, tally, lambda: self.shares(start, sets))
             self._descend(course, cohort, objective, number)
+            if watch is not None:
+                watch(number + 1, step.clients, cohort.theta_kd[: objective.num])
         return self._finish(course, cohort, start_kd, tally)
 
     def _begin(self, course: Course, start: Tree, starts_kd: torch.Tensor | None) -> tuple[Cohort, torch.Tensor]:

@@ -19,18 +19,20 @@ from typing import Any
 from fedfm.core import chain, disk
 from fedfm.core.chain import Line
 from fedfm.core.errors import RunError
+from fedfm.core.score import Score
 
 _KEPT = ("start", "recipe", "base", "data", "roster")
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Where a round's line lies, and the digest of the state that it commits to."""
+    """Where a round's line lies, the digest of the state that it commits to, and how good that is."""
 
     round: int
     begin: int
     end: int
     state: str
+    score: Score
 
 
 def lines(path: Path) -> Iterator[Line]:
@@ -128,6 +130,11 @@ class Journal:
         for mark in self.rounds[: last + 1]:
             yield self.line(mark)["record"]
 
+    @property
+    def scores(self) -> list[Score]:
+        """The score of each round that holds, in order."""
+        return [mark.score for mark in self.rounds]
+
     def _take(self, line: Line) -> None:
         what, number = line.what, line.number
         if number == 1 and line.event != "start":
@@ -139,7 +146,8 @@ class Journal:
         elif line.event == "round":
             if what["round"] != len(self.rounds):
                 raise damaged(self.path, number, f"it tells of round {what['round']}, where round {len(self.rounds)} was next")
-            self.rounds.append(Mark(what["round"], line.begin, line.end, what["state"]))
+            score = Score.of(what["round"], what["record"]["metrics"])
+            self.rounds.append(Mark(what["round"], line.begin, line.end, what["state"], score))
         elif line.event == "resume":
             if what["round"] > max(len(self.rounds) - 1, 0):
                 raise damaged(self.path, number, f"it goes on from round {what['round']}, which was not completed")

@@ -34,6 +34,9 @@ class Evaluate(Part):
         max_examples: Of each owner in the rounds between, evenly spread over its test set; ``None`` takes all.
         ends: Of each owner before training and after the last round; ``None`` takes all.
         owners: How many owners are evaluated, evenly spread over all and the same ones each time; ``None`` takes all. What is pooled is theirs alone.
+        patience: Evaluations without a better headline after which the run ends early; ``None`` plays all rounds. Scores are compared on the
+            same sample in every round. It chooses by test data, so the score of the round that is chosen is optimistic.
+        min_delta: By how much, in the headline's own unit (0.01 of an accuracy is one point), a score must be better to count.
 
     Raises:
         ConfigError: if a number is out of range.
@@ -45,6 +48,8 @@ class Evaluate(Part):
     max_examples: int | None = 24
     ends: int | None = None
     owners: int | None = None
+    patience: int | None = None
+    min_delta: float = 0.0
 
     def __post_init__(self) -> None:
         if self.every < 0:
@@ -53,6 +58,12 @@ class Evaluate(Part):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"Evaluate.{name} is {value}; it must be 1 or more, or null for all.")
+        if self.patience is not None and self.patience < 1:
+            raise ConfigError(f"Evaluate.patience is {self.patience}; it must be 1 or more evaluations, or null to play all rounds.")
+        if self.patience is not None and self.every == 0:
+            raise ConfigError("Evaluate.patience needs evaluations, but every is 0, which never evaluates. Set every to 1 or more.")
+        if not (self.min_delta >= 0 and math.isfinite(self.min_delta)):
+            raise ConfigError(f"Evaluate.min_delta is {self.min_delta}; it must be a finite number from 0 up.")
 
     def chosen(self, clients: Sequence[ClientId]) -> Sequence[ClientId]:
         """The owners that are evaluated, of all in their fixed order."""
@@ -67,6 +78,17 @@ class Evaluate(Part):
     def most(self, round: int, last: int) -> int | None:
         """Test examples of each owner at round ``round`` of ``last``; ``None`` for all."""
         return self.ends if round in (0, last) else self.max_examples
+
+    def takes_the_sample(self, sizes: Sequence[int | None]) -> bool:
+        """Whether the evaluations of the first and the last round are on the same examples as those between.
+
+        Args:
+            sizes: Test examples of each owner; ``None`` where one does not tell.
+        """
+        if self.ends == self.max_examples:
+            return True
+        bounds = [bound for bound in (self.ends, self.max_examples) if bound is not None]
+        return bool(sizes) and all(size is not None and size <= min(bounds) for size in sizes)
 
 
 def estimated(task: Task, sums: Tree, num_examples: int, num_all: int) -> Tree:

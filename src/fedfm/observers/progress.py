@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO
 
+from fedfm.core.score import Score, best
 from fedfm.core.words import Metric, clean, count, duration, loss, number, size, sparkline
 from fedfm.observers.base import RunInfo, Watcher
 
@@ -66,6 +67,7 @@ class Story:
         pooled: The headline metric on everybody's held-out data, at each evaluation.
         error: Its standard error at the last evaluation, where that was on a sample.
         history: The headline metric of each owner at each evaluation; training loss where nothing is evaluated.
+        scores: Of each round, on the test examples that all rounds are compared on.
         sizes: What each owner's update weighs (its examples).
         rate: Tokens per second of the last round that trained.
         earlier: Seconds and bytes of earlier sessions.
@@ -83,6 +85,7 @@ class Story:
         self.train: float | None = None
         self.worst: tuple[str, float] | None = None
         self.history: dict[str, list[float | None]] = {}
+        self.scores: list[Score] = []
         self.evaluated = False
         self.sizes: dict[str, float] = {}
         self.rate: float | None = None
@@ -121,6 +124,7 @@ class Story:
     def add(self, record: RoundRecord) -> None:
         """Adds what a round's record says."""
         self.done = record.round
+        self.scores.append(Score.of(record.round, record.metrics))
         self.bytes_up += record.bytes_up
         self.bytes_down += record.bytes_down
         self.failures.extend((record.round, failure) for failure in failures(record))
@@ -192,17 +196,29 @@ class Story:
     def ending(self, finished: bool) -> str:
         """The run's closing line."""
         session = self.clock() - self.began
-        text = (
-            f"{'done' if finished else 'stopped'} after round {self.done}/{self.info.rounds} in {duration(self.earlier.seconds + session)}"
-        )
+        text = f"{'done' if finished else 'stopped'} after round {self.done}/{self.info.rounds}"
+        early = self.scores[-1].early if self.scores else None
+        if early is not None:
+            text += f" (ended early: no better score in {early['patience']} evaluations)"
+        text += f" in {duration(self.earlier.seconds + session)}"
         first, last, show = self.pooled[0] if self.pooled else None, self.value, self.metric.show
         if last is not None and len(self.pooled) > 1:
             text += f": {self.metric.title} {show(first)} -> {show(last)} ({self.metric.change(first, last)})"
+        text += self.best_round()
         text += f", {size(self.bytes_up)} up, {size(self.bytes_down)} down"
         if self.info.resumed_from is not None:
             up, down = self.bytes_up - self.earlier.bytes_up, self.bytes_down - self.earlier.bytes_down
             text += f" in the whole run ({duration(session)}, {size(up)} up and {size(down)} down in this session)"
         return text + (f", {len(self.failures)} failed {'answer' if len(self.failures) == 1 else 'answers'}" if self.failures else "")
+
+    def best_round(self) -> str:
+        """The best round where it is not the last; nothing otherwise."""
+        scores = {score.round: score.cost for score in self.scores}
+        chosen = best(self.scores)
+        if chosen is None or chosen == self.done:
+            return ""
+        value = self.metric.cost(scores[chosen] or 0.0)
+        return f", best round {chosen} with {self.metric.title} {self.metric.show(value)} on the sample of test data that chose it (optimistic)"
 
 
 @dataclass(frozen=True)

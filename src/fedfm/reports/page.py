@@ -61,6 +61,15 @@ def render(folder: Path) -> Path:
     Raises:
         RunError: if ``folder`` is not a run's, or cannot be written.
     """
+    return write_page("report.html", folder / "report.html", picture(read(folder)))
+
+
+def write_page(template: str, path: Path, values: Mapping[str, Any]) -> Path:
+    """Writes a page from a template of this folder and returns its path.
+
+    Raises:
+        RunError: if it cannot be written.
+    """
     import jinja2
 
     environment = jinja2.Environment(
@@ -71,8 +80,7 @@ def render(folder: Path) -> Path:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"clean": clean, "loss": loss, "count": count, "size": size}
-    path = folder / "report.html"
-    write_atomic(path, environment.get_template("report.html").render(picture(read(folder))).encode("utf-8", "replace"))
+    write_atomic(path, environment.get_template(template).render(values).encode("utf-8", "replace"))
     return path
 
 
@@ -84,7 +92,10 @@ def picture(run: Run) -> dict[str, Any]:
         "name": run.name,
         "headline": headline(run),
         "verdict": table.verdict(run.compare) if run.compare else "",
+        "best": best_round(run),
         "travelled": table.travelled(run.compare) if run.compare else "",
+        "spent": table.spent(run.compare) if run.compare else "",
+        "curves": bool(run.compare and table.curve(run.compare, "centralised", run.metric)),
         "tiles": tiles(run),
         "metric": run.metric,
         "chart": chart(run),
@@ -153,6 +164,23 @@ def headline(run: Run) -> str:
     return f"{rounds(end.round)} {verb} the {what} {way} from {show(first.value)} to {show(end.value)} ({metric.change(first.value, end.value)})."
 
 
+def best_round(run: Run) -> str:
+    """Which round was best where that is not the last, and whether the run ended early."""
+    best, last, metric = run.best, run.rounds[-1] if run.rounds else None, run.metric
+    if best is None or last is None:
+        return ""
+    text = ""
+    if best is not last:
+        text = (
+            f"Round {best.round} was best: {metric.title} {metric.show(best.scored)} on the test examples that all rounds are compared on, "
+            f"where the last round has {metric.show(last.scored)}. It was chosen by test data, so its score is optimistic. "
+        )
+    early = last.score.early
+    if early is not None:
+        text += f"The run ended early after round {last.round} of {count(early.get('rounds'))}: no better score in {count(early.get('patience'))} evaluations."
+    return text.strip()
+
+
 def tiles(run: Run) -> list[Tile]:
     """The first row of numbers."""
     shown: list[Tile] = []
@@ -214,9 +242,12 @@ def _from(before: float | None, after: float | None, metric: Metric) -> str:
 def chart(run: Run) -> Markup:
     """The headline by round: pooled, the worst owner, the owners' range, and the two ends where they are known."""
     evaluated, metric = run.evaluations, run.metric
+    # Beside the ends' curves, the run's own is on the same examples as theirs throughout.
+    alike = bool(run.compare and table.curve(run.compare, "centralised", metric))
+    pooled = [(r.round, r.scored if alike and r.scored is not None else r.value) for r in evaluated if r.pooled]
     lines = [
         svg.Line("worst owner", "worst", [(r.round, r.worst[1] if r.worst else None) for r in evaluated if r.owners]),
-        svg.Line("pooled", "federated", [(r.round, r.value) for r in evaluated if r.pooled]),
+        svg.Line("pooled", "federated", pooled),
     ]
     if metric.name == "loss":
         lines.append(_training(run))
@@ -240,11 +271,17 @@ def _training(run: Run) -> svg.Line:
 
 
 def _drawn(run: Run, lines: Sequence[svg.Line], band: Sequence[tuple[float, float, float]], metric: Metric) -> Markup:
-    row = table.pooled(run.compare, metric) if run.compare else None
+    compare = run.compare or {}
+    row = table.pooled(compare, metric) if run.compare else None
+    curves = {
+        "local": svg.Line("each alone, own data", "local", table.curve(compare, "local", metric)),
+        "centralised": svg.Line("centralised", "centralised", table.curve(compare, "centralised", metric)),
+    }
+    lines = [*(curve for curve in curves.values() if curve.points), *lines]
     levels = [
         svg.Line(label, style, [(0, value)])
         for label, style, value in (("local-only", "local", row.local), ("centralised", "centralised", row.centralised))
-        if value is not None
+        if value is not None and not curves[style].points
     ] if row else []  # fmt: skip
     drawn = [line for line in lines if line.points]
     ends = ", ".join(f"{line.label} from {metric.show(line.points[0][1])} to {metric.show(line.points[-1][1])}" for line in drawn)

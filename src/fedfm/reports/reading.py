@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from fedfm.core.errors import RunError
 from fedfm.core.journal import Journal
+from fedfm.core.score import Score, best
 from fedfm.core.words import LOSS, Metric, number
 
 
@@ -26,6 +28,7 @@ class Round:
         metric: The headline.
         error: Its standard error, where the evaluation was on a sample.
         tokens: Tokens trained on.
+        score: The headline on the test examples that all rounds are compared on.
     """
 
     round: int
@@ -41,6 +44,12 @@ class Round:
     seconds: Mapping[str, float] = field(default_factory=dict)
     cohort: Sequence[str] = ()
     failures: Sequence[Mapping[str, Any]] = ()
+    score: Score = field(default_factory=partial(Score, 0))
+
+    @property
+    def scored(self) -> float | None:
+        """The score as the headline."""
+        return None if self.score.cost is None else self.metric.cost(self.score.cost)
 
     @property
     def value(self) -> float | None:
@@ -73,6 +82,10 @@ class Run:
         compare: The comparison table, where ``fedfm compare`` has filled it.
         envelope: The journal's first line: versions, threads, platform.
         plan: What was chosen for the whole run.
+        fields: The recipe as plain values.
+        data: Fingerprint of its prepared data.
+        base: Digests of its base model and tokenizer.
+        ended: Whether it played all of its rounds, or ended early, and wrote its model.
     """
 
     name: str
@@ -83,11 +96,21 @@ class Run:
     compare: Mapping[str, Any] | None
     envelope: Mapping[str, Any]
     plan: Mapping[str, Any]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    data: str = ""
+    base: str = ""
+    ended: bool = False
 
     @property
     def evaluations(self) -> list[Round]:
         """Rounds in which held-out metrics were asked for."""
         return [round for round in self.rounds if round.evaluated]
+
+    @property
+    def best(self) -> Round | None:
+        """The round with the best score."""
+        chosen = best(round.score for round in self.rounds)
+        return next((round for round in self.rounds if round.round == chosen), None)
 
     @property
     def metric(self) -> Metric:
@@ -108,8 +131,9 @@ def read(folder: Path) -> Run:
     rounds = {item.round: item for item in map(_round, _lines(folder / "metrics.jsonl"))}
     split = _json(folder / "split.json")
     compare = _json(folder / "compare.json")
+    fields, base = _fields(recipe), journal.first.get("base", {})
     return Run(
-        name=_name(recipe) or folder.resolve().name,
+        name=str(fields.get("name") or "") or folder.resolve().name,
         recipe=recipe,
         rounds=[rounds[k] for k in sorted(rounds)],
         ledger=_mapping(_json(folder / "ledger.json")),
@@ -117,6 +141,10 @@ def read(folder: Path) -> Run:
         compare=compare if isinstance(compare, dict) else None,
         envelope={name: value for name, value in journal.first.get("start", {}).items() if name != "event"},
         plan=journal.choices,
+        fields=fields,
+        data=str(journal.first.get("data", {}).get("fingerprint", "")),
+        base=" ".join(str(base[name]) for name in ("weights", "tokenizer") if name in base),
+        ended=journal.ended,
     )
 
 
@@ -126,8 +154,10 @@ def _round(line: Mapping[str, Any]) -> Round:
     metric = Metric.from_json(report.get("headline"))
     failed = _mapping(report.get("failed")).items()
     numbers_of_clients = [_mapping(item) for item in _mapping(line.get("clients")).values()]
+    place = int(number(line.get("round")) or 0)
     return Round(
-        round=int(number(line.get("round")) or 0),
+        round=place,
+        score=Score.of(place, metrics),
         evaluated="eval" in metrics,
         pooled=numbers(report.get("pooled")),
         owners={owner: number(_mapping(item).get(metric.name)) for owner, item in _mapping(report.get("owners")).items()},
@@ -182,10 +212,10 @@ def _parse(path: Path, line: int, text: str) -> Any:
         ) from error
 
 
-def _name(recipe: str) -> str:
+def _fields(recipe: str) -> Mapping[str, Any]:
     import yaml
 
     try:
-        return str(_mapping(yaml.safe_load(recipe)).get("name") or "")
+        return _mapping(yaml.safe_load(recipe))
     except (yaml.YAMLError, ValueError, RecursionError):
-        return ""  # the report shows a recipe that cannot be read as it is
+        return {}  # the report shows a recipe that cannot be read as it is

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedfm.core.words import LOSS, Metric, clean, count, listed, number, size
+from fedfm.core.words import LOSS, Metric, clean, count, duration, listed, number, size
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -179,6 +179,30 @@ def travelled(compare: Mapping[str, Any]) -> str:
     return text + (f"; sending the whole model would have been {size(full)} ({full / total:,.0f} times as much)" if full and total else "")
 
 
+def curve(compare: Mapping[str, Any], end: str, metric: Metric) -> list[tuple[float, float | None]]:
+    """A metric by round of an end (``local``, ``centralised``) while it trained; nothing where it was not scored."""
+    curves = compare.get("curves")
+    points = curves.get(end) if isinstance(curves, dict) else None
+    known = [point for point in (points if isinstance(points, list) else []) if isinstance(point, dict)]
+    return [(number(point.get("round")) or 0.0, _value(point.get("pooled"), metric.name)) for point in known]
+
+
+SPENT = {
+    "federated": "federated run",
+    "local": "each owner alone",
+    "centralised": "all data in one place",
+    "curves": "learning curves of these two",
+    "evaluate": "scores of all",
+}
+
+
+def spent(compare: Mapping[str, Any]) -> str:
+    """Where the time of the comparison went, or nothing where it is not known."""
+    seconds = compare.get("seconds")
+    known = {key: number(seconds.get(key)) for key in SPENT} if isinstance(seconds, dict) else {}
+    return ", ".join(f"{SPENT[key]} {duration(value)}" for key, value in known.items() if value is not None)
+
+
 def _sections(compare: Mapping[str, Any], limit: int) -> tuple[list[Row], int, list[Row]]:
     rows = owner_rows(compare)
     last = ([mean_row(rows)] if len(rows) > 1 else []) + [pooled(compare)]
@@ -209,9 +233,9 @@ def comparison_lines(compare: Mapping[str, Any], limit: int = 20) -> list[str]:
 
 def _remarks(compare: Mapping[str, Any]) -> list[str]:
     """What is said below the table, a line each."""
-    moved = travelled(compare)
+    moved, time = travelled(compare), spent(compare)
     verdicts = (own_verdict(owner_rows(compare)), pooled_verdict(compare))
-    return [text for text in (*verdicts, everybody(compare), moved and f"Travelled: {moved}.") if text]
+    return [text for text in (*verdicts, everybody(compare), moved and f"Travelled: {moved}.", time and f"Time: {time}.") if text]
 
 
 def show_comparison(compare: Mapping[str, Any]) -> None:

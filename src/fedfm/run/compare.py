@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +18,7 @@ from fedfm.client.requests import start_of, stays_home
 from fedfm.core.errors import DataError
 from fedfm.core.messages import ClientId
 from fedfm.core.parts import RoundContext, Update, Work, innermost
-from fedfm.core.task import Examples
+from fedfm.core.task import Examples, Task
 from fedfm.core.tree import Tree
 from fedfm.data import Sample
 from fedfm.engines import Embedded
@@ -34,6 +34,8 @@ Stage = Callable[[str, int | None, int | None], None]
 Scores = dict[str, Any]
 TOGETHER = 512
 """Examples of everybody's test data on which each model is scored, unless ``evaluate.max_examples`` is null."""
+CURVE = 10
+"""Evaluations of an end while it trains, the one before training not counted."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,9 @@ class Comparison:
         everybody: ``examples`` of everybody's test data that ``pooled`` is made on, the same ones for all models, ``of`` how many, and the
             standard ``error`` of the headline of each of the four where that is not all.
         travelled: ``bytes_up`` and ``bytes_down``, and ``bytes_if_full_model`` had the whole model gone both ways.
-        seconds: What each of the three took.
+        seconds: What each of the three took; ``curves``, the evaluations of the ends while they trained, and ``evaluate``, all others.
+        curves: For ``local`` and ``centralised``: ``round`` and the ``pooled`` metrics after as many steps as that many rounds have, on the test
+            examples that the run's own scores are made on. Under ``local`` each owner's test data is scored with its own model.
     """
 
     owners: list[dict[str, Any]]
@@ -57,6 +61,7 @@ class Comparison:
     everybody: dict[str, Any]
     travelled: dict[str, int]
     seconds: dict[str, float]
+    curves: dict[str, list[dict[str, Any]]]
 
     def to_json(self) -> dict[str, Any]:
         """As written to ``compare.json``."""
@@ -107,6 +112,7 @@ class _Ends:
         self.start = self.house.start
         self.ledger = folder.ledger(folder.journal.rounds[-1])
         self.after = latest_state(folder.path)
+        self.scored = [score.round for score in folder.journal.scores if score.evaluated]
         # What the server sends beside the parameters, such as SCAFFOLD's control variate.
         travelling = self.plan.travelling(self.start)
         self.sent = self.plan.server.broadcast(travelling, self.plan.server.init(travelling))
@@ -116,6 +122,7 @@ class _Ends:
         self.tests = whole if ends is None else {client: Sample(test, ends) for client, test in whole.items()}
         self.everybody = sampled(self.tests, None if self.plan.evaluate.max_examples is None else TOGETHER)
         self.is_all = sum(map(len, self.everybody.values())) == sum(map(len, self.tests.values()))
+        self.curves = {end: self.curve(whole) for end in ("local", "centralised")}
 
     def compare(self, stage: Stage) -> Comparison:
         began = time.perf_counter()
@@ -125,8 +132,10 @@ class _Ends:
         if not own["before"]["owners"]:
             raise DataError("No owner has test data, so there is nothing to compare on. Give data.test, or a data.test_fraction above 0.")
         seconds = {"federated": self.ledger.seconds, "evaluate": time.perf_counter() - began}
+        start = self.house.tuned.spec.flatten(self.start).unsqueeze(0)
 
-        began, num_clients = time.perf_counter(), len(self.house.clients)
+        began, num_clients, curve = time.perf_counter(), len(self.house.clients), self.curves["local"]
+        curve.at(0, list(curve.sets), start)
         local: dict[ClientId, dict[str, float]] = {}
         alone = []
         stage("Training each owner alone", 0, num_clients)
@@ -136,13 +145,15 @@ class _Ends:
             local[client] = mine["owners"].get(client, {})
             alone.append(scores)
             stage("Training each owner alone", done + 1, num_clients)
-        seconds["local"] = time.perf_counter() - began
+        seconds["local"] = time.perf_counter() - began - curve.seconds
 
-        began = time.perf_counter()
+        began, curve = time.perf_counter(), self.curves["centralised"]
+        curve.totals.update({round: totals for round, totals in self.curves["local"].totals.items() if round == 0})
         stage("Training on all data in one place", None, None)
         models["centralised"] = [self.centralised()]
         own["centralised"] = self.score(models["centralised"], self.tests)
-        seconds["centralised"] = time.perf_counter() - began
+        seconds["centralised"] = time.perf_counter() - began - curve.seconds
+        seconds["curves"] = sum(curve.seconds for curve in self.curves.values())
         together = own if self.is_all else {way: self.score(models[way], self.everybody) for way in models}
         return self.table(own, local, together, alone, seconds)
 
@@ -180,6 +191,7 @@ class _Ends:
                 "bytes_if_full_model": 2 * full * self.ledger.client_rounds,
             },
             seconds=seconds,
+            curves={end: curve.points() for end, curve in self.curves.items()},
         )
 
     def federated(self) -> list[Tree]:
@@ -190,6 +202,18 @@ class _Ends:
             return [params]
         memories = {client: house.memory.load(client, counted.get(client)) if stays_home(house) else {} for client in house.clients}
         return [start_of(params, own[client], memory, house).all for client, memory in memories.items()]
+
+    def curve(self, tests: Mapping[ClientId, Examples]) -> _Curve:
+        """An empty learning curve, at rounds in which the run was scored and on the examples of those scores."""
+        most = self.plan.evaluate.max_examples
+        sets = {
+            client: tests[client] if most is None else Sample(tests[client], most)
+            for client in self.plan.evaluate.chosen(self.house.clients)
+            if self.sizes[client]
+        }
+        rounds = [round for round in self.scored if 0 < round <= self.after.round]
+        chosen = {rounds[(i + 1) * len(rounds) // CURVE - 1] for i in range(CURVE)} if len(rounds) > CURVE else set(rounds)
+        return _Curve(self.plan.task, self.house.bank, sets, self.sizes, chosen)
 
     def score(self, models: Sequence[Tree], sets: Mapping[ClientId, Examples]) -> Scores:
         """Metrics on sets of test examples, and pooled, of one model for all or of one for each owner."""
@@ -211,7 +235,9 @@ class _Ends:
             for first in range(0, len(clients), self.bank_size):
                 jobs = [Job(client, self.house.shard(client).train) for client in clients[first : first + self.bank_size]]
                 yield from zip(
-                    (job.client for job in jobs), self.trained("alone", jobs, replace(self.work, steps=steps, epochs=None)), strict=True
+                    (job.client for job in jobs),
+                    self.trained("alone", jobs, replace(self.work, steps=steps, epochs=None), self.curves["local"].at),
+                    strict=True,
                 )
 
     def centralised(self) -> Tree:
@@ -225,7 +251,9 @@ class _Ends:
             # The batch of a whole cohort, in parts that fit into memory as a bank does.
             together = max(size for size in range(1, cohort + 1) if size <= self.bank_size and cohort % size == 0)
             work = replace(work, batch_size=work.batch_size * together, accumulate=work.accumulate * cohort // together)
-        (params,) = self.trained("centralised", [Job(everyone.ids[0], examples)], work)
+        curve = self.curves["centralised"]
+        watch: Curve = lambda round, _, theta_kd: curve.at(round, list(curve.sets), theta_kd)  # noqa: E731
+        (params,) = self.trained("centralised", [Job(everyone.ids[0], examples)], work, watch)
         return params
 
     @property
@@ -239,9 +267,13 @@ class _Ends:
         # Whatever engine ran the federation, its ends are trained here.
         return Embedded(bank=self.plan.engine.bank, device=self.plan.engine.device).open(self.house).bank_size()
 
-    def trained(self, name: str, jobs: list[Job], work: Work) -> list[Tree]:
-        """What comes of each job in all the rounds, ``work.steps`` steps in each, without a federation."""
-        local, server, rounds = innermost(self.plan.local), self.plan.server, self.plan.rounds
+    def trained(self, name: str, jobs: list[Job], work: Work, watch: Curve) -> list[Tree]:
+        """What comes of each job in all the rounds, ``work.steps`` steps in each, without a federation.
+
+        Args:
+            watch: Shown the parameters when each round is over.
+        """
+        local, server, rounds = innermost(self.plan.local), self.plan.server, self.after.round
         bank, spec = self.house.bank, self.house.tuned.spec
         bank = Bank(self.house.tuned, self.plan.task, local, bank.pad_id, bank.device, self.house.key.fold(name))
         steps = work.steps or 0
@@ -252,7 +284,11 @@ class _Ends:
             return [self.start for _ in jobs]
         if "plain-step" in server.traits().is_ and local.lr_at(0, steps, 1) == local.lr_at(0, steps, rounds):
             # Rounds mean nothing to somebody alone: one training that never stops.
-            done = bank.train(self.start, jobs, 1, replace(work, steps=rounds * steps))
+            def by_round(step: int, clients: Sequence[ClientId], theta_kd: torch.Tensor) -> None:
+                if step % steps == 0:
+                    watch(step // steps, clients, theta_kd)
+
+            done = bank.train(self.start, jobs, 1, replace(work, steps=rounds * steps), watch=by_round)
             return [spec.unflatten(own.params_d) for own in done]
         # With one local step in a round the optimizer is the server's, and a rate may fall from round to round.
         params_k: list[Tree] = [self.start for _ in jobs]
@@ -262,6 +298,7 @@ class _Ends:
             for k, own in enumerate(done):
                 ctx = RoundContext(round, bank.key, params_k[k], 1, own.client)
                 params_k[k], state_k[k] = server.step(params_k[k], Update(own.delta), state_k[k], ctx)
+            watch(round, [job.client for job in jobs], torch.stack([spec.flatten(params) for params in params_k]))
         return params_k
 
     def steps(self, num_examples: int) -> int:
@@ -271,6 +308,44 @@ class _Ends:
             return work.steps
         batch = num_examples if work.batch_size is None else work.batch_size * work.accumulate
         return (work.epochs or 1) * math.ceil(num_examples / max(batch, 1))
+
+
+Curve = Callable[[int, Sequence[ClientId], torch.Tensor], None]
+"""Called with a round that is over, whose parameters they are, and the parameters ``(K, D)``."""
+
+
+class _Curve:
+    """The learning curve of an end.
+
+    Args:
+        sets: Test examples of each owner that it is scored on.
+        sizes: How many each owner has in all.
+        rounds: Rounds after which it is scored.
+    """
+
+    def __init__(
+        self, task: Task, bank: Bank, sets: Mapping[ClientId, Examples], sizes: Mapping[ClientId, int], rounds: Collection[int]
+    ) -> None:
+        self.task, self.bank, self.sets, self.sizes, self.rounds = task, bank, sets, sizes, {0, *rounds} if rounds else set()
+        self.totals: dict[int, dict[ClientId, Tree]] = {}
+        self.seconds = 0.0
+
+    def at(self, round: int, clients: Sequence[ClientId], theta_kd: torch.Tensor) -> None:
+        """Scores models after a round, each on its owner's examples; or one model on the examples of all these owners."""
+        rows = [k for k, client in enumerate(clients) if client in self.sets]
+        if round not in self.rounds or not rows:
+            return
+        began = time.perf_counter()
+        own = {clients[k]: self.sets[clients[k]] for k in rows}
+        sums = self.bank.evaluate(theta_kd if len(theta_kd) == 1 else theta_kd[rows], list(own.values()))
+        for i, (client, examples) in enumerate(own.items()):
+            measured = {name: value[i].cpu() for name, value in sums.items()}
+            self.totals.setdefault(round, {})[client] = estimated(self.task, measured, len(examples), self.sizes[client])
+        self.seconds += time.perf_counter() - began
+
+    def points(self) -> list[dict[str, Any]]:
+        """The scores by round, pooled over owners."""
+        return [{"round": round, "pooled": summary(self.task, totals)["pooled"]} for round, totals in sorted(self.totals.items())]
 
 
 def sampled(tests: Mapping[ClientId, Examples], most: int | None) -> dict[ClientId, Examples]:

@@ -2,7 +2,7 @@
 
     recipe.yaml               exactly what ran, every field written out
     journal.jsonl             what happened, append-only; a round is committed by its line here
-    state/round-000007.safetensors   the server's state after a round; the last two are kept
+    state/round-000007.safetensors   the server's state after a round; the last two are kept, and the one with the best score
     metrics.jsonl             a line for each committed round, round 0 is the evaluation before training
     ledger.json               what it cost
     split.json                who owns how much of what
@@ -27,7 +27,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -37,6 +37,7 @@ from fedfm.core.errors import RunError
 from fedfm.core.journal import Journal, Mark
 from fedfm.core.parts import ServerState
 from fedfm.core.round import RoundRecord
+from fedfm.core.score import best
 from fedfm.run.ledger import Ledger
 
 RECIPE, JOURNAL, METRICS, LEDGER, SPLIT, COMPARE, MODEL = (
@@ -187,7 +188,20 @@ class RunFolder:
         self.note("round", round=state.round, state=_digest(data), record=line, ledger=ledger.to_json())
         disk.append(self.path / METRICS, _json(line))
         disk.write_atomic(self.path / LEDGER, _pretty(ledger.to_json()))
-        for old in sorted((self.path / "state").glob("round-*.safetensors"))[:-_KEEP]:
+        self.remove_old_states()
+
+    def remove_old_states(self) -> None:
+        """Removes states but the last ones and the best one.
+
+        A run that finds its last state damaged goes back a round, so the state that was best until then is kept as well.
+
+        Raises:
+            RunError: if one cannot be removed.
+        """
+        marks = self.journal.rounds
+        rounds = {mark.round for mark in marks[-_KEEP:]} | {best(self.journal.scores[: len(marks) - back]) for back in range(_KEEP)}
+        kept = {self._state_file(round) for round in rounds if round is not None}
+        for old in sorted(set((self.path / "state").glob("round-*.safetensors")) - kept):
             try:
                 old.unlink()
             except OSError as error:
@@ -283,6 +297,32 @@ class RunFolder:
             stray.unlink()
         return None if newest is None else (newest[1], ledger)
 
+    def state_of(self, round: int | Literal["best"]) -> ServerState:
+        """The state after a round.
+
+        Args:
+            round: Its number, or ``best`` for the round with the best score.
+
+        Raises:
+            RunError: if there is no such round, or its state is not kept or damaged.
+        """
+        marks, chosen = self.journal.rounds, best(self.journal.scores)
+        kept = [mark.round for mark in marks if self._state_file(mark.round).is_file()]
+        names = ", ".join(f"{number} (best)" if number == chosen else str(number) for number in kept)
+        if round == "best":
+            if chosen is None:
+                raise RunError(
+                    f"{self.path} has no best round: no round that it kept was evaluated. Rounds with a state: {names or 'none'}."
+                )
+            round = chosen
+        state = self._load(marks[round]) if 0 <= round < len(marks) else None
+        if state is None:
+            raise RunError(
+                f"{self.path} has no intact state of round {round}: a run keeps its last {_KEEP} rounds and the best one. "
+                f"Rounds with a state: {names or 'none'}."
+            )
+        return state
+
     def _state_file(self, round: int) -> Path:
         return self.path / "state" / f"round-{round:06d}.safetensors"
 
@@ -320,9 +360,23 @@ def latest_state(path: Path) -> ServerState:
     Raises:
         RunError: if there is no run, or no round was committed.
     """
+    return state_after(path)
+
+
+def state_after(path: Path, round: int | Literal["last", "best"] = "last") -> ServerState:
+    """The state of the run in ``path`` after a round, for reading only.
+
+    Args:
+        round: The newest intact one (``last``), the one with the best score (``best``), or a round's number, whose state must be kept still.
+
+    Raises:
+        RunError: if there is no run, no round was committed, or the state of that round is not kept.
+    """
     if not (path / RECIPE).is_file():
         raise RunError(f"{path} holds no run (there is no {RECIPE} in it).")
     folder = RunFolder(path, read_journal(path))
+    if round != "last":
+        return folder.state_of(round)
     for mark in reversed(folder.journal.rounds[-_KEEP:]):
         if (state := folder._load(mark)) is not None:
             return state

@@ -8,7 +8,7 @@ import logging
 import platform
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -28,7 +28,9 @@ from fedfm.core.messages import Failure, Reply
 from fedfm.core.parts import ServerState, Session
 from fedfm.core.roster import Roster
 from fedfm.core.round import Meter, RoundRecord, play, start
+from fedfm.core.score import EARLY, SCORE, Score, has_ended_early, waited
 from fedfm.core.version import VERSION
+from fedfm.core.words import Metric
 from fedfm.federation import Federation
 from fedfm.models.foundation import device_of, flops_per_token
 from fedfm.observers.base import RunInfo, Watcher
@@ -80,7 +82,9 @@ def resume(
 
     Args:
         rounds: A new number of rounds in all.
-        federation: A changed recipe; only ``rounds`` and ``observers`` may differ from what ran.
+        federation: A changed recipe; only ``rounds``, ``observers``, ``evaluate.patience`` and ``evaluate.min_delta`` may differ from what ran.
+
+    A run that ended early goes on where more rounds, a larger patience or a smaller ``min_delta`` is asked for.
 
     Raises:
         RunError: if there is no run, its recipe has changed, or more rounds are done than are asked for.
@@ -110,7 +114,9 @@ def resume(
                 f"{path} has completed {done} rounds, more than the {federation.rounds} asked for. Ask for rounds={done} or more."
             )
         restored = folder.restore()
-        if restored is None or restored[0].round < federation.rounds:
+        if restored is None or (
+            restored[0].round < federation.rounds and not _is_over(federation, folder.journal.scores[: restored[0].round + 1])
+        ):
             (path / COMPARE).unlink(missing_ok=True)  # it compares a model that is about to change
         folder.write_text(RECIPE, dump(federation))
         if ran is None:
@@ -143,13 +149,24 @@ def _note_start(folder: RunFolder, federation: Federation) -> None:
 
 
 def _require_same(ran: Federation, asked: Federation, path: Path) -> None:
-    before, after = (dump(replace(f, rounds=0, observers=())).splitlines() for f in (ran, asked))
+    before, after = (dump(_unchanging(f)).splitlines() for f in (ran, asked))
     if before != after:
         lines = [line for line in difflib.unified_diff(before, after, n=0, lineterm="") if not line.startswith(("---", "+++", "@@"))]
         raise RunError(
             f"The recipe of {path} has changed since its rounds were played; what follows would belong to neither. "
-            "Only rounds and observers may change. Undo this, or start a new run:\n" + "\n".join(f"  {line}" for line in lines)
+            "Only rounds and observers may change, and evaluate's patience and min_delta. Undo this, or start a new run:\n"
+            + "\n".join(f"  {line}" for line in lines)
         )
+
+
+def _unchanging(federation: Federation) -> Federation:
+    """What must stay as it is while a run goes on."""
+    return replace(federation, rounds=0, observers=(), evaluate=replace(federation.evaluate, patience=None, min_delta=0.0))
+
+
+def _is_over(federation: Federation, scores: Sequence[Score]) -> bool:
+    """Whether the run has ended before its last round."""
+    return has_ended_early(scores, federation.rounds, federation.evaluate.patience, federation.evaluate.min_delta)
 
 
 @dataclass
@@ -206,12 +223,12 @@ def _go(
             if finding.level == "warning":
                 log.warning("%s: %s", finding.where, finding.text)
         state, ledger = restored or (start(plan, house.start), Ledger())
-        if state.round < plan.rounds:
+        if state.round < plan.rounds and not (folder is not None and _is_over(plan, folder.journal.scores)):
             watch.stage("Trying the model with a few tokens")
             session.settle()
         if folder is not None:
             _note_choices(folder, house)
-        game = _Game(simulation, session, folder, watch)
+        game = _Game(simulation, session, roster, folder, watch, [] if folder is None else folder.journal.scores)
         watch.start(game.info(None if restored is None else state.round))
 
         if restored is None:
@@ -220,9 +237,9 @@ def _go(
             record = game.evaluated(state, RoundRecord(0, (), (), {}, {}, 0, 0))
             ledger = game.commit(state, record, ledger)
             yield state, record
-        if state.round < plan.rounds:
+        if game.goes_on(state):
             watch.stage(f"Training round {state.round + 1}; the first round takes longer, because the data is read and memory is reserved")
-        while state.round < plan.rounds:
+        while game.goes_on(state):
             state, record = play(plan, state, session, simulation.clients, simulation.key, partial(watch.answer, state.round + 1))
             if state.round == plan.rounds and plan.evaluate.due(state.round, plan.rounds):
                 watch.stage(f"Evaluating after the last round, on {_tests(plan.evaluate.most(state.round, plan.rounds))}")
@@ -290,8 +307,15 @@ class _Game:
 
     simulation: Simulation
     session: Session
+    roster: Roster
     folder: RunFolder | None
     watch: _Watchers
+    scores: list[Score]
+
+    def goes_on(self, state: ServerState) -> bool:
+        """Whether another round follows."""
+        plan = self.simulation.federation
+        return state.round < plan.rounds and not _is_over(plan, self.scores)
 
     def info(self, resumed_from: int | None) -> RunInfo:
         """What is known before the first round."""
@@ -314,18 +338,45 @@ class _Game:
         )
 
     def evaluated(self, state: ServerState, record: RoundRecord) -> RoundRecord:
-        """The record with ``eval`` among its metrics, where an evaluation is due."""
-        plan, house = self.simulation.federation, self.simulation.house
+        """The record with ``eval`` and the score among its metrics, where an evaluation is due; and with the reason, where the run ends early."""
+        plan = self.simulation.federation
         if not plan.evaluate.due(record.round, plan.rounds):
             return record
         meter = Meter(self.session)
         began = meter.clock.now()
-        classes = max(len(house.labels), 2)
-        report = Evaluation().report(plan, state, meter, house.clients, house.key, classes)
+        sample = replace(plan, evaluate=replace(plan.evaluate, ends=plan.evaluate.max_examples))
+        report = sampled = self._report(sample, state, meter)
+        metrics = {**record.metrics, **_score(sampled)}
+        early = self._ends_early(Score.of(record.round, {**metrics, "eval": sampled}))
+        if early:
+            metrics[EARLY] = early
+            waiting = early["patience"]
+            self.watch.stage(
+                f"Ending early after round {record.round}: {waiting} evaluation{'' if waiting == 1 else 's'} without a better score"
+            )
+        if (early or record.round in (0, plan.rounds)) and not plan.evaluate.takes_the_sample(self._test_sizes()):
+            # What the run ends with is evaluated on as much as its last round would have been.
+            report = self._report(replace(plan, rounds=record.round), state, meter)
         for client, reason in report.get("failed", {}).items():
             log.warning("round %d: %s could not be evaluated: %s", record.round, client, reason)
-        metrics = {**record.metrics, "eval": report, "bytes_evaluate": meter.bytes_up + meter.bytes_down}
+        metrics |= {"eval": report, "bytes_evaluate": meter.bytes_up + meter.bytes_down}
         return replace(record, metrics=metrics, seconds={**record.seconds, "evaluate": meter.clock.now() - began})
+
+    def _test_sizes(self) -> list[int | None]:
+        known = [self.roster.holdings.get(client) for client in self.roster.ids]
+        return [None if holding is None else holding.test for holding in known]
+
+    def _report(self, plan: Federation, state: ServerState, meter: Meter) -> dict[str, Any]:
+        house = self.simulation.house
+        return Evaluation().report(plan, state, meter, house.clients, house.key, max(len(house.labels), 2))
+
+    def _ends_early(self, score: Score) -> dict[str, Any]:
+        """Why the run ends after this round; nothing where it goes on, or would have ended anyway."""
+        plan = self.simulation.federation
+        patience, min_delta = plan.evaluate.patience, plan.evaluate.min_delta
+        if patience is None or score.round >= plan.rounds or waited([*self.scores, score], patience, min_delta) < patience:
+            return {}
+        return {"rounds": plan.rounds, "patience": patience, "min_delta": min_delta}
 
     def commit(self, state: ServerState, record: RoundRecord, ledger: Ledger) -> Ledger:
         """Makes a round last; the ledger after it."""
@@ -335,8 +386,15 @@ class _Game:
             with _uninterrupted():
                 _note_choices(folder, house)
                 folder.commit(state, record, ledger)
+        self.scores.append(Score.of(record.round, record.metrics))
         self.watch.round(record)
         return ledger
+
+
+def _score(report: Mapping[str, Any]) -> dict[str, Any]:
+    """The headline of an evaluation on the sample; nothing where nobody has test data."""
+    name = Metric.from_json(report.get("headline")).name
+    return {SCORE: report["pooled"][name]} if name in report["pooled"] else {}
 
 
 def _finish(house: House, folder: RunFolder, state: ServerState, ledger: Ledger) -> None:
@@ -348,6 +406,7 @@ def _finish(house: House, folder: RunFolder, state: ServerState, ledger: Ledger)
 
     if stays_home(house):
         log.warning("model/ holds the parameters that stay at home as they were at the start; each owner's own are in its memory.")
+    folder.remove_old_states()  # a crash may have left some
     folder.rewrite_folder(MODEL, write)
     folder.note("end", round=state.round, ledger=ledger.to_json())
     render(folder.path)

@@ -6,7 +6,7 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
@@ -21,7 +21,7 @@ from fedfm.models import Foundation, load
 from fedfm.models.foundation import save
 from fedfm.recipe import read
 from fedfm.run.base import require_base
-from fedfm.run.folder import RECIPE, latest_state, read_journal
+from fedfm.run.folder import RECIPE, read_journal, state_after
 from fedfm.tasks import Instruct
 
 log = logging.getLogger(__name__)
@@ -31,20 +31,23 @@ _COLDEST = 1e-3
 
 @dataclass
 class Result:
-    """A run's base model and its newest tuning. Reads the run's folder and changes nothing in it; needs no data."""
+    """A run's base model and its tuning after a round. Reads the run's folder and changes nothing in it; needs no data."""
 
     federation: Federation
     foundation: Foundation
     state: ServerState
 
     @staticmethod
-    def open(path: Path) -> Result:
+    def open(path: Path, round: int | Literal["last", "best"] = "last") -> Result:
         """The result of the run in ``path``, finished or not.
 
+        Args:
+            round: ``last``; ``best`` for the round with the best score; or the number of a round whose state is kept.
+
         Raises:
-            RunError: if there is no run, no round was completed, or the base has changed since.
+            RunError: if there is no run, no round was completed, the state of that round is not kept, or the base has changed since.
         """
-        state = latest_state(path)
+        state = state_after(path, round)
         federation = read(path / RECIPE).resolved()
         known = read_journal(path).first
         # The model is merged and saved on the CPU: a result must open on machines that could not have trained it.

@@ -33,7 +33,7 @@ class FedAdagrad(ServerOptimizer):
         ConfigError: if one is out of range.
     """
 
-    lr: float
+    lr: float = 0.01
     beta1: float = 0.0
     tau: float = 1e-3
 
@@ -69,7 +69,7 @@ class FedAdam(ServerOptimizer):
         ConfigError: if one is out of range.
     """
 
-    lr: float
+    lr: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3
@@ -110,7 +110,7 @@ class FedYogi(ServerOptimizer):
         ConfigError: if one is out of range.
     """
 
-    lr: float
+    lr: float = 0.01
     beta1: float = 0.9
     beta2: float = 0.99
     tau: float = 1e-3

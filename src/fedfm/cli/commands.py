@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
+from fedfm.cli.completion import LEVELS
 from fedfm.cli.parts import show_json
 from fedfm.core import check as plans
 from fedfm.core import words
@@ -25,8 +26,6 @@ from fedfm.observers.progress import Progress
 from fedfm.recipe import dump, located, read
 from fedfm.run.folder import LEDGER, METRICS, RECIPE, read_lines
 
-_LEVELS = ("debug", "info", "warning", "error")
-
 
 def run(recipe: Path, overrides: Sequence[str], out: Path | None, dry_run: bool, telling: Telling) -> None:
     """``fedfm run``."""
@@ -35,7 +34,10 @@ def run(recipe: Path, overrides: Sequence[str], out: Path | None, dry_run: bool,
     federation = located(read(recipe, overrides))
     if dry_run:
         plans.require(federation.resolved())
-        print(dump(federation), end="")
+        if telling.as_json:
+            show_json({"recipe": dump(federation)})
+        else:
+            print(dump(federation), end="")
         return
     out = out or Path("runs") / federation.name
     _play(run(federation, out=out, watchers=telling.watchers()), out, telling)
@@ -50,7 +52,7 @@ def resume(path: Path, overrides: Sequence[str], telling: Telling) -> None:
 
 
 def _play(rounds: Iterable[object], out: Path, telling: Telling) -> None:
-    with _stoppable(f"fedfm resume {out}"):
+    with stoppable(f"what was completed is kept. Go on with: fedfm resume {out}"):
         for _ in rounds:
             pass
     model, report = str(out / "model"), str(out / "report.html")
@@ -73,7 +75,7 @@ def compare(recipe: Path, overrides: Sequence[str], out: Path | None, telling: T
     out = out or Path("runs") / federation.name
     watchers = telling.watchers()
     stage = Progress(file=telling.stream, live=False).stage if watchers else _unseen
-    with _stoppable(f"fedfm compare {out}"):
+    with stoppable(f"what was completed is kept. Go on with: fedfm compare {out}"):
         table = compare(federation, out, watchers=watchers, stage=stage).to_json()
     if telling.as_json:
         show_json(table)
@@ -163,23 +165,16 @@ def export(run: Path, to: Path, merge: bool) -> None:
     print(to)
 
 
-def generate(run: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int) -> None:
-    """``fedfm generate``."""
-    from fedfm.run.result import Result
-
-    print(Result.open(run).generate(prompt, max_new_tokens, temperature, seed))
-
-
 class _Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a run as Ctrl-C does."""
 
 
 @contextmanager
-def _stoppable(command: str) -> Iterator[None]:
-    """Ends the process on Ctrl-C and on SIGTERM with a word on how to go on.
+def stoppable(remains: str) -> Iterator[None]:
+    """Ends the process on Ctrl-C and on SIGTERM with a word on what remains.
 
     Args:
-        command: What goes on with the work.
+        remains: What was done with the work, and how to go on.
     """
 
     def terminate(number: int, frame: FrameType | None) -> None:
@@ -189,7 +184,7 @@ def _stoppable(command: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        print(f"\nStopped; what was completed is kept. Go on with: {command}", file=sys.stderr)
+        print(f"\nStopped; {remains}", file=sys.stderr)
         sys.exit(128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT))
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -221,8 +216,8 @@ class Telling:
             ConfigError: if there is no such level.
         """
         level = logging.getLevelNamesMapping().get(self.log_level.upper())
-        if self.log_level.lower() not in _LEVELS or level is None:
-            raise ConfigError(f"--log-level is {words.clean(self.log_level, 40)}; it must be {', '.join(_LEVELS)}.")
+        if self.log_level.lower() not in LEVELS or level is None:
+            raise ConfigError(f"--log-level is {words.clean(self.log_level, 40)}; it must be {', '.join(LEVELS)}.")
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_Stderr()])
         # Ours alone: below a warning, what the libraries log is for their authors.
         logging.getLogger("fedfm").setLevel(level)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fedfm.core import registry
 from fedfm.core.errors import ConfigError
+from fedfm.core.plain import finite
 
 
 def list_parts(room: str | None, as_json: bool = False) -> None:
@@ -63,8 +64,8 @@ def show(name: str, as_json: bool = False) -> None:
 
 
 def show_json(value: object) -> None:
-    """Prints a value as one JSON document."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Prints a value as one JSON document; a number that JSON does not have (NaN, infinity) becomes null."""
+    print(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def _fields(node: ast.ClassDef) -> list[dict[str, str | None]]:

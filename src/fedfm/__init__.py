@@ -19,17 +19,19 @@ if TYPE_CHECKING:
     from fedfm.run.compare import compare as compare
     from fedfm.run.loop import resume as resume
     from fedfm.run.loop import run as run
+    from fedfm.run.opened import open_run as open_run
 
 _LAZY = {
     "Federation": "fedfm.federation",
     "compare": "fedfm.run.compare",
     "dump": "fedfm.recipe",
     "load": "fedfm.recipe",
+    "open_run": "fedfm.run.opened",
     "replace": "dataclasses",
     "resume": "fedfm.run.loop",
     "run": "fedfm.run.loop",
 }
-__all__ = ["Federation", "__version__", "compare", "dump", "load", "replace", "resume", "run"]
+__all__ = ["Federation", "__version__", "compare", "dump", "load", "open_run", "replace", "resume", "run"]
 
 
 def __getattr__(name: str) -> Any:

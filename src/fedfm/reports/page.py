@@ -61,6 +61,17 @@ def render(folder: Path) -> Path:
     Raises:
         RunError: if ``folder`` is not a run's, or cannot be written.
     """
+    path = folder / "report.html"
+    write_atomic(path, html(folder).encode("utf-8", "replace"))
+    return path
+
+
+def html(folder: Path) -> str:
+    """The page of the run in ``folder``, as it is now.
+
+    Raises:
+        RunError: if ``folder`` is not a run's.
+    """
     import jinja2
 
     environment = jinja2.Environment(
@@ -71,9 +82,7 @@ def render(folder: Path) -> Path:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"clean": clean, "loss": loss, "count": count, "size": size}
-    path = folder / "report.html"
-    write_atomic(path, environment.get_template("report.html").render(picture(read(folder))).encode("utf-8", "replace"))
-    return path
+    return environment.get_template("report.html").render(picture(read(folder)))
 
 
 def picture(run: Run) -> dict[str, Any]:

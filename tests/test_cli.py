@@ -360,10 +360,8 @@ def test_bash_completes_words_without_importing_anything_heavy(words: tuple[str,
 def test_other_shells_are_told_what_a_word_means() -> None:
     lines, _ = completed("zsh", "re")
     assert lines[:2] == ["plain", "resume"] and lines[2].startswith("Continue a run after a crash")
-    assert completed("fish", "re")[0] == [
-        "plain,resume\tContinue a run after a crash, or for more rounds (rounds=30).",
-        "plain,report\tWrite a run's report.html again.",
-    ]
+    first, second = completed("fish", "re")[0]
+    assert first.startswith("plain,resume\tContinue a run") and second == "plain,report\tWrite a run's report.html again."
 
 
 def test_a_completion_script_works_in_bash(call: Fedfm, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from parts import Pairs
+from parts import Pairs, Personal
 from test_run import cache, metrics, small  # noqa: F401 (the cache of every test here)
 
 from fedfm.core import disk
@@ -284,6 +284,14 @@ def test_a_model_that_diverged_has_no_prediction(classifier: Result, tmp_path: P
     broken.theta_1d = torch.full_like(classifier.theta_1d, math.nan)
     answers = Answers(broken)
     assert {answer["prediction"] for answer in answers.of(ROWS)} == {None} and answers.unanswered == len(ROWS)
+
+
+def test_a_model_that_is_nobodys_own_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    plan = federation(tmp_path, CausalLM(max_length=24), tuning=Personal(LoRA(r=2), ("*lora_B*",)))
+    *_, (state, _) = run(plan)
+    result = Result(plan, load(plan.model, plan.task.head, (), "cpu", Key.root(0)), state)
+    assert evaluate(result, str(tmp_path / "test.jsonl"))["examples"] and len(list(Answers(result).of(ROWS[:2]))) == 2
+    assert caplog.text.count("Parameters that stay at home") == 2
 
 
 # --- generate --------------------------------------------------------------------------------------------------------

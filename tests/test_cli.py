@@ -304,6 +304,8 @@ def test_prompts_come_from_words_files_and_stdin(call: Fedfm, tmp_path: Path, mo
     code, out, _ = call("generate", "out", "-", "--file", "prompts.txt", "--max-new-tokens", 5, "--json")
     given = ["the old king", "the cat", "the old king"]
     assert code == 0 and json.loads(out) == [{"prompt": prompt, "answer": alone[prompt]} for prompt in given]
+    assert "Generating 2/2" in call("generate", "out", "the cat", "the dog")[2]
+    assert call("generate", "out", "the cat", "the dog", "--quiet")[2] == "" == call("generate", "out", "the cat")[2]
     refused(call("generate", "out"), "There is no prompt")
 
 

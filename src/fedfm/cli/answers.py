@@ -95,7 +95,9 @@ def predict(asked: Asked, to: Path, force: bool, probabilities: bool, prefix: st
         print(to)
 
 
-def generate(run: Path, prompts: Sequence[str], file: Path | None, device: str, drawing: Mapping[str, Any], as_json: bool) -> None:
+def generate(
+    run: Path, prompts: Sequence[str], file: Path | None, device: str, drawing: Mapping[str, Any], quiet: bool, as_json: bool
+) -> None:
     """``fedfm generate``."""
     from fedfm.run.generation import Drawing
     from fedfm.run.result import Result
@@ -104,11 +106,10 @@ def generate(run: Path, prompts: Sequence[str], file: Path | None, device: str, 
     asked = [*_given(prompts), *([] if file is None else _lines(file))]
     if not asked:
         raise ConfigError("There is no prompt. Give some as arguments, a file of them (--file), or - for standard input.")
-    stage = _progress().stage
+    stage = _unseen if quiet or len(asked) == 1 else _progress().stage
     with _told():
         result = Result.open(run, device)
-        watch = (lambda done: stage("Generating", done, len(asked))) if len(asked) > 1 else None
-        answers = result.generate(asked, how.max_new_tokens, how.temperature, how.seed, watch)
+        answers = result.generate(asked, how.max_new_tokens, how.temperature, how.seed, lambda done: stage("Generating", done, len(asked)))
     if as_json:
         show_json([{"prompt": prompt, "answer": answer} for prompt, answer in zip(asked, answers, strict=True)])
     elif len(asked) == 1:
@@ -166,6 +167,10 @@ def _owner_lines(report: Mapping[str, Any], metric: Metric) -> list[str]:
         )
     lines += [f"left out  {words.clean(owner, 32)}: {words.clean(why)}" for owner, why in list(report["left_out"].items())[:_SHOWN]]
     return lines
+
+
+def _unseen(text: str, done: int | None = None, total: int | None = None) -> None:
+    """Nobody looks on."""
 
 
 def _progress() -> Progress:

@@ -263,13 +263,14 @@ def generate(
     temperature: Temperature = 0.0,
     seed: Seed = 0,
     device: Device = "auto",
+    quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
     """Generate text with a run's model."""
     from fedfm.cli import answers
 
     drawing = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-    answers.generate(run, prompts or [], file, device, drawing, as_json)
+    answers.generate(run, prompts or [], file, device, drawing, quiet, as_json)
 
 
 @app.command(cls=Command)

@@ -31,7 +31,7 @@ def open_run(path: Path | str, device: str = "cpu") -> Run:
     Raises:
         RunError: if there is no run.
     """
-    folder = Path(path)
+    folder = Path(path).expanduser()
     if not (folder / RECIPE).is_file():
         raise RunError(f"{folder} holds no run (there is no {RECIPE} in it). Give the folder named by --out.")
     return Run(folder, device)

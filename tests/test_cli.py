@@ -19,6 +19,7 @@ from test_run import small
 import fedfm
 import fedfm.core.version
 from fedfm.cli import main as cli
+from fedfm.cli.parts import show_json
 from fedfm.recipe import dump, load
 from fedfm.run.folder import read_lines
 
@@ -191,6 +192,8 @@ def test_from_a_recipe_to_a_result(call: Fedfm, tmp_path: Path) -> None:
     assert call("report", "out")[1].strip() == "out/report.html"
     assert call("export", "out", "--to", "merged", "--merge")[0] == 0 and (tmp_path / "merged" / "model.safetensors").is_file()
     assert call("generate", "out", "the small cat", "--max-new-tokens", "3")[0] == 0
+    log = (tmp_path / "out" / "log.txt").read_text()
+    assert "round 1:" in log and "resumed after round 1" in log
 
 
 def test_the_best_round_is_exported_and_asked(call: Fedfm, tmp_path: Path) -> None:
@@ -273,6 +276,126 @@ def test_the_cache_is_shown_and_cleared(call: Fedfm, tmp_path: Path, monkeypatch
     assert sorted(path.name for path in (root / "data").iterdir()) == [young.name, "photos"]
     assert call("cache", "--clear")[1].endswith("nothing to delete\n")
     assert call("check", "recipe.yaml", "--data")[0] == 0 and prepared.exists()
+
+
+# --- a run's model -------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_evaluated_and_predicted(call: Fedfm, tmp_path: Path) -> None:
+    assert call("run", "recipe.yaml", "--out", "out", "--quiet")[0] == 0
+    code, out, err = call("evaluate", "out", "rows.jsonl", "--by", "owner", "--device", "cpu")
+    assert code == 0 and re.search(r"^loss +\d\.\d+ \+- \d", out) and re.search(r"^ann +30 ", out, re.M), err
+    assert "Evaluating" in err and call("evaluate", "out", "rows.jsonl", "--quiet")[2] == ""
+    report = json.loads(call("evaluate", "out", "rows.jsonl", "--by", "owner", "--json")[1])
+    assert report["examples"] == 90 and report["owners"]["bob"]["examples"] == 30 and report["headline"]["name"] == "loss"
+
+    with (tmp_path / "rows.jsonl").open("a") as file:
+        file.write('{"owner": "ann", "text": ""}\n')
+    code, out, err = call("predict", "out", "rows.jsonl", "--to", "new/out.csv")
+    assert code == 0 and out == "new/out.csv\n" and "1 of 91 rows have no answer" in err and "rows.jsonl:91" in err
+    assert (tmp_path / "new" / "out.csv").read_text().splitlines()[0] == "owner,text,loss,perplexity,token_accuracy,targets"
+    refused(call("predict", "out", "rows.jsonl", "--to", "new/out.csv"), "--force")
+    answer = json.loads(call("predict", "out", "rows.jsonl", "--to", "new/out.csv", "--force", "--json", "--prefix", "x_")[1])
+    assert (answer["rows"], answer["unanswered"], answer["columns"][0]) == (91, 1, "x_loss")
+    refused(call("predict", "out", "rows.jsonl", "--to", "out.csv", "--probabilities"), "no classes")
+    refused(call("predict", "out", "rows.jsonl", "--to", "out.csv", "--column", "text"), "NAME=COLUMN")
+    refused(call("predict", "out", "row.jsonl", "--to", "out.csv"), "Did you mean 'rows.jsonl'?")
+    refused(call("evaluate", "out", "rows.jsonl", "--by", "owners"), "Did you mean 'owner'?")
+
+
+def test_prompts_come_from_words_files_and_stdin(call: Fedfm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import io
+
+    assert call("run", "recipe.yaml", "rounds=0", "--out", "out", "--quiet")[0] == 0
+    alone = {prompt: call("generate", "out", prompt, "--max-new-tokens", 5)[1].rstrip("\n") for prompt in ("the cat", "the old king")}
+    assert call("generate", "out", "the cat", "the old king", "--max-new-tokens", 5)[1] == (
+        f"> the cat\n{alone['the cat']}\n\n> the old king\n{alone['the old king']}\n"
+    )
+    (tmp_path / "prompts.txt").write_text("the cat\n\nthe old king\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the old king\n"))
+    code, out, _ = call("generate", "out", "-", "--file", "prompts.txt", "--max-new-tokens", 5, "--json")
+    given = ["the old king", "the cat", "the old king"]
+    assert code == 0 and json.loads(out) == [{"prompt": prompt, "answer": alone[prompt]} for prompt in given]
+    assert "Generating 2/2" in call("generate", "out", "the cat", "the dog")[2]
+    assert call("generate", "out", "the cat", "the dog", "--quiet")[2] == "" == call("generate", "out", "the cat")[2]
+    refused(call("generate", "out"), "There is no prompt")
+
+
+def test_a_stopped_predict_says_that_nothing_was_written(call: Fedfm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import signal
+
+    from fedfm.run import asking
+
+    assert call("run", "recipe.yaml", "rounds=0", "--out", "out", "--quiet")[0] == 0
+    monkeypatch.setattr(asking, "_chunks", lambda rows: os.kill(os.getpid(), signal.SIGTERM))
+    code, _, err = call("predict", "out", "rows.jsonl", "--to", "out.csv")
+    assert code == 143 and "nothing was written" in err and not list(tmp_path.glob("*out.csv*"))
+
+
+# --- completion ----------------------------------------------------------------------------------------------------
+
+
+def completed(shell: str, *words: str) -> tuple[list[str], str]:
+    """What is offered for the last of the words, and stderr with what heavy was imported."""
+    code = (
+        "import sys, atexit; heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'yaml'}\n"
+        "atexit.register(lambda: print('HEAVY', *sorted(heavy & set(sys.modules)), file=sys.stderr))\n"
+        "sys.argv = ['fedfm']; from fedfm.cli.main import main; main()"
+    )
+    asked = {
+        "_FEDFM_COMPLETE": f"{shell}_complete",
+        "COMP_WORDS": " ".join(("fedfm", *words)),
+        "COMP_CWORD": words[-1] if shell == "fish" else str(len(words)),
+    }
+    environment = os.environ | {"PYTHONPATH": str(Path(fedfm.__file__).parent.parent)} | asked
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines(), done.stderr.strip()
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        (("re",), {"plain,resume", "plain,report"}),
+        (("predict", "--pro"), {"plain,--probabilities"}),
+        (("show", "Lo"), {"plain,LoRA"}),
+        (("list", "tu"), {"plain,tuning"}),
+        (("run", "--log-level", "d"), {"plain,debug"}),
+        (("completion", "f"), {"plain,fish"}),
+        (("run", "rec"), {"file,rec"}),
+        (("report", "ru"), {"dir,ru"}),
+    ],
+)
+def test_bash_completes_words_without_importing_anything_heavy(words: tuple[str, ...], offered: set[str]) -> None:
+    lines, err = completed("bash", *words)
+    assert set(lines) == offered and err == "HEAVY"
+
+
+def test_other_shells_are_told_what_a_word_means() -> None:
+    lines, _ = completed("zsh", "re")
+    assert lines[:2] == ["plain", "resume"] and lines[2].startswith("Continue a run after a crash")
+    first, second = completed("fish", "re")[0]
+    assert first.startswith("plain,resume\tContinue a run") and second == "plain,report\tWrite a run's report.html again."
+
+
+def test_a_completion_script_works_in_bash(call: Fedfm, tmp_path: Path) -> None:
+    bin = tmp_path / "bin"
+    bin.mkdir()
+    (bin / "fedfm").write_text(f'#!/bin/sh\nexec {sys.executable} -m fedfm.cli.main "$@"\n')
+    (bin / "fedfm").chmod(0o755)
+    code = (
+        'eval "$(fedfm completion bash)"; complete -p fedfm\n'
+        "COMP_WORDS=(fedfm sh); COMP_CWORD=1; _fedfm_completion fedfm 2>/dev/null; echo ${COMPREPLY[@]}\n"
+        "COMPREPLY=(); COMP_WORDS=(fedfm show FedA); COMP_CWORD=2; _fedfm_completion fedfm 2>/dev/null; echo ${COMPREPLY[@]}\n"
+    )
+    environment = os.environ | {"PATH": f"{bin}:{os.environ['PATH']}", "PYTHONPATH": str(Path(fedfm.__file__).parent.parent)}
+    done = subprocess.run(["bash", "--norc", "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout.splitlines() == [
+        "complete -o nosort -F _fedfm_completion fedfm", "show", "FedAdagrad FedAdam FedAvg FedAvgM",
+    ], done.stderr  # fmt: skip
+    for shell in ("bash", "zsh", "fish"):
+        assert "_FEDFM_COMPLETE=" in call("completion", shell)[1]
+    assert call("completion", "csh")[0] == 2
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------
@@ -399,6 +522,33 @@ def test_answers_in_json(call: Fedfm) -> None:
     assert code == 0 and json.loads(out)["last_round"]["round"] == 1
     assert json.loads(call("report", "out", "--json")[1]) == {"report": "out/report.html"}
     assert call("resume", "out", "rounds=2", "--quiet")[:2] == (0, "")
+
+
+def test_each_answer_in_json_is_one_document_of_plain_json(call: Fedfm, capsys: pytest.CaptureFixture[str]) -> None:
+    def strict(text: str) -> object:
+        def refuse(constant: str) -> None:
+            raise AssertionError(f"{constant} is no JSON")
+
+        return json.loads(text, parse_constant=refuse)
+
+    for words in (
+        ["run", "recipe.yaml", "--out", "out", "--json"],
+        ["compare", "recipe.yaml", "--out", "out", "--json"],
+        ["check", "recipe.yaml", "--json"],
+        ["list", "--json"],
+        ["show", "LoRA", "--json"],
+        ["report", "out", "--json"],
+        ["evaluate", "out", "rows.jsonl", "--json"],
+        ["run", "recipe.yaml", "--dry-run", "--json"],
+    ):
+        code, out, err = call(*words)
+        assert code == 0 and strict(out), (words, err)
+    assert load(json.loads(call("run", "recipe.yaml", "--dry-run", "--json")[1])["recipe"]).rounds == 1
+    code, out, _ = call("check", "recipe.yaml", "min_clients=9", "--data", "--json")
+    assert code == 2 and strict(out)["can_run"] is False  # type: ignore[index]
+    # Numbers of a model that diverged, as a comparison may hold them.
+    show_json({"loss": [float("nan"), float("inf"), 1.5], "name": "zoë"})
+    assert strict(capsys.readouterr().out) == {"loss": [None, None, 1.5], "name": "zoë"}
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)

@@ -104,9 +104,11 @@ class Sweep:
             pass
 
     def left(self, out: Path) -> dict[str, Any]:
+        from test_opened import of_lines, table
         from test_run import counts, metrics, model_bytes
 
-        return {"metrics": metrics(out), "counts": counts(out), **model_bytes(out)}
+        rows = "as the lines say" if table(out) == of_lines(out) else table(out)
+        return {"metrics": metrics(out), "counts": counts(out), "table": rows, **model_bytes(out)}
 
     def finish(self, out: Path, how: str) -> None:
         """Resumes without a kill and compares."""

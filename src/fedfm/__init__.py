@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedfm.run.compare import compare as compare
     from fedfm.run.loop import resume as resume
     from fedfm.run.loop import run as run
+    from fedfm.run.opened import open_run as open_run
     from fedfm.run.side_by_side import compare_runs as compare_runs
     from fedfm.run.sweep import sweep as sweep
 
@@ -28,12 +29,13 @@ _LAZY = {
     "compare_runs": "fedfm.run.side_by_side",
     "dump": "fedfm.recipe",
     "load": "fedfm.recipe",
+    "open_run": "fedfm.run.opened",
     "replace": "dataclasses",
     "resume": "fedfm.run.loop",
     "run": "fedfm.run.loop",
     "sweep": "fedfm.run.sweep",
 }
-__all__ = ["Federation", "__version__", "compare", "compare_runs", "dump", "load", "replace", "resume", "run", "sweep"]
+__all__ = ["Federation", "__version__", "compare", "compare_runs", "dump", "load", "open_run", "replace", "resume", "run", "sweep"]
 
 
 def __getattr__(name: str) -> Any:

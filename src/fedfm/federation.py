@@ -12,6 +12,7 @@ from typing import Literal, Self
 from fedfm.aggregators import Mean
 from fedfm.channels import Plain
 from fedfm.client.plan import ClientPlan
+from fedfm.core import display
 from fedfm.core.errors import ConfigError
 from fedfm.core.messages import ClientId
 from fedfm.core.parts import (
@@ -95,6 +96,15 @@ class Federation:
             raise ConfigError(f"on_failure is {self.on_failure!r}; it must be leave_out, retry or stop.")
         if self.deadline is not None and self.deadline <= 0:
             raise ConfigError(f"deadline is {self.deadline} seconds; it must be more than 0, or null to wait.")
+
+    def __repr__(self) -> str:
+        """The constructor's call, a line for each field."""
+        lines = "".join(f"    {item.name}={getattr(self, item.name)!r},\n" for item in fields(self))
+        return f"{type(self).__name__}(\n{lines})"
+
+    def _repr_html_(self) -> str:
+        """The parts as a small table, for a notebook."""
+        return display.table(f"Federation {self.name}", ((item.name, repr(getattr(self, item.name))) for item in fields(self)))
 
     def resolved(self) -> Federation:
         """The federation with its method's parts in place."""

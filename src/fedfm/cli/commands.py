@@ -11,9 +11,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal, TextIO
+from typing import TextIO
 
-from fedfm.cli.parts import show_json
+from fedfm.cli.completion import LEVELS
+from fedfm.cli.parts import chosen_round, show_json
 from fedfm.core import check as plans
 from fedfm.core import words
 from fedfm.core.errors import ConfigError
@@ -25,8 +26,6 @@ from fedfm.observers.progress import Progress
 from fedfm.recipe import dump, located, read
 from fedfm.run.folder import LEDGER, METRICS, RECIPE, read_lines
 
-_LEVELS = ("debug", "info", "warning", "error")
-
 
 def run(recipe: Path, overrides: Sequence[str], out: Path | None, dry_run: bool, telling: Telling) -> None:
     """``fedfm run``."""
@@ -35,7 +34,10 @@ def run(recipe: Path, overrides: Sequence[str], out: Path | None, dry_run: bool,
     federation = located(read(recipe, overrides))
     if dry_run:
         plans.require(federation.resolved())
-        print(dump(federation), end="")
+        if telling.as_json:
+            show_json({"recipe": dump(federation)})
+        else:
+            print(dump(federation), end="")
         return
     out = out or Path("runs") / federation.name
     _play(run(federation, out=out, watchers=telling.watchers()), out, telling)
@@ -50,7 +52,7 @@ def resume(path: Path, overrides: Sequence[str], telling: Telling) -> None:
 
 
 def _play(rounds: Iterable[object], out: Path, telling: Telling) -> None:
-    with stoppable(f"fedfm resume {out}"):
+    with stoppable(f"what was completed is kept. Go on with: fedfm resume {out}"):
         for _ in rounds:
             pass
     model, report = str(out / "model"), str(out / "report.html")
@@ -73,7 +75,7 @@ def compare(recipe: Path, overrides: Sequence[str], out: Path | None, telling: T
     out = out or Path("runs") / federation.name
     watchers = telling.watchers()
     stage = Progress(file=telling.stream, live=False).stage if watchers else _unseen
-    with stoppable(f"fedfm compare {out}"):
+    with stoppable(f"what was completed is kept. Go on with: fedfm compare {out}"):
         table = compare(federation, out, watchers=watchers, stage=stage).to_json()
     if telling.as_json:
         show_json(table)
@@ -159,26 +161,9 @@ def export(run: Path, to: Path, merge: bool, round: str) -> None:
     """``fedfm export``."""
     from fedfm.run.result import Result
 
-    result = Result.open(run, _round(round))
+    result = Result.open(run, chosen_round(round))
     result.export(to, merge)
     print(to if round == "last" else f"{to} (round {result.state.round})")
-
-
-def generate(run: Path, prompt: str, max_new_tokens: int, temperature: float, seed: int, round: str) -> None:
-    """``fedfm generate``."""
-    from fedfm.run.result import Result
-
-    print(Result.open(run, _round(round)).generate(prompt, max_new_tokens, temperature, seed))
-
-
-def _round(text: str) -> int | Literal["last", "best"]:
-    if text == "last":
-        return "last"
-    if text == "best":
-        return "best"
-    if not (text.isascii() and text.isdigit() and len(text) < 10):
-        raise ConfigError(f"--round is {words.clean(text, 40)}; it must be last, best, or a round's number.")
-    return int(text)
 
 
 class _Terminated(KeyboardInterrupt):
@@ -186,11 +171,11 @@ class _Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def stoppable(command: str) -> Iterator[None]:
-    """Ends the process on Ctrl-C and on SIGTERM with a word on how to go on.
+def stoppable(remains: str) -> Iterator[None]:
+    """Ends the process on Ctrl-C and on SIGTERM with a word on what remains.
 
     Args:
-        command: What goes on with the work.
+        remains: What was done with the work, and how to go on.
     """
 
     def terminate(number: int, frame: FrameType | None) -> None:
@@ -200,7 +185,7 @@ def stoppable(command: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stop:
-        print(f"\nStopped; what was completed is kept. Go on with: {command}", file=sys.stderr)
+        print(f"\nStopped; {remains}", file=sys.stderr)
         sys.exit(128 + (signal.SIGTERM if isinstance(stop, _Terminated) else signal.SIGINT))
     finally:
         signal.signal(signal.SIGTERM, previous)
@@ -232,8 +217,8 @@ class Telling:
             ConfigError: if there is no such level.
         """
         level = logging.getLevelNamesMapping().get(self.log_level.upper())
-        if self.log_level.lower() not in _LEVELS or level is None:
-            raise ConfigError(f"--log-level is {words.clean(self.log_level, 40)}; it must be {', '.join(_LEVELS)}.")
+        if self.log_level.lower() not in LEVELS or level is None:
+            raise ConfigError(f"--log-level is {words.clean(self.log_level, 40)}; it must be {', '.join(LEVELS)}.")
         logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", handlers=[_Stderr()])
         # Ours alone: below a warning, what the libraries log is for their authors.
         logging.getLogger("fedfm").setLevel(level)

@@ -1,5 +1,5 @@
-"""``fedfm``: run, resume, compare, sweep, check, list, show, report, export, generate, cache, log, approve, quickstart, and commands of other
-packages.
+"""``fedfm``: run, resume, compare, sweep, check, list, show, report, export, evaluate, predict, generate, cache, log, approve, quickstart,
+completion, and commands of other packages.
 
 Only what ``--help`` needs is imported here; a command imports the rest when it runs.
 """
@@ -11,8 +11,10 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import click
 import typer
 
+from fedfm.cli import completion
 from fedfm.cli.group import Command, Commands
 from fedfm.core.errors import FedfmError
 from fedfm.core.version import VERSION
@@ -38,17 +40,45 @@ def _usable(value: Path | None) -> Path | None:
     return None if value is None else usable(value, "The path")
 
 
-Recipe = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", callback=_usable)]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", callback=_usable)]
+Recipe = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", callback=_usable, click_type=click.Path(path_type=Path))
+]
+Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", callback=_usable, click_type=completion.Folder(path_type=Path))]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Values for fields of the recipe, such as rounds=20 or tuning.LoRA.r=16."),
 ]
-Out = Annotated[Path | None, typer.Option(help="The run's folder. Default: runs/NAME.", callback=_usable)]
+Out = Annotated[
+    Path | None, typer.Option(help="The run's folder. Default: runs/NAME.", callback=_usable, click_type=completion.Folder(path_type=Path))
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress; warnings and errors alone.")]
 Round = Annotated[str, typer.Option(metavar="ROUND", help="last, best, or the number of a round whose state the run has kept.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON on stdout; everything else goes to stderr.")]
-LogLevel = Annotated[str, typer.Option("--log-level", metavar="LEVEL", help="debug, info, warning or error.")]
+LogLevel = Annotated[
+    str,
+    typer.Option(
+        "--log-level",
+        metavar="LEVEL",
+        help="debug, info, warning or error: what is shown. RUN/log.txt has info and more.",
+        autocompletion=completion.levels,
+    ),
+]
+File = Annotated[
+    str,
+    typer.Argument(
+        metavar="FILE",
+        help="Rows: .csv or .jsonl (also .gz), .parquet, a folder of texts, or whatever data.source takes.",
+        click_type=click.Path(),
+    ),
+]
+Column = Annotated[
+    list[str] | None,
+    typer.Option("--column", metavar="NAME=COLUMN", help="The file's column for one of the task's, such as text=review. Repeat it."),
+]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
+NewTokens = Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")]
+Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 takes the likeliest token.")]
+Seed = Annotated[int, typer.Option(help="Sampling seed; used when temperature > 0.")]
 
 
 def _version(asked: bool) -> None:
@@ -92,7 +122,12 @@ def resume(run: Run, overrides: Overrides = None, quiet: Quiet = False, as_json:
 def compare(
     recipe: Annotated[
         Path,
-        typer.Argument(metavar="RECIPE", help="A recipe file, or a run's folder; several runs are put side by side.", callback=_usable),
+        typer.Argument(
+            metavar="RECIPE",
+            help="A recipe file, or a run's folder; several runs are put side by side.",
+            callback=_usable,
+            click_type=click.Path(path_type=Path),
+        ),
     ],
     overrides: Annotated[
         list[str] | None,
@@ -102,7 +137,11 @@ def compare(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="The run's folder (default: runs/NAME); of several runs, where to write table and page.", callback=_usable),
+        typer.Option(
+            help="The run's folder (default: runs/NAME); of several runs, where to write table and page.",
+            callback=_usable,
+            click_type=completion.Folder(path_type=Path),
+        ),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -158,7 +197,10 @@ def check(
 
 @app.command(name="list", cls=Command)
 def list_(
-    room: Annotated[str | None, typer.Argument(metavar="[ROOM]", help="Kind of part, such as tuning. Default: all kinds.")] = None,
+    room: Annotated[
+        str | None,
+        typer.Argument(metavar="[ROOM]", help="Kind of part, such as tuning. Default: all kinds.", autocompletion=completion.rooms),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """List the parts, by room and by concern."""
@@ -168,7 +210,10 @@ def list_(
 
 
 @app.command(cls=Command)
-def show(part: Annotated[str, typer.Argument(metavar="PART", help="A part's name, such as LoRA.")], as_json: Json = False) -> None:
+def show(
+    part: Annotated[str, typer.Argument(metavar="PART", help="A part's name, such as LoRA.", autocompletion=completion.parts)],
+    as_json: Json = False,
+) -> None:
     """Show a part: what it does, its fields, where it is."""
     from fedfm.cli import parts
 
@@ -191,7 +236,12 @@ def report(run: Run, as_json: Json = False) -> None:
 @app.command(cls=Command)
 def export(
     run: Run,
-    to: Annotated[Path, typer.Option(help="The folder to write. It must be empty or not exist.", callback=_usable)],
+    to: Annotated[
+        Path,
+        typer.Option(
+            help="The folder to write. It must be empty or not exist.", callback=_usable, click_type=completion.Folder(path_type=Path)
+        ),
+    ],
     merge: Annotated[bool, typer.Option("--merge", help="Write a whole model with the tuning merged in, instead of an adapter.")] = False,
     round: Round = "last",
 ) -> None:
@@ -202,18 +252,78 @@ def export(
 
 
 @app.command(cls=Command)
+def evaluate(
+    run: Run,
+    file: File,
+    by: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column that names a row's owner: metrics of each owner too.")] = None,
+    column: Column = None,
+    round: Round = "last",
+    device: Device = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a run's model on the rows of a file.
+
+    The task's headline metric comes first, with its standard error, then the others and the number of examples.
+    """
+    from fedfm.cli import answers
+
+    answers.evaluate(answers.Asked(answers.Model(run, round, device), file, column or [], quiet, as_json), by)
+
+
+@app.command(cls=Command)
+def predict(
+    run: Run,
+    file: File,
+    to: Annotated[Path, typer.Option(help="The file to write, .csv or .jsonl: the rows, with an answer beside each.", callback=_usable)],
+    column: Column = None,
+    probabilities: Annotated[bool, typer.Option("--probabilities", help="A column for each class as well.")] = False,
+    prefix: Annotated[str, typer.Option(help="What the names of the new columns begin with.")] = "",
+    force: Annotated[bool, typer.Option("--force", help="Replace a file that is there.")] = False,
+    max_new_tokens: NewTokens = 100,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    round: Round = "last",
+    device: Device = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Answer each row of a file with a run's model.
+
+    Writes the rows in their order, with the answer beside each. Classification: the class and its probability. Instruct: the answer. Other tasks: the row's own metrics.
+    """
+    from fedfm.cli import answers
+
+    drawing = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    answers.predict(
+        answers.Asked(answers.Model(run, round, device), file, column or [], quiet, as_json), to, force, probabilities, prefix, drawing
+    )
+
+
+@app.command(cls=Command)
 def generate(
     run: Run,
-    prompt: Annotated[str, typer.Argument(help="A question, or the beginning of a text.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")] = 100,
-    temperature: Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 takes the likeliest token.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Sampling seed; used when temperature > 0.")] = 0,
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PROMPT]...", help="Questions, or beginnings of a text; - reads one from each line of stdin."),
+    ] = None,
+    file: Annotated[
+        Path | None,
+        typer.Option(help="A text file with a prompt on each line.", callback=_usable, click_type=click.Path(path_type=Path)),
+    ] = None,
     round: Round = "last",
+    max_new_tokens: NewTokens = 100,
+    temperature: Temperature = 0.0,
+    seed: Seed = 0,
+    device: Device = "auto",
+    quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Generate text with a run's model."""
-    from fedfm.cli import commands
+    from fedfm.cli import answers
 
-    commands.generate(run, prompt, max_new_tokens, temperature, seed, round)
+    drawing = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+    answers.generate(answers.Model(run, round, device), prompts or [], file, drawing, quiet, as_json)
 
 
 @app.command(cls=Command)
@@ -262,8 +372,22 @@ def quickstart(out: Annotated[Path, typer.Option(help="The run's folder.", callb
     tour(out)
 
 
+@app.command(name="completion", cls=Command)
+def completion_(
+    shell: Annotated[completion.Shell, typer.Argument(metavar="SHELL", help="bash, zsh or fish.")],
+) -> None:
+    """Print a shell's completion script.
+
+    bash: eval "$(fedfm completion bash)" in ~/.bashrc. zsh: the same with zsh in ~/.zshrc, after compinit. fish: fedfm completion fish | source
+    in ~/.config/fish/config.fish.
+    """
+    print(completion.script(typer.main.get_command(app), shell))
+
+
 def main() -> None:
     """The console script. A FedfmError becomes one message and exit code 2."""
+    if completion.VARIABLE in os.environ:
+        sys.exit(completion.answer(typer.main.get_command(app)))
     debug = "--debug" in sys.argv
     # Before torch loads: threads that wait by spinning make a busy machine ten times slower, and an idle one hardly faster.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")

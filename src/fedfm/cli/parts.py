@@ -8,9 +8,11 @@ import json
 import re
 import textwrap
 from pathlib import Path
+from typing import Literal
 
-from fedfm.core import registry
+from fedfm.core import registry, words
 from fedfm.core.errors import ConfigError
+from fedfm.core.plain import finite
 
 
 def list_parts(room: str | None, as_json: bool = False) -> None:
@@ -62,9 +64,24 @@ def show(name: str, as_json: bool = False) -> None:
     print(f"\nFile      {path}")
 
 
+def chosen_round(text: str) -> int | Literal["last", "best"]:
+    """What ``--round`` says.
+
+    Raises:
+        ConfigError: if it is neither ``last``, ``best`` nor a number.
+    """
+    if text == "last":
+        return "last"
+    if text == "best":
+        return "best"
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise ConfigError(f"--round is {words.clean(text, 40)}; it must be last, best, or a round's number.")
+    return int(text)
+
+
 def show_json(value: object) -> None:
-    """Prints a value as one JSON document."""
-    print(json.dumps(value, indent=2, ensure_ascii=False))
+    """Prints a value as one JSON document; a number that JSON does not have (NaN, infinity) becomes null."""
+    print(json.dumps(finite(value), indent=2, ensure_ascii=False, allow_nan=False))
 
 
 def _fields(node: ast.ClassDef) -> list[dict[str, str | None]]:

@@ -31,7 +31,7 @@ def sweep(
         if not telling.quiet:
             print(words.clean(text, 400), file=telling.stream, flush=True)
 
-    with stoppable(shlex.join(["fedfm", *sys.argv[1:]])):
+    with stoppable(f"what was completed is kept. Go on with: {shlex.join(['fedfm', *sys.argv[1:]])}"):
         table = sweep(recipe, overrides, out, jobs=jobs, threads=threads, tell=tell)
     _show(table, telling, table.page)
     if table.failed:

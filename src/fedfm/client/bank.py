@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ from fedfm.client.probe import probe_causal, probe_rows
 from fedfm.core.batch import Batch, IntArray, Row, Shaping
 from fedfm.core.keys import Key
 from fedfm.core.parts import ClientId, Cohort, LocalTrainer, Work
-from fedfm.core.task import Examples, Task
+from fedfm.core.task import Examples, Scorer, Task
 from fedfm.core.tree import Tree
 from fedfm.data import plan
 from fedfm.tuning.base import Tuned
@@ -244,25 +244,29 @@ class Bank:
 
     @torch.no_grad()
     def evaluate(
-        self, theta_kd: torch.Tensor, sets: Sequence[Examples], max_tokens: int | None = None, fold: str = "evaluate"
+        self,
+        theta_kd: torch.Tensor,
+        sets: Sequence[Examples],
+        max_tokens: int | None = None,
+        fold: str = "evaluate",
+        watch: Callable[[int], None] | None = None,
     ) -> dict[str, torch.Tensor]:
         """Sums of each set of examples, ``(len(sets), ...)`` float64, from which the task makes metrics.
 
         Args:
             theta_kd: One row ``(1, D)`` for all sets, which then share batches; or a row for each set.
             max_tokens: Bound on the padded tokens of a batch, the bank's own unless given; a large vocabulary, whose logits are many more, lowers it.
+            watch: With one row for all sets: called with the number of examples done, after each batch.
 
         Raises:
             ModelError: if the task is causal and the base looks ahead.
         """
         start = self.tuned.spec.unflatten(theta_kd[0])
         self.look(start, sets)
-        max_tokens = max_tokens or self.max_tokens
+        max_tokens = self._bounded(sets, max_tokens)
         theta_kd = theta_kd.to(self.device)
-        if not self.learner.shaping.per_row and sets:
-            max_tokens = min(max_tokens, max(1, MAX_LOGITS // sets[0].vocabulary.size))
         if theta_kd.shape[0] == 1:
-            return self._evaluate_shared(theta_kd, sets, max_tokens, fold)
+            return self._evaluate_shared(theta_kd, sets, max_tokens, fold, watch)
         if self.shares(start, sets):
             longest = max((int(own.lengths.max()) for own in sets if len(own)), default=1)
             # As many owners together as one example of each keeps within the bound.
@@ -277,24 +281,75 @@ class Bank:
         ]
         return {name: torch.cat([sums[name] for sums in alone]) for name in alone[0]}
 
-    def _evaluate_shared(self, theta_kd: torch.Tensor, sets: Sequence[Examples], max_tokens: int, fold: str) -> dict[str, torch.Tensor]:
+    @torch.no_grad()
+    def score(self, theta_1d: torch.Tensor, sets: Sequence[Examples], scorer: Scorer, first: int = 0) -> dict[str, torch.Tensor]:
+        """What ``scorer`` measures of each set ``(len(sets), ...)``, with one model for all.
+
+        Args:
+            theta_1d: The model's parameters ``(1, D)``.
+            sets: The examples of each row of a file.
+            first: Number of the first of these rows. What is drawn for a row depends on its number alone.
+
+        Raises:
+            ModelError: if the task is causal and the base looks ahead.
+        """
+        self.look(self.tuned.spec.unflatten(theta_1d[0]), sets)
+        self.tuned.bind(theta_1d.to(self.device))
+        sums: dict[str, torch.Tensor] = {}
+
+        def draw(s: int, i: int) -> list[Row]:
+            return self.task.rows(sets[s], np.array([i]), self.key.fold("predict", first + s, i).numpy())
+
+        for batch, owner_q in self._shared_batches(sets, self._bounded(sets, None), draw):
+            logits_pc = self.tuned.logits(batch)
+            where = self._sums_device
+            more = scorer.measure(logits_pc.to(where), batch.to(where), owner_q.to(where), len(sets))
+            sums = {name: sums[name] + value if name in sums else value for name, value in more.items()}
+        return sums
+
+    def _bounded(self, sets: Sequence[Examples], max_tokens: int | None) -> int:
+        """Most padded tokens of a batch."""
+        max_tokens = max_tokens or self.max_tokens
+        if self.learner.shaping.per_row or not sets:
+            return max_tokens
+        return min(max_tokens, max(1, MAX_LOGITS // sets[0].vocabulary.size))
+
+    def _evaluate_shared(
+        self, theta_kd: torch.Tensor, sets: Sequence[Examples], max_tokens: int, fold: str, watch: Callable[[int], None] | None = None
+    ) -> dict[str, torch.Tensor]:
         self.tuned.bind(theta_kd)
-        places = sorted(((int(n), s, i) for s, own in enumerate(sets) for i, n in enumerate(own.lengths)), reverse=True)
         sums = self._no_sums(len(sets))
+        for batch, owner_q in self._shared_batches(sets, max_tokens, lambda s, i: self._rows(sets[s], i, fold), watch):
+            _add(sums, self._stats(batch, owner_q, len(sets)))
+        return sums
+
+    def _shared_batches(
+        self,
+        sets: Sequence[Examples],
+        max_tokens: int,
+        draw: Callable[[int, int], list[Row]],
+        watch: Callable[[int], None] | None = None,
+    ) -> Iterator[tuple[Batch, torch.Tensor]]:
+        """All examples in batches, the longest first, with the set to which each loss belongs.
+
+        Args:
+            draw: The rows of an example, by the numbers of its set and of its place there.
+        """
+        places = sorted(((int(n), s, i) for s, own in enumerate(sets) for i, n in enumerate(own.lengths)), reverse=True)
         first = 0
         while first < len(places):
             size = max(1, max_tokens // max(places[first][0], 1))
             rows: list[Row] = []
             owners: list[int] = []
             for _, s, i in places[first : first + size]:
-                own = self._rows(sets[s], i, fold)
+                own = draw(s, i)
                 rows += own
                 owners += [s] * len(own)
             batch = self.learner.batch([rows])
-            owner_q = torch.tensor(owners, device=self.device)[batch.row_q]
-            _add(sums, self._stats(batch, owner_q, len(sets)))
+            yield batch, torch.tensor(owners, device=self.device)[batch.row_q]
             first += size
-        return sums
+            if watch is not None:
+                watch(min(first, len(places)))
 
     def _evaluate_bank(self, theta_kd: torch.Tensor, sets: Sequence[Examples], max_tokens: int, fold: str) -> dict[str, torch.Tensor]:
         assert theta_kd.shape[0] == len(sets)
@@ -317,13 +372,16 @@ class Bank:
         return self.task.rows(examples, np.array([i]), self.key.fold(fold, i).numpy())
 
     def _stats(self, batch: Batch, owner_q: torch.Tensor, num: int) -> dict[str, torch.Tensor]:
-        logits_pc = self.tuned.logits(batch)
-        where = torch.device("cpu") if self.device.type == "mps" else self.device
+        logits_pc, where = self.tuned.logits(batch), self._sums_device
         return self.task.stats(logits_pc.to(where), batch.to(where), owner_q.to(where), num)
 
     def _no_sums(self, num: int) -> dict[str, torch.Tensor]:
-        where = torch.device("cpu") if self.device.type == "mps" else self.device
-        return self.task.no_stats(num, getattr(getattr(self.tuned.model, "config", None), "num_labels", 2), where)
+        return self.task.no_stats(num, getattr(getattr(self.tuned.model, "config", None), "num_labels", 2), self._sums_device)
+
+    @property
+    def _sums_device(self) -> torch.device:
+        """Where sums are kept: MPS has no float64."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
 
 
 def _add(sums: dict[str, torch.Tensor], more: Mapping[str, torch.Tensor]) -> None:

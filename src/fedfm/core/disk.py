@@ -72,10 +72,13 @@ def _replace(path: Path, parts: Iterable[bytes], private: bool = False) -> None:
         temporary.replace(path)
         sync(path.parent)
         step(f"renamed {path.name}")
-    except OSError as error:
+    except BaseException as error:
+        # The lines may come from work that fails or is stopped; what is half written must not stay.
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise cannot_write(path, error) from error
+        if isinstance(error, OSError):
+            raise cannot_write(path, error) from error
+        raise
 
 
 def append(path: Path, line: str) -> None:

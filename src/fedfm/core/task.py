@@ -2,12 +2,14 @@
 
 A task turns an owner's rows into token sequences once (:meth:`Task.encoder`), sequences into rows of a batch each
 time they are used (:meth:`Task.rows`), and rows into named tensors (:meth:`Task.batch`). It owns its loss
-(:meth:`Task.losses`): to a trainer every task is logits at some places, and a loss for each target.
+(:meth:`Task.losses`): to a trainer every task is logits at some places, and a loss for each target. What it answers
+for a row that is not trained on is a :class:`Predictor`.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +19,7 @@ import numpy as np
 import torch
 
 from fedfm.core.batch import Batch, IntArray, Row, Shaping, collate
+from fedfm.core.errors import ConfigError
 from fedfm.core.parts import Part
 from fedfm.core.tree import Tree
 from fedfm.core.words import Metric
@@ -114,6 +117,63 @@ class Encoder(ABC):
         return []
 
 
+class Predictor(ABC):
+    """What a task answers for one row, whose truth need not be there.
+
+    Attributes:
+        columns: Columns that a row must have.
+        answers: Columns of an answer, in order.
+        details: Columns that an answer has too, written where they are asked for.
+    """
+
+    columns: tuple[str, ...]
+    answers: tuple[str, ...]
+    details: tuple[str, ...] = ()
+
+
+class Scorer(Predictor):
+    """Answers made of the model's logits."""
+
+    @abstractmethod
+    def examples(self, row: RawRow) -> list[Example]:
+        """Examples of one row; none where it holds nothing to answer.
+
+        Raises:
+            DataError: naming the column that is missing or has the wrong type.
+        """
+
+    @abstractmethod
+    def measure(self, logits_pc: torch.Tensor, batch: Batch, owner_q: torch.Tensor, num_rows: int) -> dict[str, torch.Tensor]:
+        """Sums per row of the file ``(num_rows, ...)`` in float64; sums of several batches are added.
+
+        Args:
+            owner_q: The row of the file to which each loss belongs.
+        """
+
+    @abstractmethod
+    def answer(self, sums: Tree) -> dict[str, Any]:
+        """The answer for one row from its sums, a value for each column; empty where the model gives no number."""
+
+
+class Writer(Predictor):
+    """Answers that the model writes."""
+
+    @abstractmethod
+    def prompt(self, row: RawRow, room: int | None) -> IntArray:
+        """What the model reads before it answers ``(n,)``; empty where there is nothing to answer.
+
+        Args:
+            room: Most tokens that it may have; ``None`` for any number.
+
+        Raises:
+            DataError: naming the column that is missing or has the wrong type, or if the prompt is too long and may not be cut.
+        """
+
+    @abstractmethod
+    def answer(self, text: str) -> dict[str, Any]:
+        """The answer for one row from what the model wrote."""
+
+
 class Task(Part, ABC):
     """What is learned.
 
@@ -191,6 +251,52 @@ class Task(Part, ABC):
     @abstractmethod
     def summarise(self, sums: Tree) -> dict[str, float]:
         """Metrics from sums of one client or pooled (no client axis); always has ``loss``. NaN where nothing was evaluated."""
+
+    def predictor(self, tokenizer: Any, labels: Sequence[str]) -> Predictor:
+        """Answers for the rows of a file; unless the task says otherwise, each row's own metrics.
+
+        Args:
+            labels: The classes, in the order of their indices.
+        """
+        return RowMetrics(self, tokenizer)
+
+    def opening(self, tokenizer: Any, text: str) -> IntArray:
+        """Ids ``(n,)`` that the model reads before it writes: ``text`` as in training, in the task's template where it has one.
+
+        Raises:
+            ConfigError: if the task's model does not write text.
+        """
+        raise ConfigError(
+            f"This run's task is {type(self).__name__}, whose model does not write text; generate needs CausalLM or Instruct."
+        )
+
+
+class RowMetrics(Scorer):
+    """The metrics of a row, as if it were all that is evaluated; ``targets`` counts what they are the mean of.
+
+    The sums of rows add up: the mean of ``loss`` weighted by ``targets`` is the pooled loss of the same examples.
+    """
+
+    def __init__(self, task: Task, tokenizer: Any) -> None:
+        self.task, self.tokenizer, self.columns = task, tokenizer, task.columns
+        nothing = {name: value[0] for name, value in task.no_stats(1).items()}
+        self.answers = (*task.summarise(nothing), *(["targets"] if "targets" in nothing else []))
+
+    def examples(self, row: RawRow) -> list[Example]:
+        """The examples that the task's encoder makes of this row alone."""
+        encoder = self.task.encoder(self.tokenizer)
+        return [*encoder.add([row]), *encoder.flush()]
+
+    def measure(self, logits_pc: torch.Tensor, batch: Batch, owner_q: torch.Tensor, num_rows: int) -> dict[str, torch.Tensor]:
+        """The task's own sums."""
+        return self.task.stats(logits_pc, batch, owner_q, num_rows)
+
+    def answer(self, sums: Tree) -> dict[str, Any]:
+        """The task's own metrics."""
+        metrics = self.task.summarise(sums)
+        if not math.isfinite(metrics["loss"]):
+            return {}
+        return {**metrics, **({"targets": int(sums["targets"])} if "targets" in sums else {})}
 
 
 def _squares(loss_q: torch.Tensor, batch: Batch, owner_q: torch.Tensor, num_clients: int) -> dict[str, torch.Tensor]:

@@ -102,20 +102,36 @@ def estimated(task: Task, sums: Tree, num_examples: int, num_all: int) -> Tree:
         return numbers if num_examples == num_all else {name: value * (num_all / num_examples) for name, value in numbers.items()}
     if num_examples == num_all:
         return {**numbers, VARIANCE: torch.zeros((), dtype=torch.float64)}
-    scale, targets = num_all / num_examples, float(sums["targets"])
-    squares = math.nan
-    if task.headline == "loss" and targets:
-        yy, xy, xx = (float(sums[name]) for name in SQUARES)
-        ratio = float(sums["loss"]) / targets
-        squares = max(yy - 2 * ratio * xy + ratio * ratio * xx, 0.0)
-    elif task.headline == "accuracy" and targets == num_examples:
-        hits = float(sums["hits"])
-        squares = hits * (1 - hits / targets)
+    scale, squares = num_all / num_examples, _squares(task, sums, num_examples)
     correction = (1 - num_examples / num_all) * num_examples / (num_examples - 1) if num_examples > 1 else math.nan
     variance = scale * scale * correction * squares / task.max_length**2
     # What is too large to be declared is not known.
     variance = variance if variance <= LARGEST else math.nan
     return {**{name: value * scale for name, value in numbers.items()}, VARIANCE: torch.tensor(variance, dtype=torch.float64)}
+
+
+def standard_error(task: Task, sums: Tree, num_examples: int) -> float | None:
+    """Standard error of the headline over all data like these examples: ``sqrt(n/(n-1) sum_i (y_i - R x_i)^2) / sum x``.
+
+    Rows are taken as independent. ``None`` where it is not known: one example, or a headline that is neither loss nor accuracy.
+    """
+    if num_examples < 2 or not set(SQUARES) <= set(sums) or not float(sums["targets"]):
+        return None
+    error = math.sqrt(num_examples / (num_examples - 1) * _squares(task, sums, num_examples)) / float(sums["targets"])
+    return error if math.isfinite(error) else None
+
+
+def _squares(task: Task, sums: Tree, num_examples: int) -> float:
+    """``sum_i (y_i - R x_i)^2`` of the headline's numerator over examples; NaN where it is not known."""
+    targets = float(sums["targets"])
+    if task.headline == "loss" and targets:
+        yy, xy, xx = (float(sums[name]) for name in SQUARES)
+        ratio = float(sums["loss"]) / targets
+        return max(yy - 2 * ratio * xy + ratio * ratio * xx, 0.0)
+    if task.headline == "accuracy" and targets == num_examples:
+        hits = float(sums["hits"])
+        return hits * (1 - hits / targets)
+    return math.nan
 
 
 def pooled_report(task: Task, sums: Tree) -> dict[str, Any]:

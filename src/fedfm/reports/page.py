@@ -61,15 +61,30 @@ def render(folder: Path) -> Path:
     Raises:
         RunError: if ``folder`` is not a run's, or cannot be written.
     """
-    return write_page("report.html", folder / "report.html", picture(read(folder)))
+    return write_page(folder / "report.html", html(folder))
 
 
-def write_page(template: str, path: Path, values: Mapping[str, Any]) -> Path:
-    """Writes a page from a template of this folder and returns its path.
+def html(folder: Path) -> str:
+    """The page of the run in ``folder``, as it is now.
+
+    Raises:
+        RunError: if ``folder`` is not a run's.
+    """
+    return page("report.html", picture(read(folder)))
+
+
+def write_page(path: Path, text: str) -> Path:
+    """Writes a page and returns its path.
 
     Raises:
         RunError: if it cannot be written.
     """
+    write_atomic(path, text.encode("utf-8", "replace"))
+    return path
+
+
+def page(template: str, values: Mapping[str, Any]) -> str:
+    """A page from a template of this folder."""
     import jinja2
 
     environment = jinja2.Environment(
@@ -80,8 +95,7 @@ def write_page(template: str, path: Path, values: Mapping[str, Any]) -> Path:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"clean": clean, "loss": loss, "count": count, "size": size}
-    write_atomic(path, environment.get_template(template).render(values).encode("utf-8", "replace"))
-    return path
+    return environment.get_template(template).render(values)
 
 
 def picture(run: Run) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from fedfm.core.disk import write_atomic
 from fedfm.core.errors import RunError
 from fedfm.core.words import LOSS, Metric, clean, duration, listed, number, size
 from fedfm.reports import svg
-from fedfm.reports.page import total, write_page
+from fedfm.reports.page import page, total, write_page
 from fedfm.reports.reading import Run, read
 
 CURVES = 7
@@ -294,7 +294,7 @@ class Table:
         writer.writeheader()
         writer.writerows(rows)
         write_atomic(folder / f"{stem}.csv", text.getvalue().encode())
-        return replace(self, page=write_page("runs.html", folder / f"{stem}.html", self.picture()))
+        return replace(self, page=write_page(folder / f"{stem}.html", page("runs.html", self.picture())))
 
     def picture(self) -> dict[str, Any]:
         """What the template shows."""

@@ -15,6 +15,7 @@ import torch
 
 from fedfm.client.bank import Bank, Job
 from fedfm.client.requests import start_of, stays_home
+from fedfm.core import display
 from fedfm.core.errors import DataError
 from fedfm.core.messages import ClientId
 from fedfm.core.parts import RoundContext, Update, Work, innermost
@@ -26,6 +27,7 @@ from fedfm.federation import Federation
 from fedfm.observers.base import Watcher
 from fedfm.observers.evaluate import Evaluate, estimated, summary
 from fedfm.run.folder import COMPARE, RECIPE, RunFolder, latest_state
+from fedfm.run.log import logged
 from fedfm.run.loop import resume, run
 from fedfm.server import FedAvg
 from fedfm.simulation import Simulation
@@ -67,6 +69,12 @@ class Comparison:
         """As written to ``compare.json``."""
         return asdict(self)
 
+    def _repr_html_(self) -> str:
+        """The table and the verdict, for a notebook."""
+        from fedfm.reports import comparison_lines
+
+        return display.text(comparison_lines(self.to_json()))
+
 
 def compare(
     federation: Federation, out: Path | str, rounds: int | None = None, *, watchers: Sequence[Watcher] = (), stage: Stage | None = None
@@ -92,7 +100,8 @@ def compare(
     )
     for _ in played:
         pass
-    with RunFolder.open(out) as folder:
+    with RunFolder.open(out) as folder, logged(out) as notes:
+        notes.begin()
         ends = _Ends(federation, folder)
         table = ends.compare(stage)
         folder.write_json(COMPARE, table.to_json())

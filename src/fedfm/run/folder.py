@@ -4,13 +4,15 @@
     journal.jsonl             what happened, append-only; a round is committed by its line here
     state/round-000007.safetensors   the server's state after a round; the last two are kept, and the one with the best score
     metrics.jsonl             a line for each committed round, round 0 is the evaluation before training
+    metrics.csv               the same as a table: a row for each round, without what is told of single owners
     ledger.json               what it cost
     split.json                who owns how much of what
     clients/                  what simulated clients remember (theirs, not the server's)
     model/                    the result, in the layout the rest of the world loads
     compare.json, report.html
+    log.txt                   what the process logged
 
-A round is written in this order: its state, its line in the journal, its line in the metrics, the ledger.
+A round is written in this order: its state, its line in the journal, its line in the metrics and its row in the table, the ledger.
 Only the journal decides: its last line whose state file is intact is where a run goes on, and whatever
 else is in the folder is brought to agree with that. A journal that is damaged, or gone, or behind what lies beside it, is refused.
 """
@@ -20,12 +22,12 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -36,9 +38,12 @@ from fedfm.core import disk
 from fedfm.core.errors import RunError
 from fedfm.core.journal import Journal, Mark
 from fedfm.core.parts import ServerState
+from fedfm.core.plain import finite
 from fedfm.core.round import RoundRecord
 from fedfm.core.score import best
+from fedfm.run.flat import TABLE, Table, flat
 from fedfm.run.ledger import Ledger
+from fedfm.run.log import LOG, OLD
 
 RECIPE, JOURNAL, METRICS, LEDGER, SPLIT, COMPARE, MODEL = (
     "recipe.yaml", "journal.jsonl", "metrics.jsonl", "ledger.json", "split.json", "compare.json", "model",
@@ -102,6 +107,11 @@ class RunFolder:
     path: Path
     journal: Journal
     _lock: int = -1
+
+    @cached_property
+    def table(self) -> Table:
+        """``metrics.csv``."""
+        return Table(self.path / TABLE)
 
     @classmethod
     def create(cls, path: Path, recipe: str) -> Self:
@@ -187,6 +197,7 @@ class RunFolder:
         disk.write_atomic(self._state_file(state.round), data)
         self.note("round", round=state.round, state=_digest(data), record=line, ledger=ledger.to_json())
         disk.append(self.path / METRICS, _json(line))
+        self.table.add(flat(line))
         disk.write_atomic(self.path / LEDGER, _pretty(ledger.to_json()))
         self.remove_old_states()
 
@@ -211,7 +222,7 @@ class RunFolder:
         """Removes a run without a result: only the files that a run writes, and the folder if it is empty then."""
         for name in ("state", "clients", "logs"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in (RECIPE, JOURNAL, METRICS, LEDGER, SPLIT, ".lock"):
+        for name in (RECIPE, JOURNAL, METRICS, TABLE, LEDGER, SPLIT, LOG, OLD, ".lock"):
             (self.path / name).unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()
@@ -290,7 +301,16 @@ class RunFolder:
         ledger = Ledger() if newest is None else self.ledger(newest[0])
         # Metrics are never ahead of the journal, so they are cut before a line of it is made void.
         records = self.journal.records(-1 if newest is None else newest[0].round)
-        disk.write_lines(self.path / METRICS, (_json(record) for record in records))
+        rows: list[dict[str, Any]] = []
+
+        def measured() -> Iterator[str]:
+            # The journal tells of every owner, and is read once.
+            for record in records:
+                rows.append(flat(record))
+                yield _json(record)
+
+        disk.write_lines(self.path / METRICS, measured())
+        self.table.write(rows)
         disk.write_atomic(self.path / LEDGER, _pretty(ledger.to_json()))
         self.journal.mend()
         for stray in (*self.path.glob(".*.tmp"), *self.path.glob("state/.*.tmp")):
@@ -403,16 +423,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 def record_json(record: RoundRecord) -> dict[str, Any]:
     """A record as written; a number that JSON does not have (NaN, infinity) becomes null."""
-    values: dict[str, Any] = _finite(asdict(record))
+    values: dict[str, Any] = finite(asdict(record))
     return values
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(name): _finite(item) for name, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _json(value: Any) -> str:
@@ -420,7 +432,7 @@ def _json(value: Any) -> str:
 
 
 def _pretty(value: Any) -> bytes:
-    return (json.dumps(_finite(value), allow_nan=False, indent=1) + "\n").encode()
+    return (json.dumps(finite(value), allow_nan=False, indent=1) + "\n").encode()
 
 
 def _new_digest() -> hashlib.blake2b:

@@ -38,6 +38,7 @@ from fedfm.recipe import dump, load, located, read
 from fedfm.run.base import digests, require_base
 from fedfm.run.folder import COMPARE, MODEL, RECIPE, SPLIT, RunFolder
 from fedfm.run.ledger import Ledger
+from fedfm.run.log import logged
 from fedfm.simulation import Simulation
 from fedfm.verbs import Describe, Evaluation
 
@@ -66,8 +67,10 @@ def run(
         return
     with RunFolder.create(Path(out), dump(federation)) as folder:
         try:
-            _note_start(folder, federation)
-            yield from _go(federation, folder, watchers)
+            with logged(folder.path) as notes:
+                notes.begin()
+                _note_start(folder, federation)
+                yield from _go(federation, folder, watchers)
         except Exception:
             # A run that did not get as far as its first evaluation leaves nothing worth going on with.
             if not folder.journal.rounds:
@@ -90,7 +93,7 @@ def resume(
         RunError: if there is no run, its recipe has changed, or more rounds are done than are asked for.
     """
     path = Path(path)
-    with RunFolder.open(path) as folder:
+    with RunFolder.open(path) as folder, logged(path) as notes:
         federation = read(path / RECIPE) if federation is None else located(federation)
         federation = federation if rounds is None else replace(federation, rounds=rounds)
         began, ran = folder.first("start"), folder.first("recipe")
@@ -113,6 +116,7 @@ def resume(
             raise RunError(
                 f"{path} has completed {done} rounds, more than the {federation.rounds} asked for. Ask for rounds={done} or more."
             )
+        notes.begin()
         restored = folder.restore()
         if restored is None or (
             restored[0].round < federation.rounds and not _is_over(federation, folder.journal.scores[: restored[0].round + 1])
@@ -175,12 +179,21 @@ class _Watchers:
 
     all: Sequence[Watcher]
     closed: bool = False
+    last_stage: str = ""
 
     def stage(self, text: str, done: int | None = None, total: int | None = None) -> None:
+        if text != self.last_stage:
+            log.info("%s", text)
+        self.last_stage = text
         for watcher in self.all:
             watcher.stage(text, done, total)
 
     def start(self, info: RunInfo) -> None:
+        since = "" if info.resumed_from is None else f", resumed after round {info.resumed_from}"
+        log.info(
+            "fedfm %s: %s, %d rounds of %d of %d clients, %s with %d parameters, %d trainable, on %s%s",
+            VERSION, info.name, info.rounds, info.cohort_size, info.num_clients, info.model, info.num_params, info.num_trainable, info.device, since,
+        )  # fmt: skip
         for watcher in self.all:
             watcher.start(info)
 
@@ -189,6 +202,12 @@ class _Watchers:
             watcher.answer(round, answer)
 
     def round(self, record: RoundRecord) -> None:
+        pooled = record.metrics.get("eval", {}).get("pooled", {})
+        numbers = {"train_loss": record.metrics.get("train_loss"), **pooled, "seconds": sum(record.seconds.values())}
+        known = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items() if value is not None)
+        log.info("round %d: %d asked, %d failed, %s", record.round, len(record.cohort), len(record.failures), known)
+        for failure in record.failures:
+            log.info("round %d: %s failed in %s: %s", record.round, failure.client, failure.stage, failure.reason)
         for watcher in self.all:
             watcher.round(record)
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 from safetensors import SafetensorError
 
+from fedfm.client.bank import Bank
+from fedfm.core import display, words
 from fedfm.core.disk import cannot_write
 from fedfm.core.errors import ConfigError, RunError
 from fedfm.core.keys import Key
@@ -22,14 +25,13 @@ from fedfm.models.foundation import save
 from fedfm.recipe import read
 from fedfm.run.base import require_base
 from fedfm.run.folder import RECIPE, read_journal, state_after
-from fedfm.tasks import Instruct
+from fedfm.run.generation import Drawing, Generator
+from fedfm.tuning.base import Tuned
 
 log = logging.getLogger(__name__)
-# Logits over anything smaller overflow float32.
-_COLDEST = 1e-3
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """A run's base model and its tuning after a round. Reads the run's folder and changes nothing in it; needs no data."""
 
@@ -37,22 +39,44 @@ class Result:
     foundation: Foundation
     state: ServerState
 
+    def __repr__(self) -> str:
+        return f"Result({', '.join(f'{name}: {text}' for name, text in self._said())})"
+
+    def _repr_html_(self) -> str:
+        """What it is, as a small table for a notebook."""
+        return display.table(f"Result of {self.federation.name}", self._said())
+
+    def _said(self) -> list[tuple[str, str]]:
+        base = self.foundation
+        model = f"{type(base.model).__name__}, {words.count(base.num_params)} parameters, on {base.device}"
+        classes = [("classes", words.listed(base.labels, 8))] if base.labels else []
+        plan = self.federation
+        return [
+            ("after round", str(self.state.round)),
+            ("model", model),
+            ("task", repr(plan.task)),
+            ("tuning", repr(plan.tuning)),
+            *classes,
+        ]
+
     @staticmethod
-    def open(path: Path, round: int | Literal["last", "best"] = "last") -> Result:
+    def open(path: Path, round: int | Literal["last", "best"] = "last", device: str = "cpu") -> Result:
         """The result of the run in ``path``, finished or not.
 
         Args:
             round: ``last``; ``best`` for the round with the best score; or the number of a round whose state is kept.
+            device: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``. A result opens on machines that could not have trained it, so the
+                recipe's own device does not matter.
 
         Raises:
             RunError: if there is no run, no round was completed, the state of that round is not kept, or the base has changed since.
+            ModelError: if this machine has no such device.
         """
         state = state_after(path, round)
         federation = read(path / RECIPE).resolved()
         known = read_journal(path).first
-        # The model is merged and saved on the CPU: a result must open on machines that could not have trained it.
         labels, key = known.get("data", {}).get("labels", ()), Key.root(federation.seed)
-        foundation = load(federation.model, federation.task.head, labels, "cpu", key)
+        foundation = load(federation.model, federation.task.head, labels, device, key)
         require_base(known.get("base"), foundation, path)
         return Result(federation, foundation, state)
 
@@ -69,6 +93,7 @@ class Result:
         home = sorted(set(params) - set(tuning.travels(Spec.of(params))))
         if home:
             log.warning("The export holds %d parameters that stay at home (%s, ...) as they were at the start.", len(home), home[0])
+        self.tuned  # noqa: B018 (see ``model``)
         whole = tuning.merge(self.foundation, self.state.params) if merge else None
         try:
             to.mkdir(parents=True, exist_ok=True)
@@ -80,42 +105,84 @@ class Result:
         except (OSError, SafetensorError) as error:
             raise cannot_write(to, error) from error
 
-    def generate(self, prompt: str, max_new_tokens: int = 100, temperature: float = 0.0, seed: int = 0) -> str:
-        """The model's answer to ``prompt``, which is put into the task's template where it has one.
+    @cached_property
+    def tuned(self) -> Tuned:
+        """The base prepared for its tuning."""
+        return self.federation.tuning.attach(self.foundation)
+
+    @cached_property
+    def bank(self) -> Bank:
+        """What evaluates and answers as clients do in a run, with the run's key."""
+        plan, pad_id = self.federation, self.foundation.tokenizer.pad_token_id
+        return Bank(self.tuned, plan.task, plan.local, pad_id, self.foundation.device, Key.root(plan.seed))
+
+    @cached_property
+    def theta_1d(self) -> torch.Tensor:
+        """The trained parameters as a row ``(1, D)``."""
+        return self.tuned.spec.flatten(self.state.params).unsqueeze(0)
+
+    @cached_property
+    def model(self) -> Any:
+        """A plain ``transformers`` model with the tuning merged in, on the base's device.
+
+        Raises:
+            ConfigError: if the tuning cannot be merged.
+        """
+        # A library that wraps the base must do so once: the bank uses the same wrapped base.
+        self.tuned  # noqa: B018
+        model: Any = self.federation.tuning.merge(self.foundation, self.state.params)
+        model.config.use_cache = True
+        return model.eval().to(self.foundation.device)
+
+    @cached_property
+    def generator(self) -> Generator:
+        """What writes text."""
+        return Generator(self.model, self.foundation.tokenizer, self.foundation.max_context)
+
+    def warn_of_home(self) -> None:
+        """Warns where some parameters stay with their owners, so that this model is nobody's own."""
+        params = self.state.params
+        if len(self.federation.tuning.travels(Spec.of(params))) < len(params):
+            log.warning("Parameters that stay at home are as they were at the start; each owner's own are in its memory.")
+
+    @overload
+    def generate(self, prompt: str, max_new_tokens: int = 100, temperature: float = 0.0, seed: int = 0) -> str: ...
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | tuple[str, ...],
+        max_new_tokens: int = 100,
+        temperature: float = 0.0,
+        seed: int = 0,
+        watch: Callable[[int], None] | None = None,
+    ) -> list[str]: ...
+    def generate(
+        self,
+        prompt: str | list[str] | tuple[str, ...],
+        max_new_tokens: int = 100,
+        temperature: float = 0.0,
+        seed: int = 0,
+        watch: Callable[[int], None] | None = None,
+    ) -> str | list[str]:
+        """The model's answer to ``prompt``, or to each of several, put into the task's template where it has one.
+
+        Several prompts are answered together; each answer is the one that its prompt gets alone, but for float rounding.
 
         Args:
             temperature: 0 takes the likeliest token each time; otherwise at least 0.001.
             seed: Of the drawing, from 0 to 2**63 - 1; used when ``temperature`` is not 0.
+            watch: Called with the number of prompts answered, from time to time.
 
         Raises:
-            ConfigError: if the model does not write text, or a number is out of range.
+            ConfigError: if the model does not write text, a prompt is empty or too long, or a number is out of range.
         """
-        if temperature != 0 and not _COLDEST <= temperature < math.inf:
-            raise ConfigError(f"The temperature is {temperature}; it must be 0 (the likeliest token) or from {_COLDEST} up.")
-        if not 0 <= seed < 2**63:
-            raise ConfigError(f"The seed is {seed}; it must be a whole number from 0 to 2**63 - 1.")
-        if self.federation.task.head != "causal_lm":
-            raise ConfigError(
-                f"This run's task is {type(self.federation.task).__name__}, whose model does not write text; generate needs CausalLM or Instruct."
-            )
-        task, tokenizer = self.federation.task, self.foundation.tokenizer
-        chat = isinstance(task, Instruct) and task.template == "chat"
-        text = task.prompt(tokenizer, prompt) if isinstance(task, Instruct) else prompt
-        bos = [] if chat or tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-        ids = torch.tensor([[*bos, *tokenizer(text, add_special_tokens=False)["input_ids"]]])
-        room = self.foundation.max_context
-        if ids.shape[1] == 0 or (room is not None and ids.shape[1] >= room):
-            raise ConfigError(
-                f"The prompt has {ids.shape[1]} tokens; the model reads at least 1 and fewer than {room} with room for an answer."
-            )
-        new = max_new_tokens if room is None else min(max_new_tokens, room - ids.shape[1])
-        model: Any = self.federation.tuning.merge(self.foundation, self.state.params).eval()
-        model.config.use_cache = True
-        drawing = {"do_sample": True, "temperature": temperature} if temperature > 0 else {"do_sample": False}
-        with torch.random.fork_rng(devices=[]), torch.inference_mode():
-            torch.manual_seed(seed)
-            out = model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, pad_token_id=tokenizer.pad_token_id, **drawing
-            )
-        answer: str = tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
-        return answer
+        drawing = Drawing(max_new_tokens, temperature, seed)
+        task, tokenizer, room = self.federation.task, self.foundation.tokenizer, self.foundation.max_context
+        prompts = [task.opening(tokenizer, text) for text in ([prompt] if isinstance(prompt, str) else prompt)]
+        for ids in prompts:
+            if len(ids) == 0 or (room is not None and len(ids) >= room):
+                raise ConfigError(
+                    f"The prompt has {len(ids)} tokens; the model reads at least 1 and fewer than {room} with room for an answer."
+                )
+        answers = self.generator.answers(prompts, drawing, watch=watch)
+        return answers[0] if isinstance(prompt, str) else answers

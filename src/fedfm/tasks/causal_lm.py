@@ -55,6 +55,10 @@ class CausalLM(Task):
         """``loss``, ``perplexity``, ``token_accuracy``."""
         return language_metrics(sums)
 
+    def opening(self, tokenizer: Any, text: str) -> IntArray:
+        """The text, opened as in training."""
+        return np.concatenate([np.array(ends(tokenizer, "CausalLM")[0], dtype=np.int32), *tokenize(tokenizer, [text])])
+
 
 class _Encoder(Encoder):
     def __init__(self, task: CausalLM, tokenizer: Any) -> None:

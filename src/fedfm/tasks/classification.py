@@ -11,7 +11,7 @@ import torch
 
 from fedfm.core.batch import Batch, IntArray, Row
 from fedfm.core.errors import ConfigError
-from fedfm.core.task import Encoder, Example, Examples, RawRow, Task
+from fedfm.core.task import Encoder, Example, Examples, RawRow, Scorer, Task
 from fedfm.core.tree import Tree
 from fedfm.data.records import name_in, text_in
 from fedfm.tasks.sequences import ratio, require_length, tokenize
@@ -83,6 +83,10 @@ class Classification(Task):
         loss, accuracy = (ratio(sums[key], sums["targets"]) for key in ("loss", "hits"))
         return {"loss": loss, "accuracy": accuracy, "macro_f1": ratio(f1_c.sum(), len(f1_c))}
 
+    def predictor(self, tokenizer: Any, labels: Sequence[str]) -> Scorer:
+        """The likeliest class of a text, with its probability; the column of the class is not needed."""
+        return _Guesser(self, tokenizer, labels)
+
 
 class _Encoder(Encoder):
     def __init__(self, task: Classification, tokenizer: Any) -> None:
@@ -94,3 +98,29 @@ class _Encoder(Encoder):
         self.dropped += len(pairs) - len(used)
         encoded = tokenize(self.tokenizer, [words for words, _ in used], special=True, max_length=self.task.max_length)
         return [Example(ids, label=label) for ids, (_, label) in zip(encoded, used)]
+
+
+class _Guesser(Scorer):
+    answers = ("prediction", "probability")
+
+    def __init__(self, task: Classification, tokenizer: Any, labels: Sequence[str]) -> None:
+        self.task, self.tokenizer, self.labels = task, tokenizer, tuple(labels)
+        self.columns = (task.text,)
+        self.details = tuple(f"probability_{label}" for label in labels)
+
+    def examples(self, row: RawRow) -> list[Example]:
+        words = text_in(row, self.task.text)
+        if not words.strip():
+            return []
+        return [Example(ids) for ids in tokenize(self.tokenizer, [words], special=True, max_length=self.task.max_length)]
+
+    def measure(self, logits_pc: torch.Tensor, batch: Batch, owner_q: torch.Tensor, num_rows: int) -> dict[str, torch.Tensor]:
+        p_pc = torch.softmax(logits_pc.double(), dim=-1)
+        return {"probability": torch.zeros(num_rows, p_pc.shape[-1], dtype=p_pc.dtype, device=p_pc.device).index_add(0, owner_q, p_pc)}
+
+    def answer(self, sums: Tree) -> dict[str, Any]:
+        p_c = sums["probability"]
+        if not p_c.isfinite().all():
+            return {}
+        best = int(p_c.argmax())
+        return {"prediction": self.labels[best], "probability": float(p_c[best]), **dict(zip(self.details, p_c.tolist(), strict=True))}

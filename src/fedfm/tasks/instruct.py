@@ -14,7 +14,7 @@ import numpy as np
 
 from fedfm.core.batch import IntArray, Row
 from fedfm.core.errors import ConfigError, DataError, ModelError
-from fedfm.core.task import Encoder, Example, Examples, RawRow, Task
+from fedfm.core.task import Encoder, Example, Examples, RawRow, Task, Writer
 from fedfm.core.tree import Tree
 from fedfm.data.records import text_in, value_in, where
 from fedfm.tasks.sequences import LONG, both_ends, ends, language_metrics, require_length, shifted, tokenize
@@ -90,6 +90,16 @@ class Instruct(Task):
         """``loss``, ``perplexity``, ``token_accuracy``, of the responses."""
         return language_metrics(sums)
 
+    def predictor(self, tokenizer: Any, labels: Sequence[str]) -> Writer:
+        """The model's answer to a row's instruction; the column of the response is not needed."""
+        return _Answerer(self, tokenizer)
+
+    def opening(self, tokenizer: Any, text: str, context: str = "") -> IntArray:
+        """The instruction in the template, opened as in training."""
+        # A chat template writes the BOS itself.
+        bos = [] if self.template == "chat" else ends(tokenizer, "Instruct")[0]
+        return np.concatenate([np.array(bos, dtype=np.int32), *tokenize(tokenizer, [self.prompt(tokenizer, text, context)])])
+
 
 def _chat(tokenizer: Any, instruction: str, context: str, response: str | None) -> str:
     if tokenizer.chat_template is None:
@@ -100,6 +110,20 @@ def _chat(tokenizer: Any, instruction: str, context: str, response: str | None) 
     # The template gives text, which is tokenized here: the ids that apply_chat_template returns differ between versions.
     written: str = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=response is None)
     return written
+
+
+def _context(task: Instruct, row: RawRow) -> str:
+    if task.input is None:
+        return ""
+    context = value_in(row, task.input)
+    if context is not None and not isinstance(context, str):
+        raise DataError(f"{where(row)}: column {task.input!r} holds {type(context).__name__} {context!r}, which is not text.")
+    return (context or "").strip()
+
+
+def _without_middle(prompt: list[int], room: int) -> list[int]:
+    """The two ends of a prompt that is longer than ``room``."""
+    return prompt[: room // 2] + prompt[len(prompt) - (room - room // 2) :]
 
 
 class _Encoder(Encoder):
@@ -113,7 +137,7 @@ class _Encoder(Encoder):
         prompts, responses = [], []
         for row in rows:
             instruction, response = text_in(row, self.task.instruction), text_in(row, self.task.response)
-            context = self._context(row)
+            context = _context(self.task, row)
             if not response.strip() or not (instruction.strip() or context):
                 self.dropped += 1
                 continue
@@ -131,14 +155,6 @@ class _Encoder(Encoder):
         whole = iter(short)
         return [(next(whole) if len(text) <= LONG else both_ends(self.tokenizer, text, self.task.max_length)).tolist() for text in texts]
 
-    def _context(self, row: RawRow) -> str:
-        if self.task.input is None:
-            return ""
-        context = value_in(row, self.task.input)
-        if context is not None and not isinstance(context, str):
-            raise DataError(f"{where(row)}: column {self.task.input!r} holds {type(context).__name__} {context!r}, which is not text.")
-        return (context or "").strip()
-
     def _response(self, instruction: str, context: str, response: str, prompt: str) -> str:
         if self.task.template != "chat":
             return response
@@ -155,7 +171,28 @@ class _Encoder(Encoder):
         if len(prompt) + len(response) > size:
             if self.task.on_long == "drop":
                 return None
-            room = min(len(prompt), max(size - len(response), size // 4))
-            prompt = prompt[: room // 2] + prompt[len(prompt) - (room - room // 2) :]
+            prompt = _without_middle(prompt, min(len(prompt), max(size - len(response), size // 4)))
             response = response[: size - len(prompt)]
         return Example(np.array(prompt + response, dtype=np.int32), start=len(prompt))
+
+
+class _Answerer(Writer):
+    answers = ("answer",)
+
+    def __init__(self, task: Instruct, tokenizer: Any) -> None:
+        self.task, self.tokenizer = task, tokenizer
+        self.columns = tuple(column for column in (task.instruction, task.input) if column is not None)
+
+    def prompt(self, row: RawRow, room: int | None) -> IntArray:
+        instruction, context = text_in(row, self.task.instruction), _context(self.task, row)
+        if not (instruction.strip() or context):
+            return np.zeros(0, dtype=np.int32)
+        ids = self.task.opening(self.tokenizer, instruction, context)
+        if room is None or len(ids) <= room:
+            return ids
+        if self.task.on_long == "drop":
+            raise DataError(f"{where(row)}: its prompt has {len(ids)} tokens, and the model takes {room} with room for an answer.")
+        return np.array(_without_middle(ids.tolist(), room), dtype=np.int32)
+
+    def answer(self, text: str) -> dict[str, Any]:
+        return {"answer": text}

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,14 +13,14 @@ import torch
 from fedfm.core.batch import Batch, Row, Shaping
 from fedfm.core.errors import DataError
 from fedfm.core.keys import Key
-from fedfm.core.task import Example, RawRow, Task, Vocabulary
+from fedfm.core.task import Example, RawRow, Scorer, Task, Vocabulary, Writer
 from fedfm.testing.parts import check_part
 from fedfm.testing.tiny import Memory
 
 
 def check_task(task: Task, rows: Sequence[RawRow], tokenizer: Any) -> None:
     """Rows become the same examples however they stream in, examples the rows that the key decides; there is one finite loss for each target, its
-    client's and nobody else's, and sums of metrics add up.
+    client's and nobody else's, and sums of metrics add up. An answer for a row has the columns that are declared, and does not depend on other rows.
 
     Args:
         rows: At least three rows that the task can use, with the columns it names.
@@ -52,6 +53,7 @@ def check_task(task: Task, rows: Sequence[RawRow], tokenizer: Any) -> None:
     classes = max(len(labels), 2) if task.head == "sequence_classification" else len(tokenizer)
     _check_rows(name, task, memory)
     _check_losses(name, task, memory, classes)
+    _check_predictor(name, task, rows, tokenizer, labels or [str(i) for i in range(classes)])
 
 
 def _encode(task: Task, rows: Sequence[RawRow], tokenizer: Any, chunk: int) -> list[Example]:
@@ -153,3 +155,51 @@ def _check_losses(name: str, task: Task, examples: Memory, classes: int) -> None
     assert math.isclose(pooled["loss"], mean, rel_tol=1e-5), f"{name}: the pooled loss is {pooled['loss']}, the mean over targets {mean}"
     nobody = task.summarise({x: value[2] for x, value in whole.items()})
     assert all(math.isnan(value) for value in nobody.values()), f"{name}.summarise makes {nobody} of nothing"
+
+
+def _check_predictor(name: str, task: Task, rows: Sequence[RawRow], tokenizer: Any, labels: Sequence[str]) -> None:
+    predictor = task.predictor(tokenizer, labels)
+    named = [*predictor.answers, *predictor.details]
+    assert predictor.answers and len(set(named)) == len(named), f"{name}: its answers have the columns {named}"
+    assert isinstance(predictor, Scorer | Writer), f"{name}: its predictor is neither a Scorer nor a Writer"
+    ask: Callable[[RawRow], Any] = predictor.examples if isinstance(predictor, Scorer) else partial(predictor.prompt, room=None)
+    for column in predictor.columns:
+        try:
+            ask({key: value for key, value in rows[0].items() if key != column})
+        except DataError as error:
+            assert repr(column) in str(error), f"{name}: the missing column {column!r} is not named: {error}"
+        else:
+            raise AssertionError(f"{name} answers for a row without its column {column!r}")
+    # What is known only of training rows is not needed.
+    asked = [{column: row[column] for column in predictor.columns} for row in rows]
+    if isinstance(predictor, Writer):
+        for row in asked:
+            ids = predictor.prompt(row, None)
+            assert len(ids) and min(ids) >= 0 and max(ids) < len(tokenizer), f"{name}: ids that the tokenizer does not have"
+        assert tuple(predictor.answer("text")) == predictor.answers, f"{name}: an answer has other columns than {predictor.answers}"
+        return
+    _check_scores(name, task, predictor, [Encoded(predictor.examples(row), tokenizer) for row in asked], len(labels))
+
+
+def _check_scores(name: str, task: Task, scorer: Scorer, sets: Sequence[Memory], classes: int) -> None:
+    shaping = Shaping(causal=task.head == "causal_lm", per_row=task.head == "sequence_classification")
+    classes = classes if shaping.per_row else sets[0].vocabulary.size
+    parts = [task.rows(own, np.arange(len(own)), Key.root(i).numpy()) for i, own in enumerate(sets)]
+    owners = torch.tensor([i for i, part in enumerate(parts) for _ in part])
+    batch = task.batch([[row for part in parts for row in part]], shaping)
+    logits_pc = torch.randn(len(batch.pick_p), classes, generator=Key.root(0).fold("check_scores").generator())
+    together = scorer.measure(logits_pc, batch, owners[batch.row_q], len(sets))
+    first = 0
+    for i, part in enumerate(parts):
+        one = task.batch([part], shaping)
+        last = first + len(one.pick_p)
+        alone = scorer.measure(logits_pc[first:last], one, torch.zeros_like(one.owner_q), 1)
+        first = last
+        for what, x in together.items():
+            assert x.dtype == torch.float64, f"{name}: the sums {what!r} of an answer are not float64"
+            assert torch.allclose(x[i], alone[what][0], rtol=1e-5), f"{name}: the answer for a row depends on the rows beside it ({what})"
+        answer = scorer.answer({what: x[i] for what, x in together.items()})
+        named = {*scorer.answers, *scorer.details}
+        assert set(answer) == named, f"{name}: an answer has the columns {sorted(answer)}, declared are {sorted(named)}"
+    nan = {what: torch.full_like(x[0], math.nan) for what, x in together.items()}
+    assert scorer.answer(nan) == {}, f"{name} makes an answer of numbers that are none"

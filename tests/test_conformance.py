@@ -291,6 +291,32 @@ class Averaging(Task):
         return CausalLM().summarise(sums)
 
 
+@dataclass(frozen=True)
+class Mingling(Task):
+    """Gives an owner's examples to the next one where several are encoded at once."""
+
+    max_length: int = 16
+    columns = CausalLM().columns
+
+    def encoder(self, tokenizer):
+        encoder = CausalLM(max_length=self.max_length).encoder(tokenizer)
+
+        class Mingled(type(encoder)):
+            @classmethod
+            def add_all(cls, work):
+                examples = super().add_all(work)
+                return [*examples[1:], *examples[:1]]
+
+        encoder.__class__ = Mingled
+        return encoder
+
+    def rows(self, examples, index, rng):
+        return CausalLM().rows(examples, index, rng)
+
+    def summarise(self, sums):
+        return CausalLM().summarise(sums)
+
+
 def check_tiny_task(task: Task) -> None:
     check_task(task, [{"text": text} for text in tiny.TEXT[:9]], load_tokenizer(tiny.tokenizer_folder()))
 
@@ -329,6 +355,7 @@ class Steeper(FedAvg):
         (check_tuning, Shrinking(LoRA(r=2)), r"pad: tensor .* expected"),
         (check_tiny_task, Scribbling(), "changed the examples"),
         (check_tiny_task, Averaging(), "do not add up"),
+        (check_tiny_task, Mingling(), "whose rows are encoded with them"),
         (check_part, Thawed(), "not frozen"),
         (check_part, Steeper(), "inherits"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -102,3 +103,19 @@ def test_an_owner_whose_head_is_gone_is_named(tmp_path: Path) -> None:
     (owners.path("bob") / "shard.json").unlink()
     with pytest.raises(FedfmError, match="bob"):
         list(run(federation, out=tmp_path / "run"))
+
+
+def test_the_split_is_a_line_for_each_owner_and_a_start_reads_each_owners_head_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    federation = small(tmp_path, rounds=0, evaluate=Evaluate(every=0))
+    Simulation.build(federation)
+    read: list[Path] = []
+    original = layout._read
+    monkeypatch.setattr(layout, "_read", lambda path: read.append(path) or original(path))
+    list(run(federation, out=tmp_path / "run"))
+    assert len(read) == len(set(read)) == 1 + 3
+    lines = (tmp_path / "run" / "split.json").read_text().splitlines()
+    rows = json.loads("".join(lines))
+    assert lines[0] == "[" and lines[-1] == "]" and [json.loads(line.removesuffix(",")) for line in lines[1:-1]] == rows
+    assert [row["owner"] for row in rows] == ["ann", "bob", "cid"] and all(row["train"] > 0 for row in rows)

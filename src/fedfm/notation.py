@@ -14,10 +14,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields, is_dataclass
 from functools import cache, reduce
 from operator import or_
-from typing import Any, Literal, NoReturn, TypeVar, Union
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, Union
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from fedfm.core import registry
@@ -25,6 +24,9 @@ from fedfm.core.errors import ConfigError
 from fedfm.core.parts import Part
 from fedfm.core.registry import suggest
 from fedfm.models import Model
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 T = TypeVar("T")
 _OVERRIDE = "override "
@@ -267,6 +269,8 @@ def _build(hint: Any, node: Node, at: str) -> Any:
         return _build_fields(part, _body(node, at), at) if is_dataclass(part) else _build_part(part, node, at)
     if not others:
         _refuse(node, at, hint)
+    from pydantic import ValidationError
+
     try:
         return _adapter(reduce(or_, others)).validate_python(_frozen(_value(node)), strict=True)
     except ValidationError:
@@ -275,6 +279,9 @@ def _build(hint: Any, node: Node, at: str) -> Any:
 
 @cache
 def _adapter(hint: Any) -> TypeAdapter[Any]:
+    # A federation that is written in Python reads no YAML, and needs no pydantic.
+    from pydantic import TypeAdapter
+
     return TypeAdapter(hint)
 
 

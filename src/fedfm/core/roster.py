@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from fedfm.core.messages import ClientId
@@ -25,6 +25,10 @@ class Holding:
     test: int | None = None
     tokens: int | None = None
     labels: Mapping[str, int] | None = None
+
+    def note(self) -> dict[str, Any]:
+        """The fields by name. Thousands of owners have one, so nothing is copied."""
+        return dict(vars(self))
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,13 @@ class Roster:
 
     def picture(self) -> list[dict[str, Any]]:
         """The split as rows to print or plot: ``owner``, ``train``, ``test``, ``tokens``, ``labels``; null where an owner withholds it."""
-        return [{"owner": client, **asdict(self.holdings.get(client, Holding()))} for client in self.ids]
+        nothing = Holding()
+        return [{"owner": client, **self.holdings.get(client, nothing).note()} for client in self.ids]
 
     def note(self) -> dict[str, Any]:
         """The roster in plain values, to be kept with a run. Only owners whose channel shows more than sums have an entry in ``holdings``."""
-        holdings = {client: asdict(holding) for client, holding in self.holdings.items()}
-        return {"ids": list(self.ids), "holdings": holdings, "totals": asdict(self.totals)}
+        holdings = {client: holding.note() for client, holding in self.holdings.items()}
+        return {"ids": list(self.ids), "holdings": holdings, "totals": self.totals.note()}
 
     @staticmethod
     def from_note(note: Mapping[str, Any]) -> Roster:

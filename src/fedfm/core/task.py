@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
 import torch
@@ -111,6 +111,15 @@ class Encoder(ABC):
         Raises:
             DataError: naming the column that is missing or has the wrong type.
         """
+
+    @classmethod
+    def add_all(cls, work: Sequence[tuple[Self, Sequence[RawRow]]]) -> list[list[Example]]:
+        """What :meth:`add` gives for each encoder and its rows, in that order. The owners of the encoders differ.
+
+        Raises:
+            DataError: as :meth:`add` does.
+        """
+        return [encoder.add(rows) for encoder, rows in work]
 
     def flush(self) -> list[Example]:
         """Examples that remain after the last row."""

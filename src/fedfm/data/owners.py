@@ -90,8 +90,8 @@ class Shard:
         self, owner: str, labels: tuple[str, ...], vocabulary: Vocabulary, folders: Sequence[tuple[Path, Mapping[str, Any]]]
     ) -> None:
         self.owner, self.labels, self.vocabulary = owner, labels, vocabulary
-        self.train = Encoded([(str(folder / "train"), head["train"]) for folder, head in folders], vocabulary)
-        self.test = Encoded([(str(folder / "test"), head["test"]) for folder, head in folders], vocabulary)
+        self.train = Encoded([(f"{folder}/train", head["train"]) for folder, head in folders], vocabulary)
+        self.test = Encoded([(f"{folder}/test", head["test"]) for folder, head in folders], vocabulary)
         self.tokens: int = sum(head["tokens"] for _, head in folders)
         self._histogram = _total(head["histogram"] for _, head in folders)
 

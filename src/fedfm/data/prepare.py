@@ -1,12 +1,13 @@
 """Rows to examples on disk, once: one streaming pass (and one before it, where a partitioner must see all labels).
 
 Memory stays bounded however large the files and however many the owners: rows wait in small groups
-for the tokenizer, and what it makes is appended to the owner's files, of which two are open at a time.
+for the tokenizer, which takes those of many owners at once. What it makes waits too, and is appended to the owners' files, of which one is open at a time.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import logging
 import os
@@ -15,8 +16,9 @@ import sys
 import tempfile
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from itertools import count, islice
 from pathlib import Path
 from typing import Any
@@ -36,9 +38,12 @@ from fedfm.data.spec import Data
 
 log = logging.getLogger(__name__)
 
-_GROUP = 256  # rows that one owner's tokenizer call takes
-_WAITING = 8_000_000  # characters that may wait over all owners
-_WRITTEN = 8192  # examples that are written at once
+_GROUP = 256  # rows of one owner that are tokenized without waiting for others
+_TOGETHER, _CHARACTERS = 1024, 1 << 18  # rows and characters of many owners that are tokenized together
+_WAITING = 8_000_000  # characters that may wait for the tokenizer over all owners
+_KEPT = 32_000_000  # bytes of examples that may wait to be written over all owners
+_PART = 400  # bytes that Python takes for two arrays
+_WRITTEN = 8192  # examples that become arrays at once
 _REPORT = 1000
 _NAMED = 20  # owners left out who are named in a warning
 
@@ -149,32 +154,35 @@ class _Split:
 
     stem: Path
     encoder: Encoder
-    waiting: list[Record] = field(default_factory=list)
+    rows: list[Record] = field(default_factory=list)
+    characters: int = 0
+    parts: list[tuple[IntArray, IntArray]] = field(default_factory=list)
     examples: int = 0
     tokens: int = 0
     labels: Counter[str] = field(default_factory=Counter)
+    written: tuple[int, int] = (0, 0)
 
-    def drain(self, codes: dict[str, int], end: bool = False) -> None:
-        """Encodes and writes the rows that wait; ``codes`` numbers the labels in the order in which they appear."""
-        examples = self.encoder.add(self.waiting) if self.waiting else []
-        self.waiting = []
-        self._write(examples + self.encoder.flush() if end else examples, codes)
-
-    def _write(self, examples: list[Example], codes: dict[str, int]) -> None:
-        # A long row gives so many examples that they are written in parts.
-        for first in range(0, len(examples), _WRITTEN):
-            self._write_part(examples[first : first + _WRITTEN], codes)
-
-    def _write_part(self, examples: list[Example], codes: dict[str, int]) -> None:
+    def keep(self, examples: list[Example], codes: dict[str, int]) -> int:
+        """Keeps examples until they are written, and says how many bytes they take; ``codes`` numbers the labels in the order in which they appear."""
         labels = [example.label for example in examples if example.label is not None]
         self.labels.update(labels)
         ends = self.tokens + np.cumsum([len(example.ids) for example in examples])
         classes = [-1 if example.label is None else codes.setdefault(example.label, len(codes)) for example in examples]
-        index = np.column_stack([ends, [example.start for example in examples], classes])
-        _append(Path(f"{self.stem}.ids.npy"), np.concatenate([example.ids for example in examples]).astype("<i4"), self.tokens)
-        _append(Path(f"{self.stem}.index.npy"), index.astype("<i8"), self.examples)
+        index = np.column_stack([ends, [example.start for example in examples], classes]).astype("<i8")
+        ids = np.concatenate([example.ids for example in examples]).astype("<i4")
+        self.parts.append((ids, index))
         self.examples += len(examples)
         self.tokens = int(ends[-1])
+        return ids.nbytes + index.nbytes + _PART
+
+    def write(self) -> None:
+        """Adds the examples that were kept to the files."""
+        if not self.parts:
+            return
+        ids, index = zip(*self.parts, strict=True)
+        _append(Path(f"{self.stem}.ids.npy"), ids, self.written[0])
+        _append(Path(f"{self.stem}.index.npy"), index, self.written[1])
+        self.parts, self.written = [], (self.tokens, self.examples)
 
 
 @dataclass
@@ -208,7 +216,7 @@ class _Build:
         self.folder, self.fingerprint, self.progress = folder, fingerprint, progress
         self.owners: dict[str, _Owner] = {}
         self.codes: dict[str, int] = {}
-        self.waiting = 0
+        self.waiting = self.kept = 0
 
     def run(self, source: Source, test: Source | None) -> None:
         """Fills the folder."""
@@ -282,18 +290,46 @@ class _Build:
     def _wait(self, owner: str, split: _Split, record: Record) -> None:
         own = self.columns.get(owner, {})
         kept = Record({column: value_in(record, own.get(column, column)) for column in self.task.columns}, record.where)
-        split.waiting.append(kept)
-        self.waiting += sum(len(entry) for entry in kept.values() if isinstance(entry, str))
-        if len(split.waiting) == _GROUP:
-            split.drain(self.codes)
+        characters = sum(len(entry) for entry in kept.values() if isinstance(entry, str))
+        split.rows.append(kept)
+        split.characters += characters
+        self.waiting += characters
+        if len(split.rows) == _GROUP:
+            self._encode([split])
         if self.waiting > _WAITING:
             self._drain()
 
     def _drain(self, end: bool = False) -> None:
-        self.waiting = 0
-        for owner in self.owners.values():
-            for split in (owner.train, owner.test):
-                split.drain(self.codes, end)
+        """Encodes all rows that wait, those of many owners at once, and at the end writes every example."""
+        for group in _groups(split for split in self._splits() if split.rows):
+            self._encode(group)
+        if end:
+            for split in self._splits():
+                self._keep(split, split.encoder.flush())
+            self._write()
+
+    def _splits(self) -> Iterator[_Split]:
+        return (split for owner in self.owners.values() for split in (owner.train, owner.test))
+
+    def _encode(self, splits: list[_Split]) -> None:
+        encoded = type(splits[0].encoder).add_all([(split.encoder, split.rows) for split in splits])
+        for split, examples in zip(splits, encoded, strict=True):
+            self.waiting -= split.characters
+            split.rows, split.characters = [], 0
+            self._keep(split, examples)
+
+    def _keep(self, split: _Split, examples: list[Example]) -> None:
+        # A long row gives so many examples that they are kept in parts.
+        for first in range(0, len(examples), _WRITTEN):
+            self.kept += split.keep(examples[first : first + _WRITTEN], self.codes)
+            if self.kept > _KEPT:
+                self._write()
+
+    def _write(self) -> None:
+        """Writes all examples that are kept: an owner's files are opened once where everybody's fit into memory."""
+        self.kept = 0
+        for split in self._splits():
+            split.write()
 
     def _finish(self) -> None:
         usable: dict[str, _Owner] = {}
@@ -387,10 +423,32 @@ def _held_out(rng: np.random.Generator, fraction: float) -> Iterator[int]:
         yield int((stretch + rng.random()) / fraction)
 
 
-def _append(path: Path, rows: IntArray, before: int) -> None:
+def _groups(splits: Iterable[_Split]) -> Iterator[list[_Split]]:
+    """Splits in groups whose rows are tokenized together, of many owners where they have few rows each."""
+    group: list[_Split] = []
+    rows = characters = 0
+    for split in splits:
+        group.append(split)
+        rows += len(split.rows)
+        characters += split.characters
+        if rows >= _TOGETHER or characters >= _CHARACTERS:
+            yield group
+            group, rows, characters = [], 0, 0
+    if group:
+        yield group
+
+
+def _append(path: Path, parts: Sequence[IntArray], before: int) -> None:
     """Adds rows to an ``.npy`` file that has ``before``; NumPy pads headers so that the growing axis can be written anew in place."""
-    header = {"descr": rows.dtype.str, "fortran_order": False, "shape": (before + len(rows), *rows.shape[1:])}
     with path.open("r+b" if before else "wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        file.seek(0, os.SEEK_END)
-        file.write(rows.tobytes())
+        file.write(_header(parts[0].dtype.str, (before + sum(map(len, parts)), *parts[0].shape[1:])))
+        if before:
+            file.seek(0, os.SEEK_END)
+        file.writelines(part.tobytes() for part in parts)
+
+
+@lru_cache(maxsize=1024)
+def _header(dtype: str, shape: tuple[int, ...]) -> bytes:
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": dtype, "fortran_order": False, "shape": shape})
+    return header.getvalue()

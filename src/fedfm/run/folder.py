@@ -25,7 +25,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -234,6 +234,11 @@ class RunFolder:
     def write_json(self, name: str, value: Any) -> None:
         """Writes a JSON file into the folder, durably."""
         disk.write_atomic(self.path / name, _pretty(value))
+
+    def write_rows(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes a JSON list into the folder, a row on each line, durably."""
+        lines = (_json(finite(row)) + ("," if i < len(rows) else "") for i, row in enumerate(rows, 1))
+        disk.write_lines(self.path / name, ("[", *lines, "]"))
 
     def rewrite_folder(self, name: str, write: Callable[[Path], None]) -> None:
         """Calls ``write`` to fill the folder ``name`` afresh. If it raises, the old contents stay. After a crash in between it is called again.

@@ -316,7 +316,7 @@ def _roster(folder: RunFolder | None, simulation: Simulation, session: Session) 
     if folder is not None:
         if known is None:
             folder.note("roster", **roster.note())
-        folder.write_json(SPLIT, roster.picture())
+        folder.write_rows(SPLIT, roster.picture())
     return roster
 
 

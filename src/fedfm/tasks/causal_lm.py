@@ -11,7 +11,7 @@ import numpy as np
 from fedfm.core.batch import IntArray, Row
 from fedfm.core.task import Encoder, Example, Examples, RawRow, Task
 from fedfm.core.tree import Tree
-from fedfm.tasks.sequences import LONG, ends, head, language_metrics, require_length, shifted, texts_of, tokenize
+from fedfm.tasks.sequences import LONG, Steps, TextEncoder, Texts, ends, head, language_metrics, require_length, shifted, texts_of, tokenize
 
 
 @dataclass(frozen=True)
@@ -60,20 +60,22 @@ class CausalLM(Task):
         return np.concatenate([np.array(ends(tokenizer, "CausalLM")[0], dtype=np.int32), *tokenize(tokenizer, [text])])
 
 
-class _Encoder(Encoder):
+class _Encoder(TextEncoder):
     def __init__(self, task: CausalLM, tokenizer: Any) -> None:
         self.task, self.tokenizer = task, tokenizer
         self.bos, self.eos = ends(tokenizer, "CausalLM")
         self.rest, self.closing = np.zeros(0, dtype=np.int32), np.array([self.eos], dtype=np.int32)
 
-    def add(self, rows: Sequence[RawRow]) -> list[Example]:
+    def steps(self, rows: Sequence[RawRow]) -> Steps:
         texts = texts_of(rows, self.task.text)
         self.dropped += len(rows) - len(texts)
         size, opened = self.task.max_length, np.array(self.bos, dtype=np.int32)
         if not self.task.packed:
             heads = [head(self.tokenizer, text, size) if len(text) > LONG else text for text in texts]
-            return [Example(np.array([*opened, *ids[:size], self.eos], dtype=np.int32)[:size]) for ids in tokenize(self.tokenizer, heads)]
-        closed = [part for ids in tokenize(self.tokenizer, texts) for part in (opened, ids, self.closing)]
+            cut = yield Texts(heads)
+            return [Example(np.array([*opened, *ids[:size], self.eos], dtype=np.int32)[:size]) for ids in cut]
+        whole = yield Texts(texts)
+        closed = [part for ids in whole for part in (opened, ids, self.closing)]
         stream = np.concatenate([self.rest, *closed])
         full = len(stream) // size * size
         self.rest = stream[full:].copy()

@@ -14,7 +14,7 @@ from fedfm.core.errors import ConfigError
 from fedfm.core.task import Encoder, Example, Examples, RawRow, Scorer, Task
 from fedfm.core.tree import Tree
 from fedfm.data.records import name_in, text_in
-from fedfm.tasks.sequences import ratio, require_length, tokenize
+from fedfm.tasks.sequences import Steps, TextEncoder, Texts, ratio, require_length, tokenize
 
 
 @dataclass(frozen=True)
@@ -88,15 +88,15 @@ class Classification(Task):
         return _Guesser(self, tokenizer, labels)
 
 
-class _Encoder(Encoder):
+class _Encoder(TextEncoder):
     def __init__(self, task: Classification, tokenizer: Any) -> None:
         self.task, self.tokenizer = task, tokenizer
 
-    def add(self, rows: Sequence[RawRow]) -> list[Example]:
+    def steps(self, rows: Sequence[RawRow]) -> Steps:
         pairs = [(text_in(row, self.task.text), name_in(row, self.task.label)) for row in rows]
         used = [(words, label) for words, label in pairs if words.strip()]
         self.dropped += len(pairs) - len(used)
-        encoded = tokenize(self.tokenizer, [words for words, _ in used], special=True, max_length=self.task.max_length)
+        encoded = yield Texts([words for words, _ in used], special=True, max_length=self.task.max_length)
         return [Example(ids, label=label) for ids, (_, label) in zip(encoded, used)]
 
 

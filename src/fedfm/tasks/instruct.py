@@ -6,7 +6,7 @@ The ``alpaca`` template is that of Taori et al., `Stanford Alpaca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,7 @@ from fedfm.core.errors import ConfigError, DataError, ModelError
 from fedfm.core.task import Encoder, Example, Examples, RawRow, Task, Writer
 from fedfm.core.tree import Tree
 from fedfm.data.records import text_in, value_in, where
-from fedfm.tasks.sequences import LONG, both_ends, ends, language_metrics, require_length, shifted, tokenize
+from fedfm.tasks.sequences import LONG, Steps, TextEncoder, Texts, both_ends, ends, language_metrics, require_length, shifted, tokenize
 
 _ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
 _ALPACA_INPUT = (
@@ -126,14 +126,14 @@ def _without_middle(prompt: list[int], room: int) -> list[int]:
     return prompt[: room // 2] + prompt[len(prompt) - (room - room // 2) :]
 
 
-class _Encoder(Encoder):
+class _Encoder(TextEncoder):
     def __init__(self, task: Instruct, tokenizer: Any) -> None:
         self.task, self.tokenizer = task, tokenizer
         self.bos, self.eos = ends(tokenizer, "Instruct")
         if task.template == "chat":
             self.bos = []  # the template writes it
 
-    def add(self, rows: Sequence[RawRow]) -> list[Example]:
+    def steps(self, rows: Sequence[RawRow]) -> Steps:
         prompts, responses = [], []
         for row in rows:
             instruction, response = text_in(row, self.task.instruction), text_in(row, self.task.response)
@@ -144,14 +144,16 @@ class _Encoder(Encoder):
             prompts.append(self.task.prompt(self.tokenizer, instruction, context))
             responses.append(self._response(instruction, context, response, prompts[-1]))
         # The two are tokenized apart, because the prompt stands alone when the model is asked.
-        pairs = zip(self._ids(prompts), self._ids(responses))
+        prompt_ids = yield from self._ids(prompts)
+        response_ids = yield from self._ids(responses)
+        pairs = zip(prompt_ids, response_ids, strict=True)
         examples = [self._example([*self.bos, *prompt], self._closed(response)) for prompt, response in pairs]
         self.dropped += examples.count(None)
         return [example for example in examples if example is not None]
 
-    def _ids(self, texts: Sequence[str]) -> list[list[int]]:
+    def _ids(self, texts: Sequence[str]) -> Generator[Texts, list[IntArray], list[list[int]]]:
         """Ids of each text; of a long one only its two ends, which are more than an example takes of it."""
-        short = tokenize(self.tokenizer, [text for text in texts if len(text) <= LONG])
+        short = yield Texts([text for text in texts if len(text) <= LONG])
         whole = iter(short)
         return [(next(whole) if len(text) <= LONG else both_ends(self.tokenizer, text, self.task.max_length)).tolist() for text in texts]
 

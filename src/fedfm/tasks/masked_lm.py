@@ -15,7 +15,7 @@ from fedfm.core.batch import IGNORE, IntArray, Row
 from fedfm.core.errors import ConfigError, ModelError
 from fedfm.core.task import Encoder, Example, Examples, RawRow, Task, Vocabulary
 from fedfm.core.tree import Tree
-from fedfm.tasks.sequences import language_metrics, require_length, texts_of, tokenize
+from fedfm.tasks.sequences import Steps, TextEncoder, Texts, language_metrics, require_length, texts_of
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class MaskedLM(Task):
         return language_metrics(sums)
 
 
-class _Encoder(Encoder):
+class _Encoder(TextEncoder):
     def __init__(self, task: MaskedLM, tokenizer: Any) -> None:
         if tokenizer.mask_token_id is None:
             raise ModelError(
@@ -90,8 +90,8 @@ class _Encoder(Encoder):
             )
         self.task, self.tokenizer, self.special = task, tokenizer, set(tokenizer.all_special_ids)
 
-    def add(self, rows: Sequence[RawRow]) -> list[Example]:
-        encoded = tokenize(self.tokenizer, texts_of(rows, self.task.text), special=True, max_length=self.task.max_length)
+    def steps(self, rows: Sequence[RawRow]) -> Steps:
+        encoded = yield Texts(texts_of(rows, self.task.text), special=True, max_length=self.task.max_length)
         examples = [Example(ids) for ids in encoded if not self.special.issuperset(ids.tolist())]
         self.dropped += len(rows) - len(examples)
         return examples

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from abc import abstractmethod
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any, Self
 
 import numpy as np
 
 from fedfm.core.batch import IGNORE, IntArray
 from fedfm.core.errors import ConfigError, ModelError
-from fedfm.core.task import RawRow
+from fedfm.core.task import Encoder, Example, RawRow
 from fedfm.core.tree import Tree
 from fedfm.data.records import text_in
 
@@ -68,6 +71,68 @@ def tokenize(tokenizer: Any, texts: Sequence[str], special: bool = False, max_le
         waiting.append(text)
         size += len(text)
     return ids + _together(tokenizer, waiting, special, max_length)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Texts that an encoder wants as ids; the fields are arguments of :func:`tokenize`."""
+
+    texts: Sequence[str]
+    special: bool = False
+    max_length: int | None = None
+
+
+Steps = Generator[Texts, list[IntArray], list[Example]]
+
+
+class TextEncoder(Encoder):
+    """An encoder that says which texts it wants as ids, so that those of many owners are tokenized in one call.
+
+    Where owners have few rows, a call of the tokenizer takes longer than their texts do.
+
+    Attributes:
+        tokenizer: A ``PreTrainedTokenizerFast``.
+    """
+
+    tokenizer: Any
+
+    @abstractmethod
+    def steps(self, rows: Sequence[RawRow]) -> Steps:
+        """Yields texts, is sent the ids of each, and returns the examples that the rows complete.
+
+        Raises:
+            DataError: naming the column that is missing or has the wrong type.
+        """
+
+    def add(self, rows: Sequence[RawRow]) -> list[Example]:
+        """Examples completed by these rows."""
+        return self.add_all([(self, rows)])[0]
+
+    @classmethod
+    def add_all(cls, work: Sequence[tuple[Self, Sequence[RawRow]]]) -> list[list[Example]]:
+        """What :meth:`add` gives for each encoder and its rows; their texts are tokenized together."""
+        examples: list[list[Example]] = [[] for _ in work]
+        steps = [encoder.steps(rows) for encoder, rows in work]
+        ids: dict[int, list[IntArray] | None] = dict.fromkeys(range(len(work)))
+        while ids:
+            wanted: dict[int, Texts] = {}
+            for i, own in ids.items():
+                try:
+                    wanted[i] = next(steps[i]) if own is None else steps[i].send(own)
+                except StopIteration as end:
+                    examples[i] = end.value
+            ids = {**_all_ids(work[0][0].tokenizer, wanted)}
+        return examples
+
+
+def _all_ids(tokenizer: Any, wanted: Mapping[int, Texts]) -> dict[int, list[IntArray]]:
+    """The ids of each list of texts. Lists that are tokenized alike go into one call."""
+    ids: dict[int, list[IntArray]] = {}
+    for special, max_length in {(own.special, own.max_length) for own in wanted.values()}:
+        alike = {i: own.texts for i, own in wanted.items() if (own.special, own.max_length) == (special, max_length)}
+        every = iter(tokenize(tokenizer, [text for texts in alike.values() for text in texts], special, max_length))
+        ids |= {i: list(islice(every, len(texts))) for i, texts in alike.items()}
+    return ids
 
 
 def _together(tokenizer: Any, texts: Sequence[str], special: bool, max_length: int | None) -> list[IntArray]:

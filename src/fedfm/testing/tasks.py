@@ -35,6 +35,7 @@ def check_task(task: Task, rows: Sequence[RawRow], tokenizer: Any) -> None:
     assert len(examples) and all(_same(a, b) for a, b in zip(examples, _encode(task, rows, tokenizer, 1), strict=True)), (
         f"{name}: examples depend on how the rows stream in"
     )
+    _check_together(task, rows, tokenizer)
     for example in examples:
         assert 0 < len(example.ids) <= task.max_length, f"{name}: an example of {len(example.ids)} tokens; max_length is {task.max_length}"
         assert 0 <= example.start < len(example.ids), f"{name}: the first target {example.start} is not among {len(example.ids)} tokens"
@@ -60,6 +61,19 @@ def _encode(task: Task, rows: Sequence[RawRow], tokenizer: Any, chunk: int) -> l
     encoder = task.encoder(tokenizer)
     examples = [example for first in range(0, len(rows), chunk) for example in encoder.add(rows[first : first + chunk])]
     return examples + encoder.flush()
+
+
+def _check_together(task: Task, rows: Sequence[RawRow], tokenizer: Any) -> None:
+    """Owners whose rows are encoded at once have the examples that each would have alone."""
+    turned = list(reversed(rows))
+    encoders = [task.encoder(tokenizer), task.encoder(tokenizer)]
+    together = type(encoders[0]).add_all([(encoders[0], rows), (encoders[1], turned)])
+    for encoder, examples, own in zip(encoders, together, (rows, turned), strict=True):
+        alone = _encode(task, own, tokenizer, len(own))
+        both = [*examples, *encoder.flush()]
+        assert len(both) == len(alone) and all(map(_same, both, alone)), (
+            f"{type(task).__name__}: an owner's examples depend on whose rows are encoded with them"
+        )
 
 
 def _same(a: Example, b: Example) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedfm.core.bad_rows import BadRows
 from fedfm.core.errors import RunError
 from fedfm.core.journal import Journal
 from fedfm.core.words import LOSS, Metric, number
@@ -73,6 +74,7 @@ class Run:
         compare: The comparison table, where ``fedfm compare`` has filled it.
         envelope: The journal's first line: versions, threads, platform.
         plan: What was chosen for the whole run.
+        bad_rows: Rows that were left out when the data was prepared.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Run:
     compare: Mapping[str, Any] | None
     envelope: Mapping[str, Any]
     plan: Mapping[str, Any]
+    bad_rows: BadRows
 
     @property
     def evaluations(self) -> list[Round]:
@@ -117,6 +120,7 @@ def read(folder: Path) -> Run:
         compare=compare if isinstance(compare, dict) else None,
         envelope={name: value for name, value in journal.first.get("start", {}).items() if name != "event"},
         plan=journal.choices,
+        bad_rows=BadRows.from_json(journal.first.get("data", {}).get("bad_rows")),
     )
 
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 import numpy as np
 
 from fedfm.core.batch import IntArray, Row
-from fedfm.core.errors import ConfigError, DataError, ModelError
+from fedfm.core.errors import ConfigError, ModelError
 from fedfm.core.task import Encoder, Example, Examples, RawRow, Task
 from fedfm.core.tree import Tree
-from fedfm.data.records import text_in, value_in, where
+from fedfm.data.records import is_nothing, no_text, text_in, value_in
 from fedfm.tasks.sequences import LONG, both_ends, ends, language_metrics, require_length, shifted, tokenize
 
 _ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -63,6 +63,25 @@ class Instruct(Task):
     def columns(self) -> tuple[str, ...]:
         """Columns that a row must have."""
         return tuple(column for column in (self.instruction, self.input, self.response) if column is not None)
+
+    def require(self, row: RawRow) -> None:
+        """Refuses a row without an instruction or a response."""
+        instruction, response = text_in(row, self.instruction), text_in(row, self.response)
+        context = self.context(row)
+        if not (instruction.strip() or context):
+            raise no_text(row, *filter(None, (self.instruction, self.input)))
+        if not response.strip():
+            raise no_text(row, self.response)
+
+    def context(self, row: RawRow) -> str:
+        """The row's context without white space around it; empty where there is none.
+
+        Raises:
+            RowError: if the column is absent or not text.
+        """
+        if self.input is None or is_nothing(value_in(row, self.input)):
+            return ""
+        return text_in(row, self.input).strip()
 
     def encoder(self, tokenizer: Any) -> Encoder:
         """A fresh encoder for one owner."""
@@ -113,7 +132,7 @@ class _Encoder(Encoder):
         prompts, responses = [], []
         for row in rows:
             instruction, response = text_in(row, self.task.instruction), text_in(row, self.task.response)
-            context = self._context(row)
+            context = self.task.context(row)
             if not response.strip() or not (instruction.strip() or context):
                 self.dropped += 1
                 continue
@@ -130,14 +149,6 @@ class _Encoder(Encoder):
         short = tokenize(self.tokenizer, [text for text in texts if len(text) <= LONG])
         whole = iter(short)
         return [(next(whole) if len(text) <= LONG else both_ends(self.tokenizer, text, self.task.max_length)).tolist() for text in texts]
-
-    def _context(self, row: RawRow) -> str:
-        if self.task.input is None:
-            return ""
-        context = value_in(row, self.task.input)
-        if context is not None and not isinstance(context, str):
-            raise DataError(f"{where(row)}: column {self.task.input!r} holds {type(context).__name__} {context!r}, which is not text.")
-        return (context or "").strip()
 
     def _response(self, instruction: str, context: str, response: str, prompt: str) -> str:
         if self.task.template != "chat":

@@ -20,6 +20,7 @@ from fedfm.data import Data
 from fedfm.data.csv_file import SAMPLE, find_format
 from fedfm.data.sources import open_source
 from fedfm.federation import Federation
+from fedfm.recipe import dump, load
 from fedfm.testing.tiny import spec
 
 ROWS = [
@@ -215,3 +216,8 @@ def test_a_damaged_place_does_not_turn_a_file_into_another_encoding(tmp_path: Pa
     path.write_bytes("who;text\nann;Müller, Köln\nbob;schön\n".encode() + b"cy;caf\xe9\n" + "dan;Grüße\n".encode())
     with pytest.raises(DataError, match=r"a\.csv:4: .*Tried: utf-8, in which byte 0xe9"):
         open_source(str(path))
+
+
+def test_a_tab_survives_being_written() -> None:
+    plan = Federation(model=spec("Llama"), data=Data("rows.csv", by="owner", delimiter="tab", encoding="cp1252", bad_rows="skip"))
+    assert load(dump(plan)) == plan and plan.data.delimiter == "\t"

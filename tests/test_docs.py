@@ -40,6 +40,7 @@ def test_recipes_load_and_survive_being_written(path: Path) -> None:
     assert load(dump(federation)) == federation
 
 
+@pytest.mark.slow
 def test_the_commands_and_the_python_of_the_readme_run_as_they_stand(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

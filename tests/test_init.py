@@ -152,6 +152,14 @@ def test_bad_rows_are_left_out_by_the_recipe_with_their_number(call: Fedfm, tmp_
     assert call("check", "rows.yaml", "--data")[0] == 0
 
 
+def test_a_path_stays_as_it_was_given_or_leads_from_the_recipe(call: Fedfm, tmp_path: Path) -> None:
+    file = write(tmp_path / "rows.jsonl", [prose(i) for i in range(60)])
+    (tmp_path / "sub").mkdir()
+    assert call("init", file, "--to", "whole.yaml")[0] == 0 and f"source: {file}" in (tmp_path / "whole.yaml").read_text()
+    assert call("init", "rows.jsonl", "--to", "sub/a.yaml")[0] == 0 and "source: ../rows.jsonl" in (tmp_path / "sub" / "a.yaml").read_text()
+    assert read(tmp_path / "sub" / "a.yaml").data.source == str(file)
+
+
 def test_columns_with_odd_names_survive_being_written(call: Fedfm, tmp_path: Path) -> None:
     names = {"author": "who: is # it?", "body": '"the" {text}', "year": "no"}
     write(tmp_path / "odd, name.jsonl", [{names[name]: value for name, value in prose(i).items()} for i in range(60)])
@@ -210,6 +218,7 @@ def guessed(path: Path, rows: list[Row], **given: str) -> guess.Guess:
         ),
         ([{"x": TEXT[i], "score": i / 7} for i in range(40)], "CausalLM", {"text": "x"}, None),
         ([{"text": TEXT[i], "author": TEXT[i]} for i in range(40)], "CausalLM", {"text": "text"}, None),
+        ([{"key": f"row-{i:032d}", "x": "短い文です。"[: 2 + i % 4] + str(i)} for i in range(40)], "CausalLM", {"text": "x"}, None),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -231,7 +240,7 @@ def test_what_is_given_is_not_guessed(tmp_path: Path) -> None:
     [
         ("banking77", "Classification", {"text": "text", "label": "label"}),
         ("dolly15k", "Instruct", {"instruction": "instruction", "input": "context", "response": "response"}),
-        ("medquad", "Instruct", {"instruction": "instruction", "response": "response"}),
+        ("medquad", "Instruct", {"instruction": "question", "response": "answer"}),
         ("novels", "CausalLM", {"text": "text"}),
     ],
 )

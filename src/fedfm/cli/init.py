@@ -273,7 +273,7 @@ def _make_tokenizer(folder: Path) -> None:
 
 def _recipe(file: str, to: Path, source: Source, seen: Look, choice: Guess, base: Base, given: Given, bad: BadRows | None = None) -> str:
     """The recipe, with a comment for whatever was guessed."""
-    rows = f"its {seen.num_rows:,} rows" if seen.is_whole else f"its first {seen.num_rows:,} rows"
+    rows = f"the {'' if seen.is_whole else 'first '}{seen.num_rows:,} rows of {words.clean(Path(file).name)}"
     lines = [
         f"# Written by fedfm init from {rows}. What follows is a guess: look at it, and change what is wrong.",
         f"#   fedfm check {to.name} --data   what is in it, owner by owner",
@@ -290,7 +290,7 @@ def _recipe(file: str, to: Path, source: Source, seen: Look, choice: Guess, base
 
 
 def _data(file: str, to: Path, source: Source, seen: Look, choice: Guess, given: Given, bad: BadRows | None) -> list[str]:
-    place = file if _is_named(file) else _from(to, Path(file).expanduser())
+    place = file if _is_named(file) or file.startswith(("~", "/")) else _from(to, Path(file))
     lines = [f"source: {_scalar(place)}{f'   # {words.clean(source.about)}' if source.about else ''}"]
     lines += [f"{name}: {_scalar(value)}" for name, value in (("delimiter", given.delimiter), ("encoding", given.encoding)) if value]
     if choice.owner is not None:

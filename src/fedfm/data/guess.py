@@ -60,6 +60,7 @@ class Column:
         filled: Rows with something in it.
         texts: Rows with text in it that is no number.
         fractions: Rows with a number in it that is not whole.
+        worded: Rows with several words in it, or with letters of a script that may not part its words.
         characters: Characters of all its values.
         values: Different values, each as a hash.
     """
@@ -68,6 +69,7 @@ class Column:
     filled: int = 0
     texts: int = 0
     fractions: int = 0
+    worded: int = 0
     characters: int = 0
     values: dict[int, int] = field(default_factory=dict)
 
@@ -82,6 +84,7 @@ class Column:
         # A table with gaps keeps its whole numbers as 1.0 and 2.0.
         whole = isinstance(value, float) and value.is_integer()
         self.fractions += not whole and bool(re.fullmatch(r"\s*[-+]?\d+[.,]\d+\s*", text))
+        self.worded += isinstance(value, str) and (not text.isascii() or len(text.split(None, 1)) > 1)
         key = hash(text)
         self.values[key] = self.values.get(key, 0) + 1
 
@@ -104,6 +107,11 @@ class Column:
     def is_prose(self) -> bool:
         """Whether most of its values are text, and most of the texts differ."""
         return self.is_text and self.distinct > 0.3 * self.filled
+
+    @property
+    def is_worded(self) -> bool:
+        """Whether that holds, and most of its values have words: what is no name and no number of a row."""
+        return self.is_prose and 2 * self.worded > self.filled
 
     @property
     def is_class(self) -> bool:
@@ -257,7 +265,7 @@ def _pick(seen: Look, name: str, taken: Collection[str], task: str) -> str | Non
     if task == "Instruct":
         # An answer that is one of a few is a class.
         return _named(seen, name, taken, lambda column: column.is_prose and not column.is_surely_class)
-    prose = [column for column in seen.columns.values() if column.name not in taken and column.is_prose]
+    prose = [column for column in seen.columns.values() if column.name not in taken and column.is_worded]
     longest = max(prose, key=lambda column: column.length, default=None)
     by_name = _named(seen, name, taken, lambda column: column.is_prose)
     # A question to which the answer is one of a few is a text with its class.

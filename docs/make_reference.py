@@ -22,6 +22,7 @@ Written by `python docs/make_reference.py` from the constructors; do not edit.
 A recipe is YAML with one part per key: `tuning: {LoRA: {r: 8, alpha: 16}}`. `data` and `evaluate` are plain mappings, because their type is fixed.
 What is left out has the default below. Any field can be overridden on the command line: `fedfm run recipe.yaml rounds=20 tuning.LoRA.r=16`.
 Relative paths are looked up from the recipe's folder, then from where you are. `fedfm show PART` prints one part, `fedfm check RECIPE` reads a whole plan.
+`fedfm init FILE` writes a first recipe for rows of your own.
 """
 
 

@@ -479,6 +479,10 @@ class Pairs(Task):
     def columns(self) -> tuple[str, ...]:
         return self.better, self.worse
 
+    def require(self, row: RawRow) -> None:
+        for column in self.columns:
+            text_in(row, column)
+
     def encoder(self, tokenizer: Any) -> Encoder:
         return _PairEncoder(self, tokenizer)
 

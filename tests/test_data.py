@@ -259,7 +259,7 @@ def test_the_standard_library_has_unequal_owners():
         ("a.csv", b"who,text\nx\n", r"a\.csv:2 has 1 values for 2 columns"),
         ("a.csv", b"who,who\nx,y\n", "names a column twice"),
         ("a.csv", b'who,text\nx,"y\n', "cannot be read beyond line"),
-        ("a.csv", b"who,text\nx,\xff\n", "cannot be read beyond line"),
+        ("a.csv", b"who,text\nx,\x81\n", r"a\.csv:2: how characters are written cannot be told"),
         ("a.csv", b"who,text\n", "has no rows"),
         ("a.csv", b"", "has no rows"),
     ],
@@ -358,9 +358,9 @@ def test_a_test_file_and_a_limit(tmp_path, prepared, tokenizer):
 def test_owners_without_usable_data_are_named(tmp_path, prepared, caplog):
     rows = [*answers({"ann": 5, "one": 1}), *({"who": "mute", "instruction": "a", "response": " "} for _ in range(3))]
     owners = prepared(Data(jsonl(tmp_path / "a.jsonl", rows), by="who"))
-    assert owners.ids == ("ann",) and owners.dropped == 3
+    assert owners.ids == ("ann",) and owners.dropped == 0 and owners.bad_rows.counts == {"text": 3}
     assert owners.left_out == {
-        "mute": "none of its 3 training rows holds usable text",
+        "mute": "none of its rows can be used (3 without text)",
         "one": "it has 1 usable training example(s), fewer than min_examples=2",
     }
     assert "owner mute is left out" in caplog.text
@@ -391,7 +391,7 @@ def test_labels_are_those_of_training_sorted(tmp_path, prepared):
     with pytest.raises(DataError, match="has the label 'c', which is not in the task's labels"):
         prepared(Data(source, by="who"), Classification(labels=("a", "b", "d")))
     test = jsonl(tmp_path / "test.jsonl", [{**rows[0], "label": "new"}])
-    with pytest.raises(DataError, match="'ann' has the test label 'new', which is not in the training data"):
+    with pytest.raises(DataError, match=r"test\.jsonl:1 has the label 'new', which is not in the training data"):
         prepared(Data(source, test=test, by="who"), task)
 
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import re
+import shlex
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
 
-from fedfm.core.errors import ModelError
+from fedfm.cli import main as cli
 from fedfm.core.registry import ROOMS, entries
 from fedfm.recipe import dump, load, read
 
@@ -37,13 +40,30 @@ def test_recipes_load_and_survive_being_written(path: Path) -> None:
     assert load(dump(federation)) == federation
 
 
-def test_the_python_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    block = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+@pytest.mark.slow
+def test_the_commands_and_the_python_of_the_readme_run_as_they_stand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder that has what a clone has, with an empty cache and no network."""
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    ours = [shlex.split(line, comments=True) for line in re.findall(r"^fedfm .*", text, re.M)]
+    assert {words[1] for words in ours} >= {"init", "check", "run", "resume", "compare"}
+    for name in ("docs", "recipes", "examples"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDFM_CACHE", str(tmp_path / "cache"))
+    for words in ours:
+        monkeypatch.setattr(sys, "argv", words)
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code, f"{shlex.join(words)}: {capsys.readouterr().err}"
+    block = re.search(r"```python\n(.*?)```", text, re.S)
     assert block is not None
-    monkeypatch.chdir(ROOT)
-    names: dict[str, object] = {}
-    exec(block.group(1).partition("\nfor ")[0], names)
-    # The package fedfm.run is imported by now, and must not stand where the function does.
-    (tmp_path / "recipe.yaml").write_text("{model: nowhere/at/all, data: {source: stdlib}}")
-    with pytest.raises(ModelError, match="no model folder"):
-        next(names["run"](load(tmp_path / "recipe.yaml")))  # type: ignore[operator]
+    exec(block.group(1), {})
+    assert re.findall(r"^(\d) \{", capsys.readouterr().out, re.M)[-4:] == ["0", "1", "2", "3"]
+
+
+def test_the_make_targets_of_the_readme_are_there() -> None:
+    make = (ROOT / "Makefile").read_text(encoding="utf-8")
+    targets = re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    assert targets and all(re.search(rf"^{target}: ", make, re.M) for target in targets)

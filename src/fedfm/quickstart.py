@@ -59,7 +59,7 @@ def base_federation(folder: Path) -> Federation:
 
 
 def federation(model: str) -> Federation:
-    """The tour's plan. ``recipes/quickstart.yaml`` is the same as text.
+    """The tour's plan. :func:`recipe` is the same as text.
 
     Args:
         model: Folder of the base model.
@@ -77,6 +77,29 @@ def federation(model: str) -> Federation:
         evaluate=Evaluate(max_examples=12),
         rounds=8,
     )
+
+
+def recipe(model: str) -> str:
+    """The tour's plan as text: ``recipes/quickstart.yaml``.
+
+    Args:
+        model: Folder of the base model.
+    """
+    return f"""\
+# What `make quickstart` runs: the packages of this machine's own Python library are the owners.
+# The base model is what it has trained on Python's manual; any other stands here as well.
+name: quickstart
+model: {model}
+data: {{source: stdlib}}
+task: {{CausalLM: {{max_length: 64}}}}
+tuning: {{LoRA: {{r: 8, alpha: 16, targets: [q_proj, v_proj, up_proj, down_proj]}}}}
+local: {{AdamW: {{lr: 2.0e-2, steps: 5, batch_size: 4}}}}
+aggregator: {{Mean: {{weights: uniform}}}}   # one owner has a quarter of all text; the others count as much as it does
+server: {{FedAvgM: {{lr: 1.0, momentum: 0.5}}}}
+evaluate: {{max_examples: 12}}
+rounds: 8
+seed: 0
+"""
 
 
 def main(out: Path = Path("runs/quickstart"), quick: bool = False) -> Path:

@@ -17,6 +17,7 @@ from fedfm.cli.completion import LEVELS
 from fedfm.cli.parts import chosen_round, show_json
 from fedfm.core import check as plans
 from fedfm.core import words
+from fedfm.core.bad_rows import BadRows
 from fedfm.core.errors import ConfigError
 from fedfm.core.parts import Finding, warn
 from fedfm.core.roster import Roster
@@ -113,6 +114,8 @@ class _Opened:
 
     Args:
         left_out: Owners without usable data, and why.
+        bad_rows: Rows that cannot be used.
+        read_as: How the files were read, where that was looked for.
         findings: What the plan alone does not show.
     """
 
@@ -120,23 +123,32 @@ class _Opened:
     num_trainable: int
     roster: Roster
     left_out: Mapping[str, str]
+    bad_rows: BadRows
+    read_as: Mapping[str, str]
     findings: Sequence[Finding]
 
     def show(self) -> None:
         """Prints the sizes and a line for each owner."""
         print(f"{words.count(self.num_params)} parameters, {words.count(self.num_trainable)} trainable")
+        for name, how in self.read_as.items():
+            print(f"data.{name} is read with {words.clean(how)}")
         for row in self.roster.picture():
+            bad = self.bad_rows.of(row["owner"])
             print(
                 f"{words.clean(row['owner'], 32):<34}{words.count(row['train']):>8} train {words.count(row['test']):>7} test "
                 f"{words.count(row['tokens']):>9} tokens"
+                f"{f'   left out: {bad}' if bad else ''}"
             )
         for owner, why in self.left_out.items():
             print(f"left out  {words.clean(owner)}: {words.clean(why)}")
+        if self.bad_rows.counts:
+            print(words.clean(self.bad_rows.sentence()))
 
     def to_json(self) -> dict[str, object]:
         """The same in plain values."""
         sizes = {"parameters": self.num_params, "trainable": self.num_trainable}
-        return {**sizes, "owners": self.roster.picture(), "left_out": dict(self.left_out)}
+        data = {"left_out": dict(self.left_out), "bad_rows": self.bad_rows.to_json(), "read_as": dict(self.read_as)}
+        return {**sizes, "owners": self.roster.picture(), **data}
 
 
 def _open(plan: Federation) -> _Opened:
@@ -154,7 +166,9 @@ def _open(plan: Federation) -> _Opened:
         findings.append(
             warn("data", f"{shared} of {num_rows} test rows also stand in the training data, where they are learned by heart. Remove them.")
         )
-    return _Opened(house.foundation.num_params, house.tuned.spec.size, roster, simulation.owners.left_out, findings)
+    owners = simulation.owners
+    sizes = house.foundation.num_params, house.tuned.spec.size
+    return _Opened(*sizes, roster, owners.left_out, owners.bad_rows, owners.read_as, findings)
 
 
 def export(run: Path, to: Path, merge: bool, round: str) -> None:

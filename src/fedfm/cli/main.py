@@ -1,4 +1,4 @@
-"""``fedfm``: run, resume, compare, sweep, check, list, show, report, export, evaluate, predict, generate, cache, log, approve, quickstart,
+"""``fedfm``: init, run, resume, compare, sweep, check, list, show, report, export, evaluate, predict, generate, cache, log, approve, quickstart,
 completion, and commands of other packages.
 
 Only what ``--help`` needs is imported here; a command imports the rest when it runs.
@@ -362,6 +362,35 @@ def approve(
     from fedfm.cli import log as owners
 
     owners.approve(path, question, refuse, as_json)
+
+
+@app.command(cls=Command)
+def init(
+    file: Annotated[
+        str | None,
+        typer.Argument(metavar="[FILE]", help="A csv, jsonl or parquet file, or a folder of texts. Default: the quickstart's data."),
+    ] = None,
+    to: Annotated[Path | None, typer.Option(help="The recipe to write. Default: FILE's name with .yaml, here.", callback=_usable)] = None,
+    task: Annotated[str | None, typer.Option(help="Instruct, Classification or CausalLM.")] = None,
+    text: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the text.")] = None,
+    label: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the class.")] = None,
+    instruction: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the instruction or question.")] = None,
+    context: Annotated[str | None, typer.Option("--input", metavar="COLUMN", help="Column of the instruction's context.")] = None,
+    response: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the response or answer.")] = None,
+    owner: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the owner.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="The base model: a folder or a hub name. Default: a small one that needs no network.")
+    ] = None,
+    delimiter: Annotated[str | None, typer.Option(help="What stands between the values of a csv file.")] = None,
+    encoding: Annotated[str | None, typer.Option(help="How the characters of a csv file are written, such as cp1252.")] = None,
+    yes: Annotated[bool, typer.Option("--yes", help="Ask nothing; guess.")] = False,
+) -> None:
+    """Look at your rows and write a commented recipe that runs."""
+    from fedfm.cli import init as start
+
+    columns = {"text": text, "label": label, "instruction": instruction, "input": context, "response": response, "owner": owner}
+    given = {name: column for name, column in columns.items() if column is not None}
+    start.init(file, to, start.Given(task, given, model, delimiter, encoding, yes))
 
 
 @app.command(cls=Command)

@@ -7,6 +7,7 @@
     │   └── PlanError              each part is fine, together they are not (``fedfm check``)
     ├── MissingExtra               an optional dependency is not installed
     ├── DataError                  a file, row, column or owner is unusable
+    │   └── RowError               one row is unusable; it may be left out and counted (``data.bad_rows``)
     ├── ModelError                 a model, tokenizer or adapter does not load or does not fit
     ├── MessageError               bytes that crossed a boundary are not a valid message
     ├── PolicyError                an owner's policy refuses what was asked, or what would leave
@@ -42,6 +43,20 @@ class MissingExtra(FedfmError):
 
 class DataError(FedfmError):
     """A file, row, column or owner is unusable."""
+
+
+class RowError(DataError):
+    """One row is unusable; the others may be fine.
+
+    Args:
+        text: What is wrong with it.
+        kind: A key of :data:`fedfm.core.bad_rows.KINDS`.
+        place: Where it was read (``path:line``).
+    """
+
+    def __init__(self, text: str, kind: str, place: str) -> None:
+        super().__init__(text)
+        self.kind, self.place = kind, place
 
 
 class ModelError(FedfmError):

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from fedfm.core.batch import Batch, IntArray, Row, Shaping, collate
-from fedfm.core.errors import ConfigError
+from fedfm.core.errors import ConfigError, RowError
 from fedfm.core.parts import Part
 from fedfm.core.tree import Tree
 from fedfm.core.words import Metric
@@ -215,6 +215,19 @@ class Task(Part, ABC):
     def label_column(self) -> str | None:
         """The column that holds a row's class, for tasks and partitioners that need one."""
         return None
+
+    def require(self, row: RawRow) -> None:
+        """Refuses a row that this task cannot use. Asked of each row before its owner gets it, so that ``data.bad_rows`` can count it.
+
+        A task says here all that its encoder would refuse; this default looks at the columns alone.
+
+        Raises:
+            RowError: telling what is wrong, of which kind, and where.
+        """
+        for column in self.columns:
+            if column not in row:
+                place = getattr(row, "where", "a row")
+                raise RowError(f"{place} has no column {column!r}. Its columns: {', '.join(row)}.", "column", place)
 
     @abstractmethod
     def encoder(self, tokenizer: Any) -> Encoder:

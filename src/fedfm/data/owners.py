@@ -3,7 +3,7 @@
 ::
 
     <fingerprint>/
-      owners.json             who there is, who was left out and why, the classes
+      owners.json             who there is, who was left out and why, the classes, rows that could not be used
       <slug of the owner>/
         shard.json            what a process that may see this owner alone has to know
         train.ids.npy         int32 token ids of all examples, one after the other
@@ -24,11 +24,12 @@ from typing import Any
 import numpy as np
 
 from fedfm.core import disk
+from fedfm.core.bad_rows import BadRows
 from fedfm.core.batch import IntArray
 from fedfm.core.errors import DataError
 from fedfm.core.task import Examples, Vocabulary
 
-VERSION = 2
+VERSION = 3
 POOLED = "all"
 _MAX_OPEN_FILES = 256
 
@@ -125,7 +126,9 @@ class Owners:
         labels: Classes, in the order of their indices; empty where there are none.
         folder: The folder that holds all of it.
         fingerprint: Changes when the data, the task, the tokenizer or the seed does.
-        dropped: Rows that gave nothing to learn from.
+        dropped: Rows that gave nothing to learn from once they were tokenized.
+        bad_rows: Rows that could not be used.
+        read_as: How ``source`` and ``test`` were read, where that was looked for.
     """
 
     def __init__(self, folder: Path, head: Mapping[str, Any], members: Mapping[str, tuple[str, ...]]) -> None:
@@ -135,6 +138,8 @@ class Owners:
         self.labels: tuple[str, ...] = tuple(head["labels"])
         self.fingerprint: str = head["fingerprint"]
         self.dropped: int = head["dropped"]
+        self.bad_rows = BadRows.from_json(head["bad_rows"])
+        self.read_as: dict[str, str] = dict(head["read_as"])
 
     @staticmethod
     def open(folder: Path) -> Owners:
@@ -170,12 +175,14 @@ class Owners:
         return Owners(self.folder, self._head, {POOLED: tuple(member for owner in self.ids for member in self._members[owner])})
 
     def picture(self) -> list[dict[str, Any]]:
-        """The split as rows to print or plot: ``owner``, ``train`` and ``test`` examples, training ``tokens``, ``labels`` (a histogram)."""
+        """The split as rows to print or plot: ``owner``, ``train`` and ``test`` examples, training ``tokens``, ``labels`` (a histogram),
+        ``bad_rows`` (a count of each kind, of those that name their owner)."""
         rows = []
         for owner in self.ids:
             heads = [self._head["owners"][member] for member in self._members[owner]]
             counts = {key: sum(head[key] for head in heads) for key in ("train", "test", "tokens")}
-            rows.append({"owner": owner, **counts, "labels": _total(head["histogram"] for head in heads)})
+            bad = _total(self.bad_rows.owners.get(member, {}) for member in self._members[owner])
+            rows.append({"owner": owner, **counts, "labels": _total(head["histogram"] for head in heads), "bad_rows": bad})
         return rows
 
     def _require(self, owner: str) -> None:

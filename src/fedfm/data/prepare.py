@@ -26,13 +26,15 @@ from typing import Any
 import numpy as np
 
 from fedfm.core import disk
+from fedfm.core.bad_rows import BadRows
 from fedfm.core.batch import IntArray
 from fedfm.core.errors import ConfigError, DataError
 from fedfm.core.keys import Key
 from fedfm.core.task import Encoder, Example, Task, tokenizer_words
 from fedfm.data import owners as layout
 from fedfm.data.owners import Owners
-from fedfm.data.records import Record, name_in, value_in
+from fedfm.data.records import Record, name_in, unknown_label
+from fedfm.data.row_check import RowCheck
 from fedfm.data.sources import Source, open_source
 from fedfm.data.spec import Data
 
@@ -74,12 +76,12 @@ def prepare(
         columns: For owners who name their columns otherwise: the owner's own name of each of the task's columns.
 
     Raises:
-        DataError: if a file, row or column is unusable, or no owner is left.
+        DataError: if a file, row or column is unusable, as far as ``data.bad_rows`` lets rows stop it, or no owner is left.
         ConfigError: if the recipe does not say who owns a row, or asks for more than the model's context.
         RunError: if the cache cannot be written.
     """
-    source = open_source(data.source)
-    test = open_source(data.test) if data.test is not None else None
+    source = open_source(data.source, data.delimiter, data.encoding)
+    test = open_source(data.test, data.delimiter, data.encoding) if data.test is not None else None
     if data.by is None and data.partition is None and source.owner is None:
         raise ConfigError(
             f"data does not say who owns the rows of {data.source}. Set 'by' to the column that names the owner, "
@@ -125,6 +127,8 @@ def _tell(owners: Owners) -> None:
         log.warning("owner %s is left out: %s", owner, reason)
     if len(owners.left_out) > _NAMED:
         log.warning("%d more owners are left out; the journal names them all", len(owners.left_out) - _NAMED)
+    if owners.bad_rows.counts:
+        log.warning("%s", owners.bad_rows.sentence())
     if owners.dropped:
         log.info("%d rows gave nothing to learn from", owners.dropped)
 
@@ -196,6 +200,7 @@ class _Owner:
     next_test: int
     rows: int = 0
     train_rows: int = 0
+    labels: set[str] = field(default_factory=set)
 
 
 class _Build:
@@ -215,24 +220,44 @@ class _Build:
         self.columns = columns
         self.folder, self.fingerprint, self.progress = folder, fingerprint, progress
         self.owners: dict[str, _Owner] = {}
+        self.bad = BadRows()
         self.codes: dict[str, int] = {}
         self.waiting = self.kept = 0
 
     def run(self, source: Source, test: Source | None) -> None:
-        """Fills the folder."""
+        """Fills the folder.
+
+        Raises:
+            DataError: with all bad rows, if they may not be left out.
+        """
         train_owner, test_owner = self._owners_of(source)
-        for record in self._watched(source):
+        # Where rows were divided first, the bad ones are counted already.
+        bad = self.bad if self.data.partition is None else BadRows()
+        for record in self._watched(source, bad):
             self._train(record, train_owner(record))
         if test is not None:
-            for record in self._watched(test):
-                name = test_owner(record)
-                self._wait(name, self._owner(name).test, record)
+            classes = frozenset(label for owner in self.owners.values() if self._trains(owner) for label in owner.labels)
+            for record in self._watched(test, self.bad):
+                self._test(record, test_owner, classes)
+        if self._stops:
+            raise DataError(self.bad.refusal())
         self._drain(end=True)
+        self.read_as = {name: where.about for name, where in (("source", source), ("test", test)) if where is not None and where.about}
         self._finish()
 
-    def _watched(self, source: Source, stage: str = "Tokenizing rows") -> Iterator[Record]:
+    @property
+    def _stops(self) -> bool:
+        return self.data.bad_rows == "stop" and self.bad.stops
+
+    @property
+    def _counts_labels(self) -> bool:
+        """Whether the classes of a test file are those that training has."""
+        return self.data.test is not None and self.task.label_column is not None and self.task.labels is None
+
+    def _watched(self, source: Source, bad: BadRows, stage: str = "Tokenizing rows") -> Iterator[Record]:
+        """The rows that can be used, their number told to whoever looks on."""
         number = 0
-        for number, record in enumerate(source.rows(), 1):
+        for number, record in enumerate(self.check.rows(source, bad), 1):
             yield record
             if number % _REPORT == 0:
                 self.progress(stage, number)
@@ -244,13 +269,21 @@ class _Build:
         if partition is None:
             column = self.data.by or source.owner
             assert column is not None
-            return (lambda record: name_in(record, column)), (lambda record: name_in(record, column))
+            self.check = RowCheck(self.task, owner=column, names=self.columns)
+            return (lambda record: name_in(record, column, "owner")), (lambda record: name_in(record, column, "owner"))
+        if self.columns:
+            raise ConfigError(
+                f"{partition!r} divides rows among clients that are not in the data, so none of them can have columns of its own."
+            )
         label = partition.label or self.task.label_column
         if partition.needs_label and label is None:
             raise ConfigError(f"{partition!r} divides rows by label, but the task {self.task!r} has none. Set its 'label' to a column.")
         use = label if partition.needs_label else None
-        label_n, known = _labels(self._watched(source, "Dividing rows among owners"), use)
-        client_n = partition.assign(label_n, self.key.fold("partition").numpy()).astype(np.int32)
+        self.check = RowCheck(self.task, label=use)
+        label_n, known = _labels(self._watched(source, self.bad, "Dividing rows among owners"), use)
+        rng = self.key.fold("partition").numpy()
+        # Where bad rows stop everything, nobody gets anything, and there may be too few good ones to divide.
+        client_n = np.zeros(len(label_n), dtype=np.int32) if self._stops else partition.assign(label_n, rng).astype(np.int32)
         names = [f"client{k:0{len(str(partition.clients - 1))}d}" for k in range(partition.clients)]
         for client in names:
             self._owner(client)
@@ -285,11 +318,29 @@ class _Build:
         tested = owner.rows == owner.next_test and owner.rows >= self.data.min_examples
         owner.rows += 1
         owner.train_rows += not tested
-        self._wait(name, owner.test if tested else owner.train, record)
+        if self._counts_labels:
+            owner.labels.add(name_in(record, self.task.label_column or ""))
+        self._wait(owner.test if tested else owner.train, record)
 
-    def _wait(self, owner: str, split: _Split, record: Record) -> None:
-        own = self.columns.get(owner, {})
-        kept = Record({column: value_in(record, own.get(column, column)) for column in self.task.columns}, record.where)
+    def _test(self, record: Record, owner_of: OwnerOf, classes: frozenset[str]) -> None:
+        """Takes a row of the test file, if training has its label. Which owners are left out is said elsewhere, so their labels do not matter."""
+        if self._counts_labels:
+            name = name_in(record, self.check.owner, "owner") if self.check.owner is not None else None
+            trains = name is None or (name in self.owners and self._trains(self.owners[name]))
+            label = name_in(record, self.task.label_column or "")
+            if trains and label not in classes:
+                self.bad.add(unknown_label(record, label, classes, "the training data"), name)
+                return
+        if not self._stops:
+            self._wait(self._owner(owner_of(record)).test, record)
+
+    def _trains(self, owner: _Owner) -> bool:
+        return owner.train_rows >= self.data.min_examples
+
+    def _wait(self, split: _Split, record: Record) -> None:
+        if self._stops:
+            return  # The others are still counted, and what was made of them is not kept.
+        kept = Record({column: record[column] for column in self.task.columns if column in record}, record.where)
         characters = sum(len(entry) for entry in kept.values() if isinstance(entry, str))
         split.rows.append(kept)
         split.characters += characters
@@ -334,8 +385,10 @@ class _Build:
     def _finish(self) -> None:
         usable: dict[str, _Owner] = {}
         left_out: dict[str, str] = {}
+        for name in sorted(self.bad.owners.keys() - self.owners.keys()):
+            left_out[name] = f"none of its rows can be used ({self.bad.of(name)})"
         for name, owner in sorted(self.owners.items()):
-            reason = self._unusable(owner)
+            reason = self._unusable(name, owner)
             if reason is None:
                 usable[name] = owner
             else:
@@ -343,7 +396,8 @@ class _Build:
                 shutil.rmtree(owner.folder)
         if not usable:
             reasons = "; ".join(f"{name}: {reason}" for name, reason in list(left_out.items())[:3])
-            raise DataError(f"No owner in {self.data.source} has usable data ({reasons}). Check the columns and min_examples.")
+            text = f"No owner in {self.data.source} has usable data ({reasons}). Check the columns and min_examples."
+            raise DataError(f"{text} {self.bad.sentence()}".rstrip())
         labels = self._labels(usable)
         self._number(usable, labels)
         heads = {}
@@ -355,17 +409,20 @@ class _Build:
             heads[name] = head
             layout.write(owner.folder / "shard.json", {"owner": name, "labels": labels, "vocabulary": vocabulary, **head})
         dropped = sum(split.encoder.dropped for owner in self.owners.values() for split in (owner.train, owner.test))
-        known = {"fingerprint": self.fingerprint, "dropped": dropped, "labels": labels, "left_out": left_out, "owners": heads}
+        known = {"fingerprint": self.fingerprint, "dropped": dropped, "labels": labels, "left_out": dict(sorted(left_out.items()))}
+        known |= {"bad_rows": self.bad.to_json(), "read_as": self.read_as, "owners": heads}
         layout.write(self.folder / "owners.json", known)
 
-    def _unusable(self, owner: _Owner) -> str | None:
+    def _unusable(self, name: str, owner: _Owner) -> str | None:
         if owner.train.examples >= self.data.min_examples:
             return None
+        bad = self.bad.of(name)
+        besides = f"; besides it has rows that cannot be used ({bad})" if bad else ""
         if owner.train_rows == 0:
-            return "it has test rows but no training rows" if owner.test.examples else "it has no rows"
+            return ("it has test rows but no training rows" if owner.test.examples else "it has no rows") + besides
         if owner.train.examples == 0:
-            return f"none of its {owner.train_rows} training rows holds usable text"
-        return f"it has {owner.train.examples} usable training example(s), fewer than min_examples={self.data.min_examples}"
+            return f"none of its {owner.train_rows} training rows holds usable text{besides}"
+        return f"it has {owner.train.examples} usable training example(s), fewer than min_examples={self.data.min_examples}{besides}"
 
     def _labels(self, usable: dict[str, _Owner]) -> list[str]:
         # Rows held out of the same source are as much a sign of a class as those that train; a test file is not.

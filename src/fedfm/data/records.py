@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, TextIO
 
-from fedfm.core.errors import DataError
+from fedfm.core.errors import RowError
 from fedfm.core.registry import suggest
 from fedfm.core.task import RawRow
 
 PIECE = 4000
 """Characters of a row cut from a longer text."""
+
+Refuse = Callable[[RowError], None]
+"""Told of a row that cannot be used: it raises, or counts it and lets the others pass."""
 
 
 class Record(dict[str, Any]):
@@ -26,40 +29,87 @@ def where(row: RawRow) -> str:
     return row.where if isinstance(row, Record) else "a row"
 
 
-def value_in(row: RawRow, column: str) -> Any:
+def value_in(row: RawRow, column: str, kind: str = "column") -> Any:
     """The row's entry in ``column``.
 
+    Args:
+        kind: What the row lacks where it has no such column, a key of :data:`fedfm.core.bad_rows.KINDS`.
+
     Raises:
-        DataError: if it has no such column.
+        RowError: if it has no such column.
     """
     try:
         return row[column]
     except KeyError:
-        raise DataError(f"{where(row)} has no column {column!r}.{suggest(column, row)} Its columns: {', '.join(row)}.") from None
+        raise RowError(
+            f"{where(row)} has no column {column!r}.{suggest(column, row)} Its columns: {', '.join(row)}.", kind, where(row)
+        ) from None
 
 
 def text_in(row: RawRow, column: str) -> str:
-    """The row's text in ``column``.
+    """The row's text in ``column``, which may be empty.
 
     Raises:
-        DataError: if it is absent or not text.
+        RowError: if it is absent or not text.
     """
-    value = value_in(row, column)
+    value = value_in(row, column, "text")
     if not isinstance(value, str):
-        raise DataError(f"{where(row)}: column {column!r} holds {shown(value)}, which is not text.")
+        kind = "text" if is_nothing(value) else "type"
+        raise RowError(f"{where(row)}: column {column!r} holds {shown(value)}, which is not text.", kind, where(row))
     return _whole(row, column, value)
 
 
-def name_in(row: RawRow, column: str) -> str:
-    """The row's owner or label in ``column``: text, or a number as text.
+def written_in(row: RawRow, column: str) -> str:
+    """The row's text in ``column``, which is more than white space.
 
     Raises:
-        DataError: if it is absent, empty or neither.
+        RowError: if it is not.
     """
-    value = value_in(row, column)
-    if value is None or value == "" or not isinstance(value, str | int | float):
-        raise DataError(f"{where(row)}: column {column!r} holds {shown(value)}, where a name or a number is needed.")
+    text = text_in(row, column)
+    if not text or text.isspace():
+        raise no_text(row, column)
+    return text
+
+
+def no_text(row: RawRow, *columns: str) -> RowError:
+    """The error of a row whose columns hold nothing to learn from."""
+    names = " and ".join(map(repr, columns))
+    return RowError(f"{where(row)}: column {names} holds no text, so there is nothing to learn from.", "text", where(row))
+
+
+def unknown_label(row: RawRow, label: str, classes: Collection[str], source: str) -> RowError:
+    """The error of a row whose label is none of the classes.
+
+    Args:
+        source: Where the classes are from, in words.
+    """
+    known = ", ".join(sorted(classes)[:8])
+    return RowError(
+        f"{where(row)} has the label {label!r}, which is not in {source} ({len(classes)} classes: {known}{', ...' if len(classes) > 8 else ''}).",
+        "unknown_label",
+        where(row),
+    )
+
+
+def name_in(row: RawRow, column: str, kind: str = "label") -> str:
+    """The row's owner or label in ``column``: text, or a number as text.
+
+    Args:
+        kind: ``owner`` or ``label``.
+
+    Raises:
+        RowError: if it is absent, empty or neither.
+    """
+    value = value_in(row, column, kind)
+    if is_nothing(value) or not isinstance(value, str | int | float):
+        why = kind if is_nothing(value) else "type"
+        raise RowError(f"{where(row)}: column {column!r} holds {shown(value)}, where a name or a number is needed.", why, where(row))
     return _whole(row, column, str(value))
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a cell is empty; a table that was saved with gaps has NaN in them."""
+    return value is None or (isinstance(value, str) and (not value or value.isspace())) or (isinstance(value, float) and value != value)
 
 
 def _whole(row: RawRow, column: str, text: str) -> str:
@@ -67,8 +117,10 @@ def _whole(row: RawRow, column: str, text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise DataError(
-            f"{where(row)}: column {column!r} holds half a character ({text[error.start]!a}), so its text was cut. Mend or drop this row."
+        raise RowError(
+            f"{where(row)}: column {column!r} holds half a character ({text[error.start]!a}), so its text was cut. Mend or drop this row.",
+            "unreadable",
+            where(row),
         ) from error
     return text
 

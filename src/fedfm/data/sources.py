@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gzip
 import hashlib
 import json
@@ -11,9 +10,10 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedfm.core.errors import ConfigError, DataError, MissingExtra
+from fedfm.core.errors import ConfigError, DataError, MissingExtra, RowError
 from fedfm.core.registry import suggest
-from fedfm.data.records import Record, pieces, shown
+from fedfm.data import csv_file
+from fedfm.data.records import Record, Refuse, pieces, shown
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".text")
 _HASHED = 256_000_000  # bytes of the largest file that is read for its stamp
@@ -25,32 +25,49 @@ class Source:
 
     Args:
         location: As the user gave it.
-        read: Starts reading.
+        read: Starts reading; told what to do with a line that cannot be read where the others can.
         stamp: Changes when the rows do.
         owner: The column that names a row's owner, where the source provides one.
+        about: How it is read, where that was looked for.
     """
 
     location: str
-    read: Callable[[], Iterator[Record]]
+    read: Callable[[Refuse], Iterator[Record]]
     stamp: str
     owner: str | None = None
+    about: str = ""
 
-    def rows(self) -> Iterator[Record]:
+    def rows(self, refuse: Refuse | None = None) -> Iterator[Record]:
         """Every row.
+
+        Args:
+            refuse: Told of each line that cannot be read, which is left out then; ``None`` raises.
 
         Raises:
             DataError: naming the file and line that cannot be read, or if there is no row at all.
         """
         empty = True
-        for row in self.read():
+
+        def refused(error: RowError) -> None:
+            nonlocal empty
+            if refuse is None:
+                raise error
+            empty = False
+            refuse(error)
+
+        for row in self.read(refused):
             empty = False
             yield row
         if empty:
             raise DataError(f"{self.location} has no rows, so there is nothing to learn from.")
 
 
-def open_source(location: str) -> Source:
+def open_source(location: str, delimiter: str | None = None, encoding: str | None = None) -> Source:
     """The source that ``location`` names; :class:`fedfm.data.Data` lists what it may name.
+
+    Args:
+        delimiter: What stands between the values of a csv file; ``None`` looks for it.
+        encoding: How the characters of a csv file are written; ``None`` looks for it.
 
     Raises:
         DataError: if it does not exist.
@@ -60,7 +77,7 @@ def open_source(location: str) -> Source:
     if location == "stdlib":
         from fedfm.data import stdlib
 
-        return Source(location, stdlib.rows, stamp(stdlib.files(), stdlib.root()), owner="owner")
+        return Source(location, lambda refuse: stdlib.rows(), stamp(stdlib.files(), stdlib.root()), owner="owner")
     if location.startswith("hf:"):
         return _hub(location)
     path = Path(location).expanduser()
@@ -68,15 +85,20 @@ def open_source(location: str) -> Source:
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             return _hub(f"hf:{path}")
         files = text_files(path)
-        return Source(location, lambda: _texts(path, files), stamp(files, path), owner="owner")
+        return Source(location, lambda refuse: _texts(path, files, refuse), stamp(files, path), owner="owner")
     if not path.exists():
         near = suggest(path.name, (p.name for p in path.parent.iterdir())) if path.parent.is_dir() else f" Nor does {path.parent}."
         raise DataError(f"{location} does not exist.{near} A data set of the Hugging Face hub is written hf:NAME.")
     kind = path.name.removesuffix(".gz").rsplit(".", 1)[-1].lower()
-    readers = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet}
+    if kind in ("csv", "tsv"):
+        form = csv_file.find_format(path, delimiter, encoding)
+        return Source(location, lambda refuse: csv_file.read(path, form, refuse), stamp([path], path.parent), about=form.words())
+    readers = {"jsonl": _jsonl, "parquet": _parquet}
     if kind not in readers or (kind == "parquet" and path.suffix == ".gz"):
-        raise ConfigError(f"{location} is of no kind that can be read; known are .jsonl and .csv (also .gz), .parquet and folders of text.")
-    return Source(location, lambda: readers[kind](path), stamp([path], path.parent))
+        raise ConfigError(
+            f"{location} is of no kind that can be read; known are .jsonl, .csv and .tsv (also .gz), .parquet and folders of text."
+        )
+    return Source(location, lambda refuse: readers[kind](path, refuse), stamp([path], path.parent))
 
 
 def stamp(files: Iterable[Path], folder: Path) -> str:
@@ -118,7 +140,7 @@ def text_files(folder: Path) -> list[Path]:
     return files
 
 
-def _texts(folder: Path, files: list[Path]) -> Iterator[Record]:
+def _texts(folder: Path, files: list[Path], refuse: Refuse) -> Iterator[Record]:
     for path in files:
         relative = path.relative_to(folder)
         owner = relative.parts[0] if len(relative.parts) > 1 else relative.stem
@@ -126,55 +148,38 @@ def _texts(folder: Path, files: list[Path]) -> Iterator[Record]:
             with path.open(encoding="utf-8-sig") as file:
                 for line, piece in pieces(file):
                     yield Record({"text": piece, "owner": owner, "path": str(relative)}, f"{path}:{line}")
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+        except UnicodeDecodeError as error:
+            refuse(RowError(f"{path} cannot be read as UTF-8 text: {error}.", "unreadable", str(path)))
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error}.") from error
 
 
-def _jsonl(path: Path) -> Iterator[Record]:
+def _jsonl(path: Path, refuse: Refuse) -> Iterator[Record]:
     number = 0
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             for number, line in enumerate(file, 1):
                 if not line.strip():
                     continue
+                place = f"{path}:{number}"
                 try:
                     row = json.loads(line)
                 except (ValueError, RecursionError) as error:
-                    raise DataError(
-                        f"{path}:{number} is not valid JSON: {error}. A .jsonl file has one JSON object on each line."
-                    ) from error
+                    refuse(
+                        RowError(
+                            f"{place} is not valid JSON: {error}. A .jsonl file has one JSON object on each line.", "unreadable", place
+                        )
+                    )
+                    continue
                 if not isinstance(row, dict):
-                    raise DataError(f"{path}:{number} holds {shown(row)}, not a JSON object with columns.")
-                yield Record(row, f"{path}:{number}")
+                    refuse(RowError(f"{place} holds {shown(row)}, not a JSON object with columns.", "unreadable", place))
+                    continue
+                yield Record(row, place)
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read beyond line {number}: {error}.") from error
 
 
-def _csv(path: Path) -> Iterator[Record]:
-    # The module's default bound of 131,072 characters refuses ordinary documents.
-    csv.field_size_limit(2**31 - 1)
-    number = 0
-    try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-            if path.suffix == ".gz"
-            else path.open(encoding="utf-8-sig", newline="") as file
-        ):
-            reader = csv.reader(file, strict=True)
-            header = next(reader, [])
-            if len(set(header)) < len(header):
-                raise DataError(f"{path}:1 names a column twice: {', '.join(header)}.")
-            for values in reader:
-                number = reader.line_num
-                if values and len(values) != len(header):
-                    raise DataError(f"{path}:{number} has {len(values)} values for {len(header)} columns ({', '.join(header)}).")
-                if values:
-                    yield Record(zip(header, values), f"{path}:{number}")
-    except (OSError, EOFError, zlib.error, csv.Error, UnicodeDecodeError) as error:
-        raise DataError(f"{path} cannot be read beyond line {number}: {error}.") from error
-
-
-def _parquet(path: Path) -> Iterator[Record]:
+def _parquet(path: Path, refuse: Refuse) -> Iterator[Record]:
     try:
         import pyarrow
         import pyarrow.parquet
@@ -207,7 +212,7 @@ def _hub(location: str) -> Source:
         raise DataError(f"{location} could not be loaded: {error}") from error
     classes = {column: kind for column, kind in dataset.features.items() if isinstance(kind, datasets.ClassLabel)}
 
-    def read() -> Iterator[Record]:
+    def read(refuse: Refuse) -> Iterator[Record]:
         number = 0
         try:
             for number, row in enumerate(dataset, 1):

@@ -15,6 +15,7 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from fedfm.core.bad_rows import BadRows
 from fedfm.core.disk import write_atomic
 from fedfm.core.words import Metric, clean, count, duration, loss, number, size
 from fedfm.reports import svg, table
@@ -126,7 +127,8 @@ def picture(run: Run) -> dict[str, Any]:
         "mean": table.mean_row(rows) if len(rows) > 1 else None,
         "pooled": table.pooled(run.compare) if run.compare else None,
         "titles": table.ENDS,
-        "split": split(run.split),
+        "split": split(run.split, run.bad_rows),
+        "left_out": run.bad_rows.sentence(),
         "split_area": split_area(run.split),
         "labels": labels(run.split),
         "num_split": len(run.split),
@@ -366,8 +368,8 @@ def labels(rows: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
     return [*common, ("others", "other")] if len(totals) > LABELS_SHOWN else common
 
 
-def split(rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
-    """A bar per owner, the largest first: its tokens, divided by label where there are labels."""
+def split(rows: Sequence[Mapping[str, Any]], bad: BadRows) -> list[Bar]:
+    """A bar per owner, the largest first: its tokens, divided by label where there are labels, and its rows that were left out."""
     classes = dict(labels(rows))
     sizes = [number(row.get("tokens")) or number(row.get("train")) or 0.0 for row in rows]
     longest = max(sizes, default=0.0)
@@ -383,6 +385,8 @@ def split(rows: Sequence[Mapping[str, Any]]) -> list[Bar]:
             [(style, width * n / whole, f"{label}: {count(n)}") for (style, label), n in sorted(parts.items())] if classes and whole else []
         )
         told = f"{count(row.get('tokens'))} tokens · {count(row.get('train'))} train, {count(row.get('test'))} test"
+        if unused := bad.owners.get(str(row.get("owner"))):
+            told += f", {count(unused.total())} left out"
         bars.append(Bar(str(row.get("owner", "?")), told, pieces or [("c0", width, "")]))
     return bars
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fedfm.core.bad_rows import BadRows
 from fedfm.core.errors import RunError
 from fedfm.core.journal import Journal
 from fedfm.core.score import Score, best
@@ -86,6 +87,7 @@ class Run:
         data: Fingerprint of its prepared data.
         base: Digests of its base model and tokenizer.
         ended: Whether it played all of its rounds, or ended early, and wrote its model.
+        bad_rows: Rows that were left out when the data was prepared.
     """
 
     name: str
@@ -100,6 +102,7 @@ class Run:
     data: str = ""
     base: str = ""
     ended: bool = False
+    bad_rows: BadRows = field(default_factory=BadRows)
 
     @property
     def evaluations(self) -> list[Round]:
@@ -145,6 +148,7 @@ def read(folder: Path) -> Run:
         data=str(journal.first.get("data", {}).get("fingerprint", "")),
         base=" ".join(str(base[name]) for name in ("weights", "tokenizer") if name in base),
         ended=journal.ended,
+        bad_rows=BadRows.from_json(journal.first.get("data", {}).get("bad_rows")),
     )
 
 

@@ -294,7 +294,8 @@ def _note_data(folder: RunFolder, simulation: Simulation) -> None:
     owners = simulation.owners
     before = folder.first("data")
     if before is None:
-        folder.note("data", fingerprint=owners.fingerprint, left_out=owners.left_out, dropped=owners.dropped, labels=owners.labels)
+        known = {"left_out": owners.left_out, "dropped": owners.dropped, "bad_rows": owners.bad_rows.to_json(), "labels": owners.labels}
+        folder.note("data", fingerprint=owners.fingerprint, **known)
     elif before["fingerprint"] != owners.fingerprint:
         log.warning("The data is not what it was when %s began: it goes on, but not as an unbroken run would have.", folder.path)
 

@@ -11,6 +11,7 @@ import numpy as np
 from fedfm.core.batch import IntArray, Row
 from fedfm.core.task import Encoder, Example, Examples, RawRow, Task
 from fedfm.core.tree import Tree
+from fedfm.data.records import written_in
 from fedfm.tasks.sequences import LONG, Steps, TextEncoder, Texts, ends, head, language_metrics, require_length, shifted, texts_of, tokenize
 
 
@@ -42,6 +43,10 @@ class CausalLM(Task):
     def columns(self) -> tuple[str, ...]:
         """Columns that a row must have."""
         return (self.text,)
+
+    def require(self, row: RawRow) -> None:
+        """Refuses a row without text."""
+        written_in(row, self.text)
 
     def encoder(self, tokenizer: Any) -> Encoder:
         """A fresh encoder for one owner."""

@@ -13,7 +13,7 @@ from fedfm.core.batch import Batch, IntArray, Row
 from fedfm.core.errors import ConfigError
 from fedfm.core.task import Encoder, Example, Examples, RawRow, Scorer, Task
 from fedfm.core.tree import Tree
-from fedfm.data.records import name_in, text_in
+from fedfm.data.records import name_in, text_in, unknown_label, written_in
 from fedfm.tasks.sequences import Steps, TextEncoder, Texts, ratio, require_length, tokenize
 
 
@@ -55,6 +55,13 @@ class Classification(Task):
     def label_column(self) -> str:
         """The column that holds a row's class."""
         return self.label
+
+    def require(self, row: RawRow) -> None:
+        """Refuses a row without text or label, or with a label that is not one of ``labels``."""
+        written_in(row, self.text)
+        label = name_in(row, self.label)
+        if self.labels is not None and label not in self.labels:
+            raise unknown_label(row, label, self.labels, "the task's labels")
 
     def encoder(self, tokenizer: Any) -> Encoder:
         """A fresh encoder for one owner."""

@@ -16,7 +16,7 @@ from fedfm.core.batch import IntArray, Row
 from fedfm.core.errors import ConfigError, DataError, ModelError
 from fedfm.core.task import Encoder, Example, Examples, RawRow, Task, Writer
 from fedfm.core.tree import Tree
-from fedfm.data.records import text_in, value_in, where
+from fedfm.data.records import is_nothing, no_text, text_in, value_in, where
 from fedfm.tasks.sequences import LONG, Steps, TextEncoder, Texts, both_ends, ends, language_metrics, require_length, shifted, tokenize
 
 _ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -63,6 +63,25 @@ class Instruct(Task):
     def columns(self) -> tuple[str, ...]:
         """Columns that a row must have."""
         return tuple(column for column in (self.instruction, self.input, self.response) if column is not None)
+
+    def require(self, row: RawRow) -> None:
+        """Refuses a row without an instruction or a response."""
+        instruction, response = text_in(row, self.instruction), text_in(row, self.response)
+        context = self.context(row)
+        if not (instruction.strip() or context):
+            raise no_text(row, *filter(None, (self.instruction, self.input)))
+        if not response.strip():
+            raise no_text(row, self.response)
+
+    def context(self, row: RawRow) -> str:
+        """The row's context without white space around it; empty where there is none.
+
+        Raises:
+            RowError: if the column is absent or not text.
+        """
+        if self.input is None or is_nothing(value_in(row, self.input)):
+            return ""
+        return text_in(row, self.input).strip()
 
     def encoder(self, tokenizer: Any) -> Encoder:
         """A fresh encoder for one owner."""
@@ -112,15 +131,6 @@ def _chat(tokenizer: Any, instruction: str, context: str, response: str | None) 
     return written
 
 
-def _context(task: Instruct, row: RawRow) -> str:
-    if task.input is None:
-        return ""
-    context = value_in(row, task.input)
-    if context is not None and not isinstance(context, str):
-        raise DataError(f"{where(row)}: column {task.input!r} holds {type(context).__name__} {context!r}, which is not text.")
-    return (context or "").strip()
-
-
 def _without_middle(prompt: list[int], room: int) -> list[int]:
     """The two ends of a prompt that is longer than ``room``."""
     return prompt[: room // 2] + prompt[len(prompt) - (room - room // 2) :]
@@ -137,7 +147,7 @@ class _Encoder(TextEncoder):
         prompts, responses = [], []
         for row in rows:
             instruction, response = text_in(row, self.task.instruction), text_in(row, self.task.response)
-            context = _context(self.task, row)
+            context = self.task.context(row)
             if not response.strip() or not (instruction.strip() or context):
                 self.dropped += 1
                 continue
@@ -186,7 +196,7 @@ class _Answerer(Writer):
         self.columns = tuple(column for column in (task.instruction, task.input) if column is not None)
 
     def prompt(self, row: RawRow, room: int | None) -> IntArray:
-        instruction, context = text_in(row, self.task.instruction), _context(self.task, row)
+        instruction, context = text_in(row, self.task.instruction), self.task.context(row)
         if not (instruction.strip() or context):
             return np.zeros(0, dtype=np.int32)
         ids = self.task.opening(self.tokenizer, instruction, context)

@@ -15,6 +15,7 @@ from fedfm.core.batch import IGNORE, IntArray, Row
 from fedfm.core.errors import ConfigError, ModelError
 from fedfm.core.task import Encoder, Example, Examples, RawRow, Task, Vocabulary
 from fedfm.core.tree import Tree
+from fedfm.data.records import written_in
 from fedfm.tasks.sequences import Steps, TextEncoder, Texts, language_metrics, require_length, texts_of
 
 
@@ -50,6 +51,10 @@ class MaskedLM(Task):
     def columns(self) -> tuple[str, ...]:
         """Columns that a row must have."""
         return (self.text,)
+
+    def require(self, row: RawRow) -> None:
+        """Refuses a row without text."""
+        written_in(row, self.text)
 
     def encoder(self, tokenizer: Any) -> Encoder:
         """A fresh encoder for one owner.

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedfm.core.bad_rows import KINDS
 from fedfm.core.batch import Batch, Row, Shaping
-from fedfm.core.errors import DataError
+from fedfm.core.errors import DataError, RowError
 from fedfm.core.keys import Key
 from fedfm.core.task import Example, RawRow, Scorer, Task, Vocabulary, Writer
 from fedfm.testing.parts import check_part
@@ -40,14 +41,13 @@ def check_task(task: Task, rows: Sequence[RawRow], tokenizer: Any) -> None:
         assert 0 < len(example.ids) <= task.max_length, f"{name}: an example of {len(example.ids)} tokens; max_length is {task.max_length}"
         assert 0 <= example.start < len(example.ids), f"{name}: the first target {example.start} is not among {len(example.ids)} tokens"
         assert min(example.ids) >= 0 and max(example.ids) < len(tokenizer), f"{name}: ids that the tokenizer does not have"
+    for row in rows:
+        task.require(row)
     for column in task.columns:
         assert column in rows[0], f"{name} needs a column {column!r} that the suite's rows do not have"
-        try:
-            task.encoder(tokenizer).add([{key: value for key, value in rows[0].items() if key != column}])
-        except DataError as error:
-            assert repr(column) in str(error), f"{name}: the missing column {column!r} is not named: {error}"
-        else:
-            raise AssertionError(f"{name} takes a row without its column {column!r}")
+        without = {key: value for key, value in rows[0].items() if key != column}
+        _check_refused(f"{name}'s encoder", task.encoder(tokenizer).add, [without], column)
+        _check_refused(f"{name}.require", task.require, without, column)
 
     labels = sorted({example.label for example in examples if example.label is not None})
     memory = Encoded(examples, tokenizer, labels)
@@ -55,6 +55,16 @@ def check_task(task: Task, rows: Sequence[RawRow], tokenizer: Any) -> None:
     _check_rows(name, task, memory)
     _check_losses(name, task, memory, classes)
     _check_predictor(name, task, rows, tokenizer, labels or [str(i) for i in range(classes)])
+
+
+def _check_refused(what: str, take: Callable[[Any], object], row: object, column: str) -> None:
+    try:
+        take(row)
+    except RowError as error:
+        assert repr(column) in str(error), f"{what} does not name the missing column {column!r}: {error}"
+        assert error.kind in KINDS, f"{what} tells of a fault of the kind {error.kind!r}; known are {', '.join(KINDS)}"
+    else:
+        raise AssertionError(f"{what} takes a row without its column {column!r}")
 
 
 def _encode(task: Task, rows: Sequence[RawRow], tokenizer: Any, chunk: int) -> list[Example]:

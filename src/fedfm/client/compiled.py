@@ -1,8 +1,8 @@
-"""The base's forward and backward pass compiled by torch, once, before the first round.
+"""The base's forward and backward pass, and the task's losses, compiled by torch, once, before the first round.
 
 The model is compiled with one batch that follows from the plan alone, so a resumed run gets the same machine code as an unbroken one.
-Whatever that code does not cover (another number of dimensions, evaluation, a bank of one) runs eagerly: nothing is compiled later, because code
-that is compiled for a later batch may round otherwise. Clients, rows and lengths may differ from batch to batch.
+Lengths may differ from batch to batch. Whatever that code does not cover (fewer clients, because some have fewer steps or the last bank is
+smaller; fewer rows; evaluation) runs eagerly: nothing is compiled later, because code that is compiled for a later batch may round otherwise.
 
 Covered here: a compiler that fails, and code that computes something else; both leave the model eager. Not covered: a machine with other
 instructions; the journal tells where a run began.
@@ -20,7 +20,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
-from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +31,7 @@ from fedfm.core.task import Examples
 from fedfm.models.foundation import flops_per_token
 from fedfm.tuning.sites import BankedModel
 
-Call = Callable[[torch.Tensor, dict[str, torch.Tensor]], Any]
+Call = Callable[[torch.Tensor, dict[str, torch.Tensor], Batch], torch.Tensor]
 
 # Twice the seconds that compiling a small Llama takes on a quiet machine, and about the share of a step that it saves.
 SECONDS, SAVED = 90.0, 0.2
@@ -91,8 +90,9 @@ def compile_base(house: House, clients: int) -> str | None:
     usual = trial.gradient(house)
     try:
         with warnings.catch_warnings(action="ignore"), _settings():
-            compiled = torch.compile(tuned.call, dynamic=False, fullgraph=True, backend=BACKEND)
-            tuned.compiled = partial(_marked, tuned, compiled, house.plan.local.work.batch_size is not None)
+            call = partial(tuned.call, of=house.plan.task.losses)
+            compiled = torch.compile(call, dynamic=False, fullgraph=True, backend=BACKEND)
+            tuned.compiled = partial(_marked, compiled)
             changed = trial.gradient(house)
     except Exception as error:  # a compiler raises what it likes
         tuned.compiled = None
@@ -107,24 +107,22 @@ def compile_base(house: House, clients: int) -> str | None:
     return None
 
 
-def _marked(tuned: BankedModel, compiled: Call, fixed_rows: bool, theta_kd: torch.Tensor, inputs: dict[str, torch.Tensor]) -> Any:
-    """The first call, which compiles: says which sizes change from step to step. A size of 1 is taken for fixed.
+def _marked(compiled: Call, theta_kd: torch.Tensor, inputs: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
+    """The first call, which compiles: says that lengths change from step to step. A size of 1 is taken for fixed.
 
-    Args:
-        fixed_rows: Whether clients have as many rows in every batch, but for a short one now and then.
+    Clients and rows stay numbers: with their product unknown the code divides indices for each value, and takes longer than eager.
     """
-    torch._dynamo.maybe_mark_dynamic(theta_kd, 0)
     for x in inputs.values():
-        torch._dynamo.maybe_mark_dynamic(x, [0, 2] if fixed_rows else [0, 1, 2])
-    if tuned.asker.positions is not None:
-        torch._dynamo.maybe_mark_dynamic(tuned.asker.positions, 0)
-    return compiled(theta_kd, inputs)
+        torch._dynamo.maybe_mark_dynamic(x, 2)
+    for x in (batch.pick_p, batch.row_q, batch.owner_q, *batch.targets.values()):
+        torch._dynamo.maybe_mark_dynamic(x, 0)
+    return compiled(theta_kd, inputs, batch)
 
 
-def _covered(compiled: Call, theta_kd: torch.Tensor, inputs: dict[str, torch.Tensor]) -> Any:
+def _covered(compiled: Call, theta_kd: torch.Tensor, inputs: dict[str, torch.Tensor], batch: Batch) -> torch.Tensor:
     """Every later call: what the compiled code does not cover runs eagerly."""
     with torch.compiler.set_stance("eager_on_recompile"):
-        return compiled(theta_kd, inputs)
+        return compiled(theta_kd, inputs, batch)
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Learner:
     def losses(self, theta_kd: torch.Tensor, batch: Batch, dropout: list[Key] | None = None) -> torch.Tensor:
         """The loss of each target ``(Q,)``, with client k's tensors for row block k."""
         self.tuned.bind(theta_kd, dropout)
-        return self.task.losses(self.tuned.logits(batch), batch)
+        return self.tuned.losses(batch, self.task.losses)
 
 
 @dataclass

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+from torch.optim.adamw import adamw
 
 from fedfm.core.errors import ConfigError
 from fedfm.core.parts import Cohort, GradientTrainer, Work
@@ -75,11 +76,22 @@ class AdamW(GradientTrainer):
     def step(self, cohort: Cohort, grad_kd: torch.Tensor, lr_k: torch.Tensor, step: int) -> None:
         """One step of every client, in place."""
         m_kd, v_kd = cohort.slots["m"], cohort.slots["v"]
+        # To read a rate off an accelerator is to wait for it.
+        rates = set(lr_k.flatten().tolist()) if lr_k.device.type == "cpu" else set()
+        if len(rates) == 1:
+            self._fused(cohort.theta_kd, grad_kd, m_kd, v_kd, rates.pop(), step)
+            return
         if self.weight_decay:
             cohort.theta_kd.mul_(1 - lr_k * self.weight_decay)
         m_kd.lerp_(grad_kd, 1 - self.beta1)
         v_kd.mul_(self.beta2).addcmul_(grad_kd, grad_kd, value=1 - self.beta2)
         c1, c2 = 1 - self.beta1 ** (step + 1), 1 - self.beta2 ** (step + 1)
-        # Everything after the root is in place, because a new (K, D) costs more than the arithmetic. A rate of 0 divides by infinity.
-        scale_kd = torch.sqrt(v_kd).div_(math.sqrt(c2)).add_(self.eps).div_(lr_k / -c1)
-        cohort.theta_kd.addcdiv_(m_kd, scale_kd)
+        # A rate of 0 divides by infinity.
+        cohort.theta_kd.addcdiv_(m_kd, torch.sqrt(v_kd).div_(math.sqrt(c2)).add_(self.eps).div_(lr_k / -c1))
+
+    def _fused(self, theta_kd: torch.Tensor, grad_kd: torch.Tensor, m_kd: torch.Tensor, v_kd: torch.Tensor, lr: float, step: int) -> None:
+        """The same with one rate for all, by torch's own kernel: one pass over the memory, where the operations above make eight."""
+        adamw(
+            [theta_kd], [grad_kd], [m_kd], [v_kd], [], [torch.tensor(float(step))],
+            fused=True, amsgrad=False, beta1=self.beta1, beta2=self.beta2, lr=lr, weight_decay=self.weight_decay, eps=self.eps, maximize=False,
+        )  # fmt: skip

@@ -7,7 +7,7 @@ carry a leading client axis, so that K clients run as one batch through one froz
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -20,6 +20,8 @@ from fedfm.core.messages import Scalar
 from fedfm.core.parts import ClientId, Part, Traits, traits
 from fedfm.core.tree import Spec, Tree
 from fedfm.models import Foundation
+
+Losses = Callable[[torch.Tensor, Batch], torch.Tensor]
 
 
 class Tuned(ABC):
@@ -49,6 +51,14 @@ class Tuned(ABC):
     @abstractmethod
     def logits(self, batch: Batch) -> torch.Tensor:
         """Logits ``(P, C)`` at the batch's targets, row block k computed with client k's tensors."""
+
+    def losses(self, batch: Batch, of: Losses) -> torch.Tensor:
+        """The loss of each target ``(Q,)``.
+
+        Args:
+            of: Makes losses of the logits and the batch: the task's.
+        """
+        return of(self.logits(batch), batch)
 
 
 class Tuning(Part, ABC):

@@ -24,7 +24,7 @@ from fedfm.core.keys import Key
 from fedfm.core.registry import suggest
 from fedfm.core.tree import Spec, Tree
 from fedfm.models import Foundation
-from fedfm.tuning.base import Tuned
+from fedfm.tuning.base import Losses, Tuned
 
 
 class Site(ABC):
@@ -66,8 +66,8 @@ class BankedModel(Tuned):
         self.spec = Spec(tuple(shapes), tuple(shapes.values()), (torch.float32,) * len(shapes))
         for site in self.sites:
             site.hook()
-        # The model's call with K clients' parameters, compiled: (theta_kd, inputs (K, R, L)) -> output. ``None`` runs eagerly.
-        self.compiled: Callable[[torch.Tensor, dict[str, torch.Tensor]], Any] | None = None
+        # :meth:`call`, compiled; ``None`` runs eagerly.
+        self.compiled: Callable[[torch.Tensor, dict[str, torch.Tensor], Batch], torch.Tensor] | None = None
         self.theta_kd = torch.zeros(0)
         self.asker = Asker(foundation, early=all(site.module is not output_layer(foundation) for site in self.sites))
 
@@ -91,30 +91,31 @@ class BankedModel(Tuned):
         """Logits ``(P, C)`` at the batch's picks."""
         for site in self.sites:
             site.batch = batch
+        return self.asker(self.model, batch)
+
+    def losses(self, batch: Batch, of: Losses) -> torch.Tensor:
+        """The loss of each target ``(Q,)``, by compiled code where there is some."""
         # Only what trains is compiled: evaluation is a small part, and would be a second graph.
         if self.compiled is None or not torch.is_grad_enabled():
-            return self.asker(self.model, batch)
-        return self.asker(self._call_compiled, batch)
-
-    def _call_compiled(self, **inputs: torch.Tensor) -> Any:
-        assert self.compiled is not None
+            return super().losses(batch, of)
         num = self.theta_kd.shape[0]
-        return self.compiled(self.theta_kd, {name: x.reshape(num, -1, *x.shape[1:]) for name, x in inputs.items()})
+        return self.compiled(self.theta_kd, {name: x.reshape(num, -1, *x.shape[1:]) for name, x in batch.inputs.items()}, batch)
 
-    def call(self, theta_kd: torch.Tensor, inputs: dict[str, torch.Tensor]) -> Any:
-        """The model's output, as one function of all that changes from step to step: what a compiler takes.
+    def call(self, theta_kd: torch.Tensor, inputs: dict[str, torch.Tensor], batch: Batch, of: Losses) -> torch.Tensor:
+        """The losses ``(Q,)`` as one function of all that changes from step to step: what a compiler takes.
 
         Args:
-            inputs: Each ``(K, R, L)``, so that a compiler sees that rows are a multiple of clients.
+            inputs: The batch's, each ``(K, R, L)``, so that a compiler sees that rows are a multiple of clients.
         """
         leaves = self.spec.unflatten(theta_kd)
         for site in self.sites:
             site.leaves = [leaves[name] for name in site.shapes]
-        output = self.model(**{name: x.flatten(0, 1) for name, x in inputs.items()})
+        flat = {name: x.flatten(0, 1) for name, x in inputs.items()}
+        loss_q = of(self.asker(lambda **_: self.model(**flat), batch), batch)
         for site in self.sites:
             # What is still bound when a compiled function ends becomes one of its outputs.
             site.leaves = []
-        return output
+        return loss_q
 
 
 class Asker:

@@ -101,7 +101,12 @@ def test_what_is_no_identity_is_refused(tmp_path: Path, text: str) -> None:
         Identity.load(tmp_path / "absent")
 
 
-@pytest.mark.parametrize("seed", ["", "SU", "é" * 58, ALICE.nkey.public, ALICE.nkey.seed[:-1], "SU" + "A" * 56, "SA" + ALICE.nkey.seed[2:]])
+# Keys are drawn anew in each process, so the cases have names.
+@pytest.mark.parametrize(
+    "seed",
+    ["", "SU", "é" * 58, ALICE.nkey.public, ALICE.nkey.seed[:-1], "SU" + "A" * 56, "SA" + ALICE.nkey.seed[2:]],
+    ids=["empty", "short", "not ASCII", "public", "cut", "of zeros", "of an account"],
+)
 def test_what_is_no_nkey_is_refused(seed: str) -> None:
     with pytest.raises(ConfigError, match="nkey"):
         Nkey(seed)

@@ -115,7 +115,7 @@ def test_the_banks_size_follows_from_the_cohort_and_the_memory_alone(federation:
         site = Simulation.build(plan)
         with site.open() as session:
             session.settle()
-        assert site.house.choices == {"bank": size}
+        assert site.house.choices == {"bank": size, "compile": 0}
 
 
 def test_a_cohort_that_does_not_fit_is_cut_into_equal_parts(federation: Federation) -> None:
@@ -126,7 +126,7 @@ def test_a_cohort_that_does_not_fit_is_cut_into_equal_parts(federation: Federati
     site.house.cohort_size = 10
     with site.open() as session:
         session.settle()
-    assert site.house.choices == {"bank": 5}
+    assert site.house.choices == {"bank": 5, "compile": 0}
 
 
 def test_a_bank_that_does_not_fit_is_halved_until_it_does(

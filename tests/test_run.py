@@ -325,6 +325,7 @@ def test_what_a_run_leaves(tmp_path: Path) -> None:
         "data",
         "base",
         "roster",
+        "plan",
         *["round"] * 4,
         "end",
     ]

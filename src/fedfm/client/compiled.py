@@ -33,8 +33,8 @@ from fedfm.tuning.sites import BankedModel
 
 Call = Callable[[torch.Tensor, dict[str, torch.Tensor], Batch], torch.Tensor]
 
-# Twice the seconds that compiling a small Llama takes on a quiet machine, and about the share of a step that it saves.
-SECONDS, SAVED = 90.0, 0.2
+# Twice the seconds that compiling a small Llama takes on a quiet machine, and about the share of a round that it saves.
+SECONDS, SAVED = 90.0, 0.1
 # Operations in a second of the machine that the choice is made for. The clock must not decide, so it is a constant: a small CPU.
 SPEED = 1e11
 # Owners whose rows tell the usual number of tokens.

@@ -39,9 +39,9 @@ class Embedded(Engine):
         bank: Clients per batch; ``auto`` takes the whole cohort where the machine's memory holds it, else equal parts that it holds.
         device: ``auto``, ``cpu``, ``cuda``, ``cuda:1``, ``mps``.
         threads: Of torch; ``None`` leaves what is set. A run's numbers are exact for one number of threads.
-        compile: Whether torch compiles the base before the first round, which takes minutes and shortens each step; numbers agree with the eager
-            ones to float rounding. ``auto`` does so where more than one client shares a batch on a CPU and the planned
-            steps, tokens and parameters come to a saving of more than 90 s by arithmetic.
+        compile: Whether torch compiles the base before the first round, which takes minutes and saves about a tenth of each round; numbers
+            agree with the eager ones to float rounding. ``auto`` does so in long runs: where more than one client shares a batch on a CPU, and
+            a tenth of what the planned steps, tokens and parameters take by arithmetic is more than 90 s.
         memory: Gigabytes that ``auto`` may count on; ``None`` for half of what the device has in all.
 
     Raises:
@@ -54,7 +54,7 @@ class Embedded(Engine):
     device: str = "auto"
     threads: int | None = None
     memory: float | None = None
-    compile: Literal["auto"] | bool = False
+    compile: Literal["auto"] | bool = "auto"
 
     def __post_init__(self) -> None:
         if self.bank != "auto" and self.bank < 1:

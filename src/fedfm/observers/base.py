@@ -36,7 +36,7 @@ class RunInfo:
         model: The base model in a word or two, without its size (``num_params``).
         num_params: Parameters of the base.
         num_trainable: Parameters that train and travel.
-        choices: What was chosen by measuring (``bank``: clients in a batch).
+        choices: What was chosen for the whole run (``bank``: clients in a batch; ``compile``: for how many the model is compiled).
         resumed_from: Rounds already done, where this run goes on with an earlier one.
         earlier: Records of the rounds already done, from round 0 on.
         metric: The metric that leads.

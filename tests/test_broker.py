@@ -97,7 +97,15 @@ class Line:
         try:
             self.socket = plain if context is None else context.wrap_socket(plain, server_hostname="127.0.0.1")
             self.file = self.socket.makefile("rb")
-            options = {"verbose": False, "pedantic": False, "lang": "test", "version": "1", "protocol": 1, "headers": True, "no_responders": True}
+            options = {
+                "verbose": False,
+                "pedantic": False,
+                "lang": "test",
+                "version": "1",
+                "protocol": 1,
+                "headers": True,
+                "no_responders": True,
+            }
             self.socket.sendall(b"CONNECT " + json.dumps({**options, **connect}).encode() + b"\r\n")
             self.info = self.file.readline()
             heard = self.say()
@@ -228,7 +236,9 @@ def issued(world: World, folder: Path, role: str, name: str, when: datetime, is_
     return client(world, folder, made.pem, key)
 
 
-def named(world: World, folder: Path, sign: Callable[[x509.CertificateBuilder, Any], x509.Certificate], authority: str = "") -> ssl.SSLContext:
+def named(
+    world: World, folder: Path, sign: Callable[[x509.CertificateBuilder, Any], x509.Certificate], authority: str = ""
+) -> ssl.SSLContext:
     """A certificate that names alice as hers does, signed by somebody else."""
     key, alice = new_key(), certificates.certificate((world.members["alice"].folder / CLIENT).read_bytes())
     now = certificates.now()
@@ -420,7 +430,9 @@ def pretend(server: socket.socket, world: World | None, heard: list[bytes]) -> N
                 context.load_cert_chain(world.members["bob"].folder / CLIENT)
                 line = context.wrap_socket(line, server_side=True)
             else:
-                line.sendall(b'INFO {"server_id":"X","version":"2.15.1","proto":1,"max_payload":1048576,"headers":true,"auth_required":true}\r\n')
+                line.sendall(
+                    b'INFO {"server_id":"X","version":"2.15.1","proto":1,"max_payload":1048576,"headers":true,"auth_required":true}\r\n'
+                )
             heard.append(line.recv(4096))
         except OSError:
             continue
@@ -583,7 +595,11 @@ def test_the_broker_is_no_deputy(world: World) -> None:
     world.connection.publish(f"{names.down('alice').root}.note", b"{}")
     with world.line(world.members["alice"].context()) as line:
         place = f"$JS.API.DIRECT.GET.{names.down('alice').stream}.{names.down('alice').root}.note"
-        for reply in ("$JS.API.STREAM.PURGE.fed_north_UP_bob", "$JS.API.STREAM.DELETE.fed_north_UP_bob", "$JS.API.CONSUMER.DELETE.fed_north_DOWN_bob.inbox"):
+        for reply in (
+            "$JS.API.STREAM.PURGE.fed_north_UP_bob",
+            "$JS.API.STREAM.DELETE.fed_north_UP_bob",
+            "$JS.API.CONSUMER.DELETE.fed_north_DOWN_bob.inbox",
+        ):
             line.publish(place, b"", reply)
             line.publish(names.down("alice").next, b'{"batch":1,"no_wait":true}', reply)
     time.sleep(0.2)
@@ -628,7 +644,7 @@ def test_a_used_invitation_is_refused_and_counted(world: World, tmp_path: Path) 
     invitation = world.consortium.invite("carol", certificates.now())
     enter(invitation, tmp_path / "first", patience=20)
     before = world.desk.counts["used"]
-    with pytest.raises(Declined, match="was used on .* with other keys"):
+    with pytest.raises(Declined, match=r"was used on .* with other keys"):
         enter(invitation, tmp_path / "second", patience=20)
     assert world.desk.counts["used"] == before + 1
     row = next(row for row in world.consortium.members().table(certificates.now()) if row["member"] == "carol")

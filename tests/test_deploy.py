@@ -17,7 +17,14 @@ DEPLOY = ROOT / "deploy"
 UNITS = sorted(DEPLOY.glob("*.service"))
 COMPOSE = sorted(DEPLOY.glob("*.compose.yaml"))
 # What each unit must say: as whom it runs, that it comes back, and what it may not do.
-HARDENED = {"User": "fedfm", "NoNewPrivileges": "yes", "ProtectSystem": "strict", "ProtectHome": "yes", "StateDirectoryMode": "0700", "UMask": "0077"}
+HARDENED = {
+    "User": "fedfm",
+    "NoNewPrivileges": "yes",
+    "ProtectSystem": "strict",
+    "ProtectHome": "yes",
+    "StateDirectoryMode": "0700",
+    "UMask": "0077",
+}
 
 
 def parse(path: Path) -> configparser.ConfigParser:
@@ -57,7 +64,9 @@ def test_systemd_accepts_the_units(path: Path, tmp_path: Path) -> None:
 def test_systemd_would_complain_about_a_wrong_unit(tmp_path: Path) -> None:
     """Without this, the test above could pass because nothing is ever said."""
     path = tmp_path / "fedfm-wrong.service"
-    path.write_text(UNITS[0].read_text(encoding="utf-8").replace("Restart=always", "Restrat=always").replace("/opt/fedfm/bin/nats-server", "/bin/true"))
+    path.write_text(
+        UNITS[0].read_text(encoding="utf-8").replace("Restart=always", "Restrat=always").replace("/opt/fedfm/bin/nats-server", "/bin/true")
+    )
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", str(path)], capture_output=True, text=True, check=False)
     assert "Restrat" in done.stdout + done.stderr
 

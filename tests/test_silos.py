@@ -76,7 +76,7 @@ def test_what_is_open_to_others_is_refused_with_the_remedy(place: str, consortiu
     path.chmod(0o755 if path.is_dir() else 0o644)
     with pytest.raises(ConfigError, match=r"open to other users|can be read by others") as refused:
         opened = Consortium.open(consortium.folder)
-        opened.authority, opened.identity, opened.context(), opened.broker  # noqa: B018
+        opened.authority, opened.identity, opened.context(), opened.broker
     assert "chmod" in str(refused.value) and path.name in str(refused.value)
 
 
@@ -128,7 +128,9 @@ def test_settings_survive_being_written(tmp_path: Path) -> None:
     assert default_listen([URL]) == "127.0.0.1:4222" and default_listen(["tls://broker.example.org:4443"]) == "0.0.0.0:4443"
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{name: north}", "{name: north, urls: x}", "{name: 3, urls: [a]}", "{name: n, urls: [a], colour: red}", "{a: ", "\0"])
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{name: north}", "{name: north, urls: x}", "{name: 3, urls: [a]}", "{name: n, urls: [a], colour: red}", "{a: ", "\0"]
+)
 def test_a_damaged_settings_file_is_refused(text: str, tmp_path: Path) -> None:
     private.write(tmp_path / "consortium.yaml", text.encode())
     with pytest.raises(ConfigError, match=r"consortium\.yaml"):
@@ -139,7 +141,13 @@ def test_the_settings_reach_the_broker(tmp_path: Path) -> None:
     settings = Settings("north", ("tls://broker.example.org:4443",), "0.0.0.0:4443", sync="always", max_payload=2 << 20, max_store=1 << 30)
     consortium = Consortium.create(tmp_path / "north", settings, NOW)
     text = consortium.broker.configuration.read_text()
-    for wanted in ('"sync_interval": "always"', '"max_file_store": 1073741824', "max_payload: 2097152", "port: 4443", '"verify_and_map": true'):
+    for wanted in (
+        '"sync_interval": "always"',
+        '"max_file_store": 1073741824',
+        "max_payload: 2097152",
+        "port: 4443",
+        '"verify_and_map": true',
+    ):
         assert wanted in text
     names = certificates.certificate((consortium.folder / "broker" / "server.pem").read_bytes())
     assert "broker.example.org" in str(names.extensions)
@@ -173,7 +181,9 @@ def test_a_certificate_names_its_holder_and_its_number_once(consortium: Consorti
         with pytest.raises(MessageError, match=why):
             certificates.require_issued(certificate, authority, other, when)
     with pytest.raises(MessageError, match="authority of this consortium"):
-        certificates.require_issued(certificate, Authority.create(consortium.folder / "other", "north", NOW).certificate, key.public_key(), NOW)
+        certificates.require_issued(
+            certificate, Authority.create(consortium.folder / "other", "north", NOW).certificate, key.public_key(), NOW
+        )
 
 
 def test_a_certificate_ends_with_its_authority(consortium: Consortium) -> None:
@@ -184,7 +194,9 @@ def test_a_certificate_ends_with_its_authority(consortium: Consortium) -> None:
         consortium.authority.client("member", "alice", new_key().public_key(), end + DAY, DAY)
 
 
-@pytest.mark.parametrize("uri", ["", "urn:fedfm:north:member:alice", "urn:fedfm:north:king:alice:ff", "urn:fedfm:north:member:a b:ff", "x" * 5000])
+@pytest.mark.parametrize(
+    "uri", ["", "urn:fedfm:north:member:alice", "urn:fedfm:north:king:alice:ff", "urn:fedfm:north:member:a b:ff", "x" * 5000]
+)
 def test_other_names_are_no_holders(uri: str) -> None:
     with pytest.raises(MessageError, match="names no holder"):
         Holder.parse(uri)
@@ -202,7 +214,11 @@ def test_a_request_must_be_signed_by_its_own_key_of_the_right_kind() -> None:
     import base64
 
     mixed = base64.encodebytes(der[: len(der) - 72] + wrong[len(wrong) - 72 :]).decode()
-    big = x509.CertificateSigningRequestBuilder().subject_name(certificates.subject("a", None)).sign(rsa.generate_private_key(65537, 2048), hashes.SHA256())
+    big = (
+        x509.CertificateSigningRequestBuilder()
+        .subject_name(certificates.subject("a", None))
+        .sign(rsa.generate_private_key(65537, 2048), hashes.SHA256())
+    )
     for pem in (
         b"",
         b"x" * 50_000,
@@ -246,7 +262,7 @@ def test_a_roster_that_was_changed_lets_nobody_in(change: str, consortium: Conso
     }[change]
     assert changed != lines
     path.write_text("".join(changed))
-    with pytest.raises(RunError, match="damaged.*nobody is let in"):
+    with pytest.raises(RunError, match=r"damaged.*nobody is let in"):
         Consortium.open(consortium.folder)
     with pytest.raises(RunError, match="damaged"):
         consortium.invite("carol", NOW)
@@ -271,7 +287,16 @@ WELL_FORMED = [
     {"event": "joined", "time": NOW.isoformat(), "member": "alice", "invitation": "0" * 32},
     {"event": "coordinator", "time": NOW.isoformat(), "serial": 12, "expires": NOW.isoformat()},
     {"event": "founded", "time": NOW.isoformat(), "consortium": "north", "card": {}},
-    {"event": "invited", "time": NOW.isoformat(), "member": "a", "invitation": "0" * 32, "token": "x", "serial": "1", "expires": NOW.isoformat(), "card": ""},
+    {
+        "event": "invited",
+        "time": NOW.isoformat(),
+        "member": "a",
+        "invitation": "0" * 32,
+        "token": "x",
+        "serial": "1",
+        "expires": NOW.isoformat(),
+        "card": "",
+    },
 ]
 
 
@@ -645,7 +670,7 @@ def test_the_commands_from_beginning_to_end(call: Callable[..., tuple[int, str, 
 def test_the_commands_refuse_with_one_message(words: list[str], why: str, call: Callable[..., tuple[int, str, str]]) -> None:
     assert call("consortium", "init", "made", "--name", "north", "--json")[0] == 0
     before = (Path("made") / ROSTER).read_bytes()
-    code, out, err = call("consortium", *words)
+    code, _, err = call("consortium", *words)
     assert code == 2 and err.startswith("error: ") and why in err and err.count("\n") == 1
     assert (Path("made") / ROSTER).read_bytes() == before
 

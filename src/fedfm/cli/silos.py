@@ -41,7 +41,9 @@ def init(
     listen: Annotated[
         str | None, typer.Option(metavar="ADDRESS:PORT", help="On which the broker listens. Default: the port of --url, on all addresses.")
     ] = None,
-    external: Annotated[bool, typer.Option("--external-broker", help="Somebody else runs the broker; write the configuration to install there.")] = False,
+    external: Annotated[
+        bool, typer.Option("--external-broker", help="Somebody else runs the broker; write the configuration to install there.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Begin a consortium: keys, certificate authority, broker configuration, roster."""
@@ -131,7 +133,9 @@ def revoke(folder: Folder, member: Member, as_json: Json = False) -> None:
 
 def _tell_external(opened: Any) -> None:
     if opened.settings.broker == "external":
-        print(f"Install {opened.broker.accounts_file} at the broker now, and let it read its configuration again (nats-server --signal reload).")
+        print(
+            f"Install {opened.broker.accounts_file} at the broker now, and let it read its configuration again (nats-server --signal reload)."
+        )
 
 
 def _show(value: object) -> None:

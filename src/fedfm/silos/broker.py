@@ -233,7 +233,9 @@ class Broker:
         try:
             process.send_signal(signal.SIGHUP)
         except psutil.AccessDenied as error:
-            raise RunError(f"The broker of {self.folder} is another user's process ({process.pid}). Run this as the user who runs the broker.") from error
+            raise RunError(
+                f"The broker of {self.folder} is another user's process ({process.pid}). Run this as the user who runs the broker."
+            ) from error
         except psutil.NoSuchProcess as error:
             raise RunError(f"The broker of {self.folder} ended while it was told of a change; it will know when it starts.") from error
         self._await(begin, (_RELOADED, _NOT_RELOADED), "read its configuration again")
@@ -308,7 +310,9 @@ class Broker:
         command = [str(find_server()), "-t", "-c", str(configuration.resolve())]
         done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False, timeout=60)
         if done.returncode:
-            raise ConfigError(f"NATS refuses the broker's configuration: {(done.stderr or done.stdout).strip()[-600:]} Check consortium.yaml.")
+            raise ConfigError(
+                f"NATS refuses the broker's configuration: {(done.stderr or done.stdout).strip()[-600:]} Check consortium.yaml."
+            )
 
     def _require_port(self) -> None:
         family = socket.AF_INET6 if ":" in self.settings.host else socket.AF_INET

@@ -247,7 +247,7 @@ def require_host(host: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address | s
     except ValueError:
         if re.fullmatch(r"(?!-)[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*", host) and len(host) <= 253:
             return host
-    raise ConfigError(f"{words.clean(host, 60)!r} is no host name and no address under which members could reach the broker.")
+    raise ConfigError(f"urls: {words.clean(host, 60)!r} is no host name and no address under which members could reach the broker.")
 
 
 def server_names(hosts: Sequence[str]) -> list[x509.GeneralName]:

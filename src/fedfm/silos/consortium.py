@@ -92,7 +92,9 @@ class Settings:
         except MessageError as error:
             raise ConfigError(f"name: {error}") from error
         if not self.urls:
-            raise ConfigError("urls: at least one address is needed at which members reach the broker, such as tls://broker.example.org:4222.")
+            raise ConfigError(
+                "urls: at least one address is needed at which members reach the broker, such as tls://broker.example.org:4222."
+            )
         for url in self.urls:
             _require_url(url)
         _address(self.listen)
@@ -247,9 +249,7 @@ class Consortium:
     def broker(self) -> Broker:
         """The broker."""
         settings, (host, port) = self.settings, _address(self.settings.listen)
-        how = BrokerSettings(
-            settings.name, host, port, settings.sync, settings.max_payload, settings.max_store, settings.max_connections
-        )
+        how = BrokerSettings(settings.name, host, port, settings.sync, settings.max_payload, settings.max_store, settings.max_connections)
         private.require_folder(self.folder / "broker")
         return Broker(self.folder / "broker", how, external=settings.broker == "external")
 
@@ -482,7 +482,9 @@ def _require_url(url: str) -> str:
     except ValueError as error:
         raise ConfigError(f"urls: {words.clean(url, 80)!r} is no address: {error}.") from error
     if parts.scheme != "tls" or not host or port is None or parts.username is not None or parts.path or parts.query or parts.fragment:
-        raise ConfigError(f"urls: {words.clean(url, 80)!r} is no address of a broker. Write it as tls://HOST:PORT, such as tls://broker.example.org:4222.")
+        raise ConfigError(
+            f"urls: {words.clean(url, 80)!r} is no address of a broker. Write it as tls://HOST:PORT, such as tls://broker.example.org:4222."
+        )
     require_host(host)
     return host
 

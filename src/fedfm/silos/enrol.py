@@ -180,7 +180,9 @@ class Entering:
         authority = certificates.certificate(invitation.authority.encode())
         held = certificates.require_issued(certificates.certificate(pem.encode()), authority, self.key.public_key(), now)
         if (held.consortium, held.role, held.name) != (invitation.consortium, "member", invitation.member):
-            raise MessageError(f"The coordinator's answer has a certificate for the {held.role} {held.name} of {held.consortium}, which was not asked for.")
+            raise MessageError(
+                f"The coordinator's answer has a certificate for the {held.role} {held.name} of {held.consortium}, which was not asked for."
+            )
         # One file with both, so that a crash cannot leave a key without its certificate.
         private.write(self.folder / CLIENT, certificates.key_pem(self.key) + pem.encode())
         membership = Membership(self.folder, invitation.consortium, invitation.member, tuple(urls), invitation.authority, coordinator)
@@ -269,9 +271,7 @@ class Desk:
         require_name(asked["invitation"])
         return card, asked, certificates.requested_key(asked["request"].encode())
 
-    def _enter(
-        self, card: Card, key: EllipticCurvePublicKey, asked: dict[str, Any], request: str, now: datetime
-    ) -> dict[str, Any]:
+    def _enter(self, card: Card, key: EllipticCurvePublicKey, asked: dict[str, Any], request: str, now: datetime) -> dict[str, Any]:
         with self.consortium.changing() as members:
             try:
                 invited = _require(members, card, asked, request, now)
@@ -311,7 +311,8 @@ def _require(members: Members, card: Card, asked: dict[str, Any], request: str, 
         raise Declined("token", "The token is not that of this invitation.")
     if invited.used is not None and not (invited.request == request and _holds(members, invited, card)):
         raise Declined(
-            "used", f"This invitation was used on {invited.used:%Y-%m-%d %H:%M} UTC, with other keys. If that was not you, tell the coordinator at once."
+            "used",
+            f"This invitation was used on {invited.used:%Y-%m-%d %H:%M} UTC, with other keys. If that was not you, tell the coordinator at once.",
         )
     if invited.withdrawn:
         raise Declined("void", "This invitation was withdrawn. Ask the coordinator for another one.")
@@ -360,7 +361,9 @@ def enter(
         context = certificates.client_context(invitation.authority, opening)
     finally:
         opening.unlink()
-    with Connection(invitation.urls, names.inbox(invitation.id), tls=context, name=f"enrolment {invitation.member}", patience=patience) as line:
+    with Connection(
+        invitation.urls, names.inbox(invitation.id), tls=context, name=f"enrolment {invitation.member}", patience=patience
+    ) as line:
         next_ask = 0.0
         while True:
             answer = line.get(names.enrolments, names.answer(invitation.id))

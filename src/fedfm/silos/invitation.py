@@ -108,7 +108,9 @@ def require_free(path: Path) -> None:
         DataError: if something is there.
     """
     if path.exists():
-        raise DataError(f"{words.clean(path, 120)} is there already, and an invitation overwrites nothing. Give another --out, or delete it.")
+        raise DataError(
+            f"{words.clean(path, 120)} is there already, and an invitation overwrites nothing. Give another --out, or delete it."
+        )
 
 
 def _parse(data: bytes) -> Invitation:
@@ -130,4 +132,6 @@ def _parse(data: bytes) -> Invitation:
     token, expires = base64.b64decode(texts["token"], validate=True), datetime.fromisoformat(texts["expires"])
     if len(token) != 32 or expires.tzinfo is None:
         raise ValueError("its token or its end is cut short")
-    return Invitation(**{**texts, "urls": tuple(urls), "coordinator": Card.from_json(values["coordinator"]), "token": token, "expires": expires})
+    return Invitation(
+        **{**texts, "urls": tuple(urls), "coordinator": Card.from_json(values["coordinator"]), "token": token, "expires": expires}
+    )

@@ -145,7 +145,14 @@ class Members:
         rows = []
         for name in sorted({*self.members, *(invited.member for invited in self.invitations.values())}):
             member, invited = self.members.get(name), self.open_invitation(name, now)
-            row: dict[str, Any] = {"member": name, "state": "void", "since": None, "until": None, "refused": self.refused[name], "keys": None}
+            row: dict[str, Any] = {
+                "member": name,
+                "state": "void",
+                "since": None,
+                "until": None,
+                "refused": self.refused[name],
+                "keys": None,
+            }
             if member is not None:
                 state = "revoked" if member.revoked is not None else "expired" if now >= member.expires else "member"
                 until = member.revoked or member.expires

@@ -103,7 +103,9 @@ class Membership:
         try:
             return _parse(folder, json.loads(private.read(folder / MEMBERSHIP)))
         except (ValueError, KeyError, TypeError, RecursionError, MessageError) as error:
-            raise ConfigError(f"{shown}/{MEMBERSHIP} is damaged ({str(error)[:120]}). Restore it from a backup, or ask for a new invitation.") from error
+            raise ConfigError(
+                f"{shown}/{MEMBERSHIP} is damaged ({str(error)[:120]}). Restore it from a backup, or ask for a new invitation."
+            ) from error
 
 
 def _parse(folder: Path, values: Any) -> Membership:

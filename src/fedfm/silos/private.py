@@ -81,4 +81,6 @@ def _require(shown: str, known: os.stat_result, remedy: str) -> None:
             f"{shown} holds keys and is open to other users of this machine (mode {mode:03o}). If nobody has read the keys, run: {remedy}{shown}"
         )
     if known.st_uid != os.geteuid():
-        raise ConfigError(f"{shown} belongs to another user (uid {known.st_uid}; this is {os.geteuid()}). Run as its owner, or change its owner.")
+        raise ConfigError(
+            f"{shown} belongs to another user (uid {known.st_uid}; this is {os.geteuid()}). Run as its owner, or change its owner."
+        )

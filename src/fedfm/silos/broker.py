@@ -45,10 +45,12 @@ class User:
     Args:
         name: The URI in its certificate.
         rights: What it may publish and read.
+        account: The room of its own that it is in; ``None`` for the coordinator, who is where the streams are.
     """
 
     name: str
     rights: Rights
+    account: str | None
 
 
 @dataclass(frozen=True)
@@ -163,18 +165,24 @@ class Broker:
 
     def accounts(self, users: Sequence[User]) -> str:
         """The part of the configuration that says who may do what: what a broker that somebody else runs must take over."""
-        listed = [
-            {
+        hub = self.settings.name
+        accounts: dict[str, dict[str, Any]] = {hub: {"jetstream": "enabled", "users": []}}
+        exports: dict[str, list[str]] = {}
+        for user in sorted(users, key=lambda user: user.name):
+            entry = {
                 "user": user.name,
                 "allowed_connection_types": ["STANDARD"],
-                "permissions": {
-                    "publish": {"allow": list(user.rights.publish)},
-                    "subscribe": {"allow": list(user.rights.subscribe)},
-                },
+                "permissions": {"publish": {"allow": list(user.rights.publish)}, "subscribe": {"allow": list(user.rights.subscribe)}},
             }
-            for user in sorted(users, key=lambda user: user.name)
-        ]
-        return f"accounts: {json.dumps({self.settings.name: {'jetstream': 'enabled', 'users': listed}}, indent=2)}\n"
+            if user.account is None:
+                accounts[hub]["users"].append(entry)
+                continue
+            imports = [{"service": {"account": hub, "subject": subject}} for subject in user.rights.publish]
+            accounts[user.account] = {"users": [entry], "imports": imports}
+            for subject in user.rights.publish:
+                exports.setdefault(subject, []).append(user.account)
+        accounts[hub]["exports"] = [{"service": subject, "accounts": allowed} for subject, allowed in exports.items()]
+        return f"accounts: {json.dumps(accounts, indent=2)}\n"
 
     # --- its process -----------------------------------------------------------------------------------------------
 
@@ -223,12 +231,19 @@ class Broker:
     def reload(self) -> None:
         """Lets the running broker read its configuration again, and waits until it has.
 
+        It reads it twice: nats-server 2.15 connects what an account imports to the account that exports it only when both were there before.
+
         Raises:
             RunError: if it does not run, or goes on with the configuration that it had.
         """
         process = self.process()
         if process is None:
             raise RunError(f"The broker of {self.folder} does not run, so it cannot read its configuration again. Start it: fedfm serve")
+        for _ in range(2):
+            self._reload_once(process)
+        self._note_loaded()
+
+    def _reload_once(self, process: psutil.Process) -> None:
         begin = self._log_size()
         try:
             process.send_signal(signal.SIGHUP)
@@ -239,7 +254,6 @@ class Broker:
         except psutil.NoSuchProcess as error:
             raise RunError(f"The broker of {self.folder} ended while it was told of a change; it will know when it starts.") from error
         self._await(begin, (_RELOADED, _NOT_RELOADED), "read its configuration again")
-        self._note_loaded()
 
     def stop(self) -> None:
         """Ends it, if it runs. What it stored is there when it starts again.

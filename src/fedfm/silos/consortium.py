@@ -395,10 +395,15 @@ class Consortium:
     def users(self, members: Members, now: datetime) -> list[User]:
         """Who may connect to the broker now, and what each may do."""
         name, names = self.settings.name, self.names
-        users = [User(Holder(name, "coordinator", COORDINATOR, members.serial).uri, names.coordinator_rights(COORDINATOR))]
-        users += [User(Holder(name, "member", m.name, m.serial).uri, names.member_rights(m.name)) for m in members.active(now)]
-        opening = [invited for invited in members.invitations.values() if invited.opens(now)]
-        return users + [User(Holder(name, "invitation", i.id, i.serial).uri, names.enrolment_rights(i.id)) for i in opening]
+        users = [User(Holder(name, "coordinator", COORDINATOR, members.serial).uri, names.coordinator_rights(COORDINATOR), None)]
+        for member in members.active(now):
+            holder = Holder(name, "member", member.name, member.serial)
+            users.append(User(holder.uri, names.member_rights(member.name), f"{name}_member_{member.name}"))
+        for invited in members.invitations.values():
+            if invited.opens(now):
+                holder = Holder(name, "invitation", invited.id, invited.serial)
+                users.append(User(holder.uri, names.enrolment_rights(invited.id), f"{name}_invitation_{invited.id}"))
+        return users
 
     def apply(self, now: datetime, members: Members | None = None) -> None:
         """Lets the broker follow the roster.

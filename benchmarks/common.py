@@ -178,6 +178,15 @@ COLUMNS: Mapping[str, Mapping[str, Callable[[Row], str]]] = {
         "median / bound": _ratio,
         "imports torch": _plain("imports_torch"),
     },
+    "wire": {
+        "stage": _plain("stage"),
+        "payload": _size("payload"),
+        "sync": _plain("sync"),
+        "took": _seconds("ours_s"),
+        "MB/s": lambda row: "-" if row["payload"] < 1e5 else f"**{row['rate'] / 1e6:.0f}** ({row['rate_min'] / 1e6:.0f} to {row['rate_max'] / 1e6:.0f})",
+        "broker's memory": lambda row: "-" if row["broker"] is None else words.size(row["broker"]),
+        "times": _plain("repetitions"),
+    },
     "truth": {
         "command": lambda row: f"`{row['command']}`",
         "rounds": _plain("rounds"),

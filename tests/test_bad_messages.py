@@ -55,7 +55,8 @@ class Coordinator:
         try:
             envelope = self.opener.read(data, sender=member)
             self.window.check(envelope.header)
-            message = unpack(receive_all(envelope, self.store), max_bytes=1 << 20, max_tensors=8)
+            payload = receive_all(envelope, self.store)
+            message = unpack(payload, max_bytes=1 << 20, max_tensors=8)
             assert isinstance(message, Reply)
             require(LEAVES, message.tensors, message.client)
         except MessageError as error:
@@ -81,7 +82,10 @@ GOOD = message()
 
 
 def rebuilt(
-    header: Callable[[dict[str, Any]], object] | bytes | None = None, data: bytes = GOOD, signer: Identity = ALICE, prefix: dict[str, int] | None = None
+    header: Callable[[dict[str, Any]], object] | bytes | None = None,
+    data: bytes = GOOD,
+    signer: Identity = ALICE,
+    prefix: dict[str, int] | None = None,
 ) -> bytes:
     """A message with another header or other sizes, which a member has signed: what a liar with good keys can send."""
     head = wire._split(data)
@@ -116,8 +120,8 @@ INDEX = {"dtype": "F32", "shape": [3], "data_offsets": [0, 12]}
 
 
 def safetensors(index: object, data: bytes = b"") -> bytes:
-    text = json.dumps(index).encode()
-    return reply({})[: -len(save({}))] + struct.pack("<Q", len(text)) + text + data
+    text, start = json.dumps(index).encode(), reply({})
+    return start[: 4 + int.from_bytes(start[:4], "little")] + struct.pack("<Q", len(text)) + text + data
 
 
 def torch_zip() -> bytes:
@@ -192,7 +196,7 @@ CASES: list[tuple[str, bytes, str, str]] = [
     ("4 billion chunks", rebuilt(prefix={"chunks": 2**32 - 1}), "oversize", "chunks, which is too much"),
     ("more chunks than there are", rebuilt(prefix={"chunks": 2}), "malformed", "head ends|claims 2|not JSON|follow the head"),
     ("no chunk", rebuilt(prefix={"chunks": 0}), "malformed", "claims 0"),
-    ("a million fields", rebuilt(json.dumps({f"x{i}": 1 for i in range(1_000_000)}).encode()), "oversize", "header of"),
+    ("a million fields", rebuilt(json.dumps({f"x{i}": 1 for i in range(1_000_000)}).encode()), "oversize", "none has more"),
     ("2000 fields", rebuilt(json.dumps({f"x{i}": 1 for i in range(2000)}).encode()), "malformed", "other fields"),
     # Fields
     ("one field more", fields(extra=1), "malformed", "other fields than it should: extra"),
@@ -298,10 +302,12 @@ def test_a_flood_is_refused() -> None:
 
 # --- lists of chunks that lie ---------------------------------------------------------------------------------------------
 
-LONG = {"chunk": 100}
+LONG = {"chunk": 50}
 
 
-def listed(change: Callable[[dict[str, Any]], object] | None, digests: Callable[[list[bytes]], list[bytes]], coordinator: Coordinator) -> bytes:
+def listed(
+    change: Callable[[dict[str, Any]], object] | None, digests: Callable[[list[bytes]], list[bytes]], coordinator: Coordinator
+) -> bytes:
     """A message of several chunks whose list a member has changed and signed."""
     data = send(sealed(**LONG), coordinator.store)
     head = wire._split(data)
@@ -317,13 +323,13 @@ def listed(change: Callable[[dict[str, Any]], object] | None, digests: Callable[
 LISTS: list[tuple[str, Callable[[dict[str, Any]], object] | None, Callable[[list[bytes]], list[bytes]], str, str]] = [
     ("one chunk twice", None, lambda parts: [parts[0], parts[0], *parts[2:]], "chunk", "Chunk 1 .* not the one that was signed"),
     ("two chunks exchanged", None, lambda parts: [parts[1], parts[0], *parts[2:]], "chunk", "Chunk 0 .* not the one"),
-    ("the last left out", lambda head: head.update(size=100 * (head["size"] // 100)), lambda parts: parts[:-1], "chunk", "does not open"),
-    ("one more than there are", lambda head: head.update(size=head["size"] + 100), lambda parts: [*parts, bytes(32)], "chunk", "Chunk"),
+    ("the last left out", lambda head: head.update(size=50 * (head["size"] // 50)), lambda parts: parts[:-1], "chunk", "does not open"),
+    ("one more than there are", lambda head: head.update(size=head["size"] + 50), lambda parts: [*parts, bytes(32)], "chunk", "Chunk"),
     ("one digest more", None, lambda parts: [*parts, bytes(32)], "malformed", "chunks; it claims"),
     ("one digest less", None, lambda parts: parts[:-1], "malformed", "chunks; it claims"),
     ("a larger size", lambda head: head.update(size=head["size"] + 1), lambda parts: parts, "chunk", "has .* bytes instead of"),
     ("a smaller size", lambda head: head.update(size=head["size"] - 1), lambda parts: parts, "chunk", "has .* bytes instead of"),
-    ("another size of chunks", lambda head: head.update(chunk=99), lambda parts: parts, "chunk", "Chunk 0 .* bytes instead of"),
+    ("another size of chunks", lambda head: head.update(chunk=49), lambda parts: parts, "chunk", "Chunk 0 .* bytes instead of"),
     ("the id of another transfer", lambda head: head.update(id="0" * 32), lambda parts: parts, "chunk", "Chunk 0 .* is missing"),
 ]  # fmt: skip
 
@@ -464,4 +470,4 @@ def test_chunks_of_any_kind_are_refused() -> None:
             piece = envelope.decrypt(i, data)
         except Refused:
             continue
-        assert data == chunks[i] and len(piece) <= 100
+        assert data == chunks[i] and len(piece) <= 50

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # benchmarks run from the checkout and are never installed
 common, page, bits, before_after = (importlib.import_module(f"benchmarks.{name}") for name in ("common", "render", "same_bits", "pairs"))
-MODULES = ["cohort", "memory", "owners", "start", "truth", "render", "peers", "same_bits", "pairs", "rounds", "robustness"]
+MODULES = ["cohort", "memory", "owners", "start", "truth", "render", "peers", "same_bits", "pairs", "rounds", "robustness", "wire"]
 ROW = {
     "date": "2026-01-01T00:00:00+00:00",
     "cpu": "a CPU",

@@ -88,6 +88,8 @@ def test_a_message_goes_up_and_one_comes_down(coordinator: Connection, alice: Co
         reply = theirs.next(10)
         assert reply is not None and (reply.branch, reply.data) == (up, b"reply %d" % i)
         reply.acknowledge()
+    # What was acknowledged takes no more room.
+    assert coordinator.stored(up)[0] == coordinator.stored(down)[0] == 0
     assert mine.next(0.2) is None
     mine.close()
     theirs.close()
@@ -154,6 +156,7 @@ def test_a_body_is_stored_once_and_found_by_its_id(coordinator: Connection, alic
 
 def test_a_full_stream_refuses_and_keeps_what_it_has(coordinator: Connection, alice: Connection) -> None:
     up = NAMES.up("alice")
+    coordinator.purge(up, up.all)
     coordinator.make_stream(up, 50_000)
     try:
         with pytest.raises(WireError, match="maximum bytes"):
@@ -260,7 +263,11 @@ def test_a_broker_that_is_not_there_is_named_in_time() -> None:
 def test_kill_9_of_the_broker_in_the_middle_of_a_transfer(tmp_path: Path) -> None:
     """Calls that were cut are made again; what was acknowledged is there; nothing is counted twice."""
     payload = bytes(range(256)) * 40_000
-    with Broker(tmp_path, USERS, sync_interval="always") as broker, connect(broker, COORDINATOR) as coordinator, connect(broker, ALICE) as alice:
+    with (
+        Broker(tmp_path, USERS, sync_interval="always") as broker,
+        connect(broker, COORDINATOR) as coordinator,
+        connect(broker, ALICE) as alice,
+    ):
         make_streams(coordinator)
         up = NAMES.up("alice")
         inbox, store = coordinator.inbox([up]), Stored(alice, up, depth=4)

@@ -119,7 +119,9 @@ def test_what_a_crash_left_of_the_last_line_is_dropped(tmp_path: Path) -> None:
     assert refused(window(path), header(3)) == "replay"
 
 
-@pytest.mark.parametrize("line", ["{}", "[1,2,3]", '["alice","x",NaN]', '["../x","x",1]', "[" * 50_000, "\0", '["a","x",true]', '["a","x"]'])
+@pytest.mark.parametrize(
+    "line", ["{}", "[1,2,3]", '["alice","x",NaN]', '["../x","x",1]', "[" * 50_000, "\0", '["a","x",true]', '["a","x"]']
+)
 def test_a_damaged_file_is_refused(tmp_path: Path, line: str) -> None:
     path = tmp_path / "window.jsonl"
     path.write_text(line + "\n")
@@ -130,7 +132,7 @@ def test_a_damaged_file_is_refused(tmp_path: Path, line: str) -> None:
 def test_memory_is_bounded_by_what_has_not_expired(tmp_path: Path) -> None:
     path, time = tmp_path / "window.jsonl", Time()
     made = window(path, time)
-    for i in range(3000):
+    for i in range(600):
         time.now += 1
         what = header(i, created=time.now, expires=time.now + 60)
         made.check(what)

@@ -64,7 +64,9 @@ class Broker:
             WireError: with the end of its log, if it does not.
         """
         self._write()
-        self._process = subprocess.Popen([server(), "-c", str(self.folder / "broker.conf")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        self._process = subprocess.Popen(
+            [server(), "-c", str(self.folder / "broker.conf")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         until = time.monotonic() + _START
         while time.monotonic() < until and self._process.poll() is None:
             try:

@@ -304,7 +304,9 @@ class Envelope:
         try:
             key = _suite().decrypt(wrapped, self._identity.opener, _context(self.header, self._sender, self._identity.card))
         except (InvalidTag, ValueError) as error:
-            raise Refused("key", f"A message of {self.header.sender} is sealed for other keys than those of {self._identity.name}.") from error
+            raise Refused(
+                "key", f"A message of {self.header.sender} is sealed for other keys than those of {self._identity.name}."
+            ) from error
         if len(key) != 32 or not hmac.compare_digest(_commitment(key), self.header.commit):
             raise Refused("key", f"A message of {self.header.sender} does not open with the key that it commits to.")
         return _cipher(key)
@@ -360,7 +362,10 @@ def require(header: Header) -> None:
     for receiver in header.receivers:
         require_name(receiver)
     if not 0 <= header.expires - header.created <= MAX_LIFETIME:
-        raise Refused("malformed", f"A message is meant to last {header.expires - header.created:.0f} seconds; at most {MAX_LIFETIME:.0f} are allowed.")
+        raise Refused(
+            "malformed",
+            f"A message is meant to last {header.expires - header.created:.0f} seconds; at most {MAX_LIFETIME:.0f} are allowed.",
+        )
 
 
 _FIELDS = tuple(Header.__dataclass_fields__)
@@ -432,7 +437,10 @@ def _split(data: bytes) -> _Head:
         raise Refused("malformed", f"A message ends after {len(view)} bytes.")
     _, _, num_receivers, length, num_chunks, _ = _PREFIX.unpack(view[: _PREFIX.size])
     if length > MAX_HEADER or num_receivers > MAX_RECEIVERS or num_chunks > MAX_CHUNKS:
-        raise Refused("oversize", f"A message claims a header of {length} bytes, {num_receivers} receivers and {num_chunks} chunks, which is too much.")
+        raise Refused(
+            "oversize",
+            f"A message claims a header of {length} bytes, {num_receivers} receivers and {num_chunks} chunks, which is too much.",
+        )
     ends = list(accumulate([_PREFIX.size, length, num_receivers * _WRAP, num_chunks * _DIGEST, _SIGNATURE]))
     if len(view) < ends[-1]:
         raise Refused("malformed", f"A message's head ends after {len(view)} of {ends[-1]} bytes.")

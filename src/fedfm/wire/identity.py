@@ -245,9 +245,7 @@ class Identity:
         from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
         from cryptography.hazmat.primitives.hpke import MLKEM768X25519PrivateKey
 
-        return MLKEM768X25519PrivateKey(
-            MLKEM768PrivateKey.from_seed_bytes(self.mlkem), X25519PrivateKey.from_private_bytes(self.x25519)
-        )
+        return MLKEM768X25519PrivateKey(MLKEM768PrivateKey.from_seed_bytes(self.mlkem), X25519PrivateKey.from_private_bytes(self.x25519))
 
     def save(self, path: Path) -> None:
         """Writes the file, durably, readable by its owner alone.

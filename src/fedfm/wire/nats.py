@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import json
+import logging
 import queue
 import re
 import ssl
@@ -37,8 +38,9 @@ if TYPE_CHECKING:
     from nats.aio.msg import Msg
 
 T = TypeVar("T")
-# Seconds: of the first and of the longest pause between two attempts, of one attempt, of one question to the broker, of one wait for a message.
-_FIRST, _SLOWEST, _ATTEMPT, _ANSWER, _PULL = 0.1, 5.0, 10.0, 5.0, 20.0
+# Seconds: of the first and of the longest pause between two attempts, of one attempt, of one question to the broker, of one wait for a message,
+# and between two looks at whether the connection is still there.
+_FIRST, _SLOWEST, _ATTEMPT, _ANSWER, _PULL, _LOOK = 0.1, 5.0, 10.0, 5.0, 20.0, 0.25
 _REFUSED = re.compile(r"authorization violation|user authentication|authentication (expired|revoked|timeout)", re.IGNORECASE)
 _FORBIDDEN = re.compile(r"permissions violation for (?:publish|subscription) to \"?([^\"\s]+)", re.IGNORECASE)
 _NANO = 10**9
@@ -161,7 +163,7 @@ class Connection:
         if self._is_closed:
             return
         self._is_closed = True
-        with suppress(concurrent.futures.TimeoutError):
+        with suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(_ANSWER)
         self._loop.call_soon_threadsafe(self._loop.stop)
         self._thread.join(_ANSWER)
@@ -189,7 +191,8 @@ class Connection:
         config = {
             "name": branch.stream,
             "subjects": [branch.all],
-            "retention": "limits",
+            # What was acknowledged is deleted; what nobody consumes, as chunks are, stays until it is purged.
+            "retention": "workqueue",
             "storage": "file",
             "discard": "new",
             "max_bytes": max_bytes,
@@ -265,9 +268,7 @@ class Connection:
             raise RuntimeError("A blocking call was made in the connection's own thread.")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return future.result()
-        except concurrent.futures.CancelledError as error:
-            raise WireError("The connection to the broker was closed.") from error
+            return _result(future)
         except BaseException:
             future.cancel()
             raise
@@ -288,7 +289,9 @@ class Connection:
 
         async def publish(client: Client) -> None:
             if len(data) > client.max_payload:
-                raise WireError(f"A message of {len(data)} bytes is longer than the {client.max_payload} that the broker takes (max_payload).")
+                raise WireError(
+                    f"A message of {len(data)} bytes is longer than the {client.max_payload} that the broker takes (max_payload)."
+                )
             _answer((await client.request(subject, data, timeout=_ANSWER, headers=headers)).data)
 
         await self.call(subject, publish, until)
@@ -373,14 +376,12 @@ class Connection:
 
     async def _keep(self) -> None:
         """Connects, and connects again, until it is cancelled."""
-        import nats.errors
-
         pause = _FIRST
         self._lost_event = asyncio.Event()
         while True:
             try:
                 client, gone = await asyncio.wait_for(self._connect(), _ATTEMPT)
-            except (nats.errors.Error, OSError, asyncio.TimeoutError, ValueError) as error:
+            except Exception as error:  # Whatever it was, the next attempt may do better; a keeper that has died never will.
                 self._note(error)
                 self._is_refused = bool(_REFUSED.search(str(error)))
                 self._change.set()
@@ -392,7 +393,11 @@ class Connection:
             self.reconnects += 1
             self._change.set()
             try:
-                await gone.wait()
+                # nats-py calls back at the end of its closing, which an error on the way may keep it from reaching.
+                while client.is_connected:
+                    with suppress(asyncio.TimeoutError):
+                        await asyncio.wait_for(gone.wait(), _LOOK)
+                        break
             finally:
                 self._client = None
                 self._lost_event.set()
@@ -400,6 +405,7 @@ class Connection:
                     await client.close()
 
     async def _connect(self) -> tuple[Client, asyncio.Event]:
+        import nats.errors
         from nats.aio.client import Client
 
         client, gone = Client(), asyncio.Event()
@@ -409,6 +415,8 @@ class Connection:
 
         async def failed(error: Exception) -> None:
             self._note(error)
+            if isinstance(error, nats.errors.UnexpectedEOF | nats.errors.StaleConnectionError):
+                gone.set()
             match = _FORBIDDEN.search(str(error))
             for watcher in self._watched.get(match[1].lower(), ()) if match else ():
                 if not watcher.done():
@@ -453,9 +461,10 @@ class Connection:
             with suppress(Exception):
                 await client.flush(1)
                 await client.close()
-        for task in others:
-            task.cancel()
-        await asyncio.wait(others, timeout=1.0) if others else None
+        with suppress(TimeoutError):
+            await asyncio.wait_for(_stop(*others), 1.0)
+        # Sockets are closed in the loop's next steps.
+        await asyncio.sleep(_FIRST)
 
 
 @dataclass(frozen=True)
@@ -547,7 +556,15 @@ class Inbox:
         request = json.dumps({"batch": 1, "expires": int(_PULL * _NANO)}).encode()
 
         async def pull(client: Client) -> Msg:
-            return await client.request(branch.next, request, timeout=_PULL + _ANSWER)
+            # A message comes under its own subject, so it needs a subscription of its own. Ending that ends the request at the broker too.
+            subject = client.new_inbox()
+            subscription = await client.subscribe(subject)
+            try:
+                await client.publish(branch.next, request, reply=subject)
+                return await subscription.next_msg(_PULL + _ANSWER)
+            finally:
+                with suppress(Exception):
+                    await subscription.unsubscribe()
 
         while True:
             taken = asyncio.Event()
@@ -563,7 +580,13 @@ class Inbox:
             status = (message.headers or {}).get("Status")
             if status is None:
                 self._queue.put((Delivery(branch, message.data, _times(message.reply), self._connection, message.reply), taken))
-                await taken.wait()
+                try:
+                    await taken.wait()
+                except asyncio.CancelledError:
+                    # Nobody will take it here; another inbox shall not wait for it.
+                    with suppress(Exception):
+                        await message.nak()
+                    raise
             elif status not in ("404", "408"):
                 # The consumer moved or is being made again.
                 await asyncio.sleep(_FIRST)
@@ -618,9 +641,9 @@ class Stored(ChunkStore):
             for index in indices:
                 under_way.append(self._connection.get_soon(self._branch, self._branch.chunk(id, index), self._patience))
                 if len(under_way) >= self._depth:
-                    yield under_way.popleft().result()
+                    yield _result(under_way.popleft())
             while under_way:
-                yield under_way.popleft().result()
+                yield _result(under_way.popleft())
         finally:
             for future in under_way:
                 future.cancel()
@@ -631,12 +654,19 @@ class Stored(ChunkStore):
 
     def _finish(self) -> None:
         try:
-            self._under_way.popleft().result()
+            _result(self._under_way.popleft())
         except BaseException:
             for future in self._under_way:
                 future.cancel()
             self._under_way.clear()
             raise
+
+
+def _result(future: concurrent.futures.Future[T]) -> T:
+    try:
+        return future.result()
+    except concurrent.futures.CancelledError as error:
+        raise WireError("The connection to the broker was closed.") from error
 
 
 class _Later(Exception):
@@ -691,7 +721,13 @@ async def _stop(*tasks: asyncio.Future[Any]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+def _is_worth_saying(record: logging.LogRecord) -> bool:
+    """Whether a line of asyncio's log is: this one follows from nats-py over TLS whenever a broker goes away."""
+    return "eof_received() has no effect when using ssl" not in record.getMessage()
+
+
 def _require_nats() -> None:
+    logging.getLogger("asyncio").addFilter(_is_worth_saying)
     try:
         import nats.aio.client  # noqa: F401
         import nkeys  # noqa: F401

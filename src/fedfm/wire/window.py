@@ -120,7 +120,8 @@ class Window:
             raise Refused("expired", f"A message of {header.sender} expired before the clock was set back.")
         if _errand(header) in taken:
             raise Refused(
-                "duplicate", f"{header.sender} sent its {header.kind} {header.sequence} of round {header.round} of {header.job} a second time."
+                "duplicate",
+                f"{header.sender} sent its {header.kind} {header.sequence} of round {header.round} of {header.job} a second time.",
             )
         if len(taken) >= 2 * self._most and len(self._sweep(header.sender)) >= 2 * self._most:
             raise Refused("flood", f"{header.sender} sent more than {self._most} messages that have not expired.")

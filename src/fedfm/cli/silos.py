@@ -134,7 +134,7 @@ def revoke(folder: Folder, member: Member, as_json: Json = False) -> None:
 def _tell_external(opened: Any) -> None:
     if opened.settings.broker == "external":
         print(
-            f"Install {opened.broker.accounts_file} at the broker now, and let it read its configuration again (nats-server --signal reload)."
+            f"Install {opened.broker.accounts_file} at the broker now, and let it read its configuration again, twice (nats-server --signal reload)."
         )
 
 

@@ -4,6 +4,11 @@ The broker is ``nats-server``. Its configuration lists each user with the subjec
 certificate (:class:`fedfm.silos.certificates.Holder`). NATS can also log a user in by an nkey, but then it takes any valid certificate beside it, so that
 one member's key would work with another member's certificate. Here the certificate decides, and nothing that a client says of itself does.
 
+Each member and each invitation is alone in an account of its own. The streams are in the coordinator's account, which lets each of the others use
+exactly the subjects of its rights. This is needed because a client chooses the subject on which the broker answers it, and NATS does not ask whether
+the client may publish there: in one account, a member deletes another's stream by asking for something of its own with ``$JS.API.STREAM.DELETE...`` as the place
+for the answer. From an account of its own, the answer comes back to this account, where there is nothing.
+
 Covered here: nobody without a certificate of the consortium's authority gets further than the handshake, nobody with one does more than its list
 says, and a user that is taken off the list is cut off at the next reload. Not covered: the broker's own operator, who can drop and delay
 messages; it cannot read or forge them (``wire/``). Nor a broker that somebody else runs with another configuration than the printed one.

@@ -691,6 +691,8 @@ def test_a_used_invitation_is_refused_and_counted(world: World, tmp_path: Path) 
     with pytest.raises(Declined, match=r"was used on .* with other keys"):
         enter(invitation, tmp_path / "second", patience=20)
     assert world.desk.counts["used"] == before + 1
+    # Its own service starts with the same file again and again.
+    assert enter(invitation, tmp_path / "first", patience=20).member == "carol" and world.desk.counts["used"] == before + 1
     row = next(row for row in world.consortium.members().table(certificates.now()) if row["member"] == "carol")
     assert row["refused"] == 1 and row["state"] == "member"
 

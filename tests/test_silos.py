@@ -9,6 +9,7 @@ import stat
 import sys
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +19,14 @@ pytest.importorskip("cryptography.hazmat.primitives.hpke", reason="the extra 'de
 pytest.importorskip("nkeys", reason="the extra 'deploy' is not installed")
 
 from fedfm.cli import main as cli
+from fedfm.core import disk
 from fedfm.core.errors import ConfigError, DataError, MessageError, MissingExtra, RunError
 from fedfm.silos import certificates, private
 from fedfm.silos.authority import Authority
 from fedfm.silos.broker import find_server
 from fedfm.silos.certificates import Holder, new_key
 from fedfm.silos.consortium import Consortium, Settings, default_listen, token_digest
-from fedfm.silos.enrol import _MAGIC, Declined, Desk, Entering
+from fedfm.silos.enrol import _MAGIC, Declined, Desk, Entering, entered
 from fedfm.silos.invitation import Invitation
 from fedfm.silos.members import GRACE, ROSTER, Members
 from fedfm.silos.membership import CLIENT, Membership
@@ -151,6 +153,17 @@ def test_the_settings_reach_the_broker(tmp_path: Path) -> None:
         assert wanted in text
     names = certificates.certificate((consortium.folder / "broker" / "server.pem").read_bytes())
     assert "broker.example.org" in str(names.extensions)
+    # The coordinator itself need not go out and come back in.
+    assert consortium.url == "tls://127.0.0.1:4443" and "127.0.0.1" in str(names.extensions)
+
+
+@pytest.mark.parametrize(
+    ("listen", "url"),
+    [("0.0.0.0:1", "tls://127.0.0.1:1"), ("[::]:2", "tls://[::1]:2"), ("10.0.0.7:3", "tls://10.0.0.7:3"), ("::1:4", "tls://[::1]:4")],
+)
+def test_where_the_coordinator_reaches_its_own_broker(listen: str, url: str, tmp_path: Path) -> None:
+    assert Consortium(tmp_path, Settings("north", (URL,), listen)).url == url
+    assert Consortium(tmp_path, Settings("north", (URL,), listen, "external")).url == URL
 
 
 def test_a_broker_of_somebody_else_gets_a_file_to_install(tmp_path: Path) -> None:
@@ -454,6 +467,70 @@ def test_the_coordinator_crashes_before_the_broker_knows(consortium: Consortium,
     desk = Desk(Consortium.open(consortium.folder), lambda: NOW)
     assert exchange(consortium, invitation, tmp_path / "alice", desk)
     assert dict(desk.counts) == {"again": 1} and "member:alice" in consortium.broker.configuration.read_text()
+
+
+class Killed(BaseException):
+    """What a test ends a process with."""
+
+
+def crash_at(number: int, work: Callable[[], object]) -> bool:
+    """Does the work, and ends it at the durable step of that number; whether there was such a step."""
+    steps = 0
+
+    def step(name: str) -> None:
+        nonlocal steps
+        steps += 1
+        if steps == number:
+            raise Killed
+
+    disk.on_step = step
+    try:
+        work()
+    except Killed:
+        return True
+    finally:
+        disk.on_step = None
+    return False
+
+
+def test_either_side_can_die_at_every_durable_step_of_entering(tmp_path: Path) -> None:
+    """Afterwards the same invitation works, the member is there once, and the broker knows it."""
+    number, goes_on = 0, True
+    while goes_on:
+        number += 1
+        root = tmp_path / str(number)
+        consortium = Consortium.create(root / "north", Settings("north", (URL,), broker="external"), NOW)
+        invitation = consortium.invite("alice", NOW)
+        goes_on = crash_at(number, partial(exchange, consortium, invitation, root / "alice"))
+        again = Consortium.open(consortium.folder)
+        member = entered(invitation, root / "alice") or exchange(again, invitation, root / "alice")
+        events = [json.loads(line)["event"] for line in (again.folder / ROSTER).read_text().splitlines()]
+        assert events.count("joined") == 1 and "returned" not in events, number
+        known = again.members().members["alice"]
+        assert known.card == member.identity.card and member.context()
+        assert certificates.certificate((member.folder / CLIENT).read_bytes()).serial_number == known.serial
+        assert f"member:alice:{known.serial:x}" in again.broker.accounts_file.read_text()
+        assert sorted(path.name for path in member.folder.iterdir() if not path.name.startswith(".")) == [
+            CLIENT,
+            "identity.json",
+            "membership.json",
+        ]
+    assert number > 15
+
+
+def test_the_coordinator_can_die_at_every_durable_step_of_revoking(tmp_path: Path) -> None:
+    number, goes_on = 0, True
+    while goes_on:
+        number += 1
+        consortium = Consortium.create(tmp_path / str(number) / "north", Settings("north", (URL,), broker="external"), NOW)
+        exchange(consortium, consortium.invite("alice", NOW), tmp_path / str(number) / "alice")
+        goes_on = crash_at(number, partial(consortium.revoke, "alice", NOW))
+        again = Consortium.open(consortium.folder)
+        was_written = again.members().members["alice"].revoked is not None
+        # The broker may not have been told. What the coordinator does when it starts tells it.
+        again.renew(NOW)
+        assert ("member:alice" in again.broker.accounts_file.read_text()) is not was_written
+        assert was_written or goes_on
 
 
 def test_refusals_are_answered_counted_and_written_down(consortium: Consortium, tmp_path: Path) -> None:

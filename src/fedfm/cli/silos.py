@@ -111,6 +111,8 @@ def list_(folder: Folder, as_json: Json = False) -> None:
     for row in rows:
         since, until = (str(row[name] or "-")[:10] for name in ("since", "until"))
         print(f"{words.clean(row['member'], 22):<24}{row['state']:<10}{since:<12}{until:<12}{row['refused']:>8}  {row['keys'] or '-'}")
+    if opened.settings.broker == "own":
+        print(f"\nThe broker {'runs' if opened.broker.process() is not None else 'does not run'}.")
 
 
 @consortium.command(cls=Command)

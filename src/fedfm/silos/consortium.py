@@ -47,6 +47,7 @@ from fedfm.wire.subjects import Names, require_name
 SETTINGS = "consortium.yaml"
 IDENTITY, CLIENT = "identity.json", "client.pem"
 COORDINATOR = "coordinator"
+_ANY = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 # Certificates of the broker and of the coordinator are made anew when they have less than this left.
 _RENEW = timedelta(days=30)
 _OWN_LIFETIME = timedelta(days=365)
@@ -269,6 +270,20 @@ class Consortium:
         """
         return certificates.client_context(self.authority.pem, self.folder / "coordinator" / CLIENT)
 
+    @property
+    def url(self) -> str:
+        """Where the coordinator itself reaches the broker: on this machine if the broker is its own, whatever the way is from outside."""
+        if self.settings.broker == "external":
+            return self.settings.urls[0]
+        host, port = _address(self.settings.listen)
+        host = _ANY.get(host, host)
+        return f"tls://{f'[{host}]' if ':' in host else host}:{port}"
+
+    @property
+    def _hosts(self) -> list[str]:
+        """What the broker's certificate holds."""
+        return list(dict.fromkeys([*self.settings.hosts, _require_url(self.url)]))
+
     # --- what changes it -------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -446,11 +461,11 @@ class Consortium:
             names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         except (ConfigError, MessageError, x509.ExtensionNotFound):
             return True
-        return not fits or made.not_valid_after_utc < now + _RENEW or list(names) != certificates.server_names(self.settings.hosts)
+        return not fits or made.not_valid_after_utc < now + _RENEW or list(names) != certificates.server_names(self._hosts)
 
     def _certify_broker(self, now: datetime) -> None:
         key = certificates.new_key()
-        issued = self.authority.server(self.settings.hosts, key.public_key(), now, _OWN_LIFETIME)
+        issued = self.authority.server(self._hosts, key.public_key(), now, _OWN_LIFETIME)
         write_identity(self.folder / "broker", issued.pem, certificates.key_pem(key), self.authority.pem)
 
     def _certify_coordinator(self, members: Members, now: datetime) -> None:

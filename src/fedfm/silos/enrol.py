@@ -55,7 +55,7 @@ if TYPE_CHECKING:
     from fedfm.wire.subjects import Branch
 
 JOB, ASK, ANSWER = "enrolment", "enrol-ask", "enrol-answer"
-_PENDING, _OPENING = "pending.key", "invitation.pem"
+_OPENING = "invitation.pem"
 _MAGIC = b"fedfm enrol 1\0"
 _MAX_MESSAGE, _MAX_CARD = 1 << 16, 1 << 13
 # Bytes of requests and answers that the broker keeps for a day.
@@ -125,9 +125,10 @@ class Entering:
                 f"{words.clean(folder, 120)} has the keys of {identity.name} ({identity.card.short}), and this invitation is for other keys"
                 f" of {invitation.member}. Give the folder with those, or an empty one if the coordinator invites new keys."
             )
-        if not (folder / _PENDING).exists():
-            private.write(folder / _PENDING, certificates.key_pem(certificates.new_key()))
-        return Entering(invitation, folder, identity, certificates.load_key(folder / _PENDING))
+        pending = _pending(folder, invitation)
+        if not pending.exists():
+            private.write(pending, certificates.key_pem(certificates.new_key()))
+        return Entering(invitation, folder, identity, certificates.load_key(pending))
 
     @property
     def digest(self) -> str:
@@ -185,10 +186,17 @@ class Entering:
             )
         # One file with both, so that a crash cannot leave a key without its certificate.
         private.write(self.folder / CLIENT, certificates.key_pem(self.key) + pem.encode())
-        membership = Membership(self.folder, invitation.consortium, invitation.member, tuple(urls), invitation.authority, coordinator)
+        membership = Membership(
+            self.folder, invitation.consortium, invitation.member, tuple(urls), invitation.authority, coordinator, invitation.id
+        )
         membership.write()
-        (self.folder / _PENDING).unlink(missing_ok=True)
+        _pending(self.folder, invitation).unlink(missing_ok=True)
         return membership
+
+
+def _pending(folder: Path, invitation: Invitation) -> Path:
+    """Where the key waits for its certificate."""
+    return folder / f"pending-{invitation.id}.key"
 
 
 # --- the coordinator's half -----------------------------------------------------------------------------------------
@@ -334,10 +342,26 @@ def _holds(members: Members, invited: Invited, card: Card) -> bool:
 # --- over the broker ------------------------------------------------------------------------------------------------
 
 
+def entered(invitation: Invitation, folder: Path) -> Membership | None:
+    """The membership that came of this very invitation, if it has been used from this folder; a service starts with it again and again.
+
+    Raises:
+        ConfigError: if others can enter the folder, or what is in it is damaged.
+    """
+    if not (folder / MEMBERSHIP).exists():
+        return None
+    known = Membership.read(folder)
+    if known.invitation != invitation.id:
+        return None
+    # What a crash left.
+    _pending(folder, invitation).unlink(missing_ok=True)
+    return known
+
+
 def enter(
     invitation: Invitation, folder: Path, patience: float = 120.0, now: Callable[[], datetime] = certificates.now, again: float = 10.0
 ) -> Membership:
-    """Enters a consortium. If it is cut off, it can be called again with the same folder.
+    """Enters a consortium. If it is cut off, it can be called again with the same folder; if it is done, that asks nobody.
 
     Args:
         folder: The member's folder; it is made where it is missing.
@@ -353,6 +377,9 @@ def enter(
     """
     from fedfm.wire.nats import Connection
 
+    membership = entered(invitation, folder)
+    if membership is not None:
+        return membership
     entering = Entering.begin(invitation, folder)
     names, deadline = Names(invitation.consortium), time.monotonic() + patience
     opening = folder / _OPENING

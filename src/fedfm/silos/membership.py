@@ -41,6 +41,7 @@ class Membership:
         urls: Where the broker is.
         authority: Certificate of the consortium's authority, as text.
         coordinator: The coordinator's public keys.
+        invitation: Id of the invitation with which it entered last.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class Membership:
     urls: tuple[str, ...]
     authority: str
     coordinator: Card
+    invitation: str
 
     @property
     def names(self) -> Names:
@@ -86,6 +88,7 @@ class Membership:
             "urls": list(self.urls),
             "authority": self.authority,
             "coordinator": self.coordinator.to_json(),
+            "invitation": self.invitation,
         }
         private.write(self.folder / MEMBERSHIP, json.dumps(values, indent=1).encode() + b"\n")
 
@@ -114,5 +117,5 @@ def _parse(folder: Path, values: Any) -> Membership:
     urls, authority = values["urls"], values["authority"]
     if not isinstance(urls, list) or not urls or not all(isinstance(text, str) for text in [*urls, authority]):
         raise ValueError("a field is of the wrong kind")
-    names = require_name(values["consortium"]), require_name(values["member"])
-    return Membership(folder, *names, tuple(urls), authority, Card.from_json(values["coordinator"]))
+    consortium, member, invitation = (require_name(values[name]) for name in ("consortium", "member", "invitation"))
+    return Membership(folder, consortium, member, tuple(urls), authority, Card.from_json(values["coordinator"]), invitation)

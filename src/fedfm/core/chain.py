@@ -81,6 +81,7 @@ def sealed(before: str, entry: Mapping[str, Any]) -> tuple[str, str]:
         before: The digest of the line before it; the root where there is none.
         entry: At least one field, and none named ``digest``.
     """
+    assert entry and "digest" not in entry, entry
     body = json.dumps(entry, allow_nan=False, separators=(",", ":"))[:-1]
     digest = digest_of(before, body.encode())
     return f'{body},"digest":"{digest}"}}', digest

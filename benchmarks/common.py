@@ -183,7 +183,11 @@ COLUMNS: Mapping[str, Mapping[str, Callable[[Row], str]]] = {
         "payload": _size("payload"),
         "sync": _plain("sync"),
         "took": _seconds("ours_s"),
-        "MB/s": lambda row: "-" if row["payload"] < 1e5 else f"**{row['rate'] / 1e6:.0f}** ({row['rate_min'] / 1e6:.0f} to {row['rate_max'] / 1e6:.0f})",
+        "MB/s": lambda row: (
+            "-" if row["payload"] < 1e5 else f"**{row['rate'] / 1e6:.0f}** ({row['rate_min'] / 1e6:.0f} to {row['rate_max'] / 1e6:.0f})"
+        ),
+        "CPU here": _seconds("cpu_here"),
+        "CPU broker": lambda row: "-" if row["cpu_broker"] is None else f"{row['cpu_broker']:.3g} s",
         "broker's memory": lambda row: "-" if row["broker"] is None else words.size(row["broker"]),
         "times": _plain("repetitions"),
     },

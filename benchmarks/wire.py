@@ -3,7 +3,8 @@
 *seal* and *open* are one thread of this process without a network. *up* is a member's whole work, from the payload to the broker's last
 acknowledgement of the head; *down* is the receiver's, from the head to the last verified byte. The broker is a real nats-server on this machine with
 mutual TLS, one key per user and JetStream on disk; *sync* is how long it may keep what it has acknowledged from the disk. *round trip* is a small sealed
-message up and its acknowledgement. The broker's memory is its largest resident set so far.
+message up and its acknowledgement. The broker's memory is its largest resident set so far. The processors' seconds of both sides do not depend on what else
+runs: with two cores, the larger of the two (or half of their sum) bounds what a quiet machine can do.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from benchmarks.common import Row, say, seconds_of
 from fedfm.testing.broker import Broker
 from fedfm.wire.envelope import Header, Opener, Sealed, seal
 from fedfm.wire.identity import Identity
-from fedfm.wire.nats import Connection, Stored
+from fedfm.wire.nats import Connection
+from fedfm.wire.stored import Stored
 from fedfm.wire.subjects import Names
 from fedfm.wire.transfer import Memory, receive, send
 
@@ -53,7 +55,9 @@ def row(stage: str, size: int, work: Callable[[], object], repetitions: int, syn
     """Times ``work``; the first time is not counted."""
     say(f"{stage}, {size} bytes" + (f", sync {sync}" if sync else ""))
     work()
+    before = _cpu(os.getpid()), 0.0 if broker is None else _cpu(broker.pid)
     seconds = [seconds_of(work) for _ in range(repetitions)]
+    after = _cpu(os.getpid()), 0.0 if broker is None else _cpu(broker.pid)
     peak = None if broker is None else _peak(broker.pid)
     rates = sorted(size / taken for taken in seconds)
     return {
@@ -66,13 +70,21 @@ def row(stage: str, size: int, work: Callable[[], object], repetitions: int, syn
         "rate": median(rates),
         "rate_min": rates[0],
         "rate_max": rates[-1],
+        "cpu_here": (after[0] - before[0]) / repetitions,
+        "cpu_broker": None if broker is None else (after[1] - before[1]) / repetitions,
         "broker": peak,
         "repetitions": repetitions,
     }
 
 
+def _cpu(pid: int) -> float:
+    """Seconds of processors that a process has used."""
+    times = psutil.Process(pid).cpu_times()
+    return times.user + times.system
+
+
 def _peak(pid: int) -> int:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines() if os.path.exists(f"/proc/{pid}/status") else []
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines() if Path(f"/proc/{pid}").exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM")), psutil.Process(pid).memory_info().rss)
 
 
@@ -92,9 +104,10 @@ def through(payload: bytes, repetitions: int, sync: str) -> Iterator[Row]:
         people = ((COORDINATOR, "c0"), (MEMBER, "member"))
         coordinator, member = (Connection([broker.url], NAMES.inbox(name), person.nkey, broker.tls()) for person, name in people)
         with coordinator, member:
-            coordinator.make_stream(up, 1 << 36)
+            coordinator.make_stream(up, 1 << 30)
             coordinator.make_consumer(up)
-            there, here, heads = Stored(member, up), Stored(coordinator, up), []
+            there, here = Stored(member, up), Stored(coordinator, up)
+            heads: list[bytes] = []
 
             def go_up() -> None:
                 if heads:

@@ -8,7 +8,6 @@ import json
 import pickle
 import random
 import struct
-import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,13 +24,13 @@ from fedfm.core.messages import Reply, Request, pack, unpack
 
 pytest.importorskip("cryptography", reason="the extra 'deploy' is not installed")
 
-from fedfm.core.version import VERSION as RELEASE  # noqa: E402
-from fedfm.wire import envelope as wire  # noqa: E402
-from fedfm.wire.envelope import Header, Opener, Sealed, seal  # noqa: E402
-from fedfm.wire.identity import Card, Identity  # noqa: E402
-from fedfm.wire.refusal import Refused, reason  # noqa: E402
-from fedfm.wire.transfer import Memory, receive_all, send  # noqa: E402
-from fedfm.wire.window import Window  # noqa: E402
+from fedfm.core.version import VERSION as RELEASE
+from fedfm.wire import envelope as wire
+from fedfm.wire.envelope import Header, Opener, Sealed, seal
+from fedfm.wire.identity import Card, Identity
+from fedfm.wire.refusal import Refused, reason
+from fedfm.wire.transfer import Memory, receive_all, send
+from fedfm.wire.window import Window
 
 COORDINATOR, ALICE, BOB, STRANGER = (Identity.create(name) for name in ("c0", "alice", "bob", "stranger"))
 OLD_ALICE = replace(Identity.create("old"), name="alice")

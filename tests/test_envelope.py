@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import struct
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -15,15 +16,15 @@ from fedfm.core.errors import MessageError
 
 pytest.importorskip("cryptography", reason="the extra 'deploy' is not installed")
 
-from cryptography.exceptions import InvalidTag  # noqa: E402
-from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey  # noqa: E402
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey  # noqa: E402
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM  # noqa: E402
+from cryptography.exceptions import InvalidTag
+from cryptography.hazmat.primitives.asymmetric.mlkem import MLKEM768PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
-from fedfm.wire import envelope  # noqa: E402
-from fedfm.wire.envelope import Header, Opener, seal  # noqa: E402
-from fedfm.wire.identity import Identity  # noqa: E402
-from fedfm.wire.refusal import Refused  # noqa: E402
+from fedfm.wire import envelope
+from fedfm.wire.envelope import Header, Opener, seal
+from fedfm.wire.identity import Identity
+from fedfm.wire.refusal import Refused
 
 PEOPLE = [Identity.create(name) for name in ("alice", "bob", "carol", "dave")]
 ALICE, BOB, CAROL, DAVE = PEOPLE
@@ -172,7 +173,7 @@ def test_the_content_is_encrypted_once_whatever_the_number_of_receivers() -> Non
     for receivers in ([BOB.card], [BOB.card, CAROL.card], [BOB.card, CAROL.card, DAVE.card]):
         sealed = seal(payload, ALICE, receivers, replace(HEADER, chunk=10_000))
         sizes.append(len(sealed.head()) + sum(len(sealed.chunk(i)) for i in range(10)))
-    assert all(1168 < after - before < 1200 for before, after in zip(sizes, sizes[1:], strict=False))
+    assert all(1168 < after - before < 1200 for before, after in pairwise(sizes))
     assert sizes[0] < len(payload) + 2500
 
 

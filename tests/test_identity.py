@@ -18,8 +18,8 @@ from fedfm.core.errors import ConfigError, MessageError
 pytest.importorskip("cryptography", reason="the extra 'deploy' is not installed")
 pytest.importorskip("nkeys", reason="the extra 'deploy' is not installed")
 
-from fedfm.wire.identity import Card, Identity, Nkey  # noqa: E402
-from fedfm.wire.subjects import Branch, Names, require_id, require_name  # noqa: E402
+from fedfm.wire.identity import Card, Identity, Nkey
+from fedfm.wire.subjects import Branch, Names, require_id, require_name
 
 ID = "0123456789abcdef" * 2
 ALICE, BOB = Identity.create("alice"), Identity.create("bob")
@@ -153,7 +153,7 @@ def test_a_member_may_use_its_own_branches_and_nobody_elses() -> None:
         assert not any(map(may, uses(names.up(other)) + uses(names.down(other)))), other
     for foreign in ("$JS.API.STREAM.CREATE.x", "$JS.API.STREAM.DELETE.fed_c_UP_a", "$JS.API.STREAM.PURGE.fed_c_UP_a", "$JS.API.INFO", "x"):
         assert not may(foreign)
-    assert [pattern for pattern in rights.subscribe] == ["_INBOX.c.a.>"]
+    assert list(rights.subscribe) == ["_INBOX.c.a.>"]
     assert not any(allows(pattern, f"{names.inbox(other)}.x") for pattern in rights.subscribe for other in others)
 
 

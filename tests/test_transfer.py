@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("cryptography", reason="the extra 'deploy' is not installed")
 
-from fedfm.wire.envelope import Envelope, Header, Opener, Sealed, seal  # noqa: E402
-from fedfm.wire.identity import Identity  # noqa: E402
-from fedfm.wire.refusal import Refused  # noqa: E402
-from fedfm.wire.transfer import ChunkStore, Memory, receive, receive_all, send  # noqa: E402
+from fedfm.wire.envelope import Envelope, Header, Opener, Sealed, seal
+from fedfm.wire.identity import Identity
+from fedfm.wire.refusal import Refused
+from fedfm.wire.transfer import ChunkStore, Memory, receive, receive_all, send
 
 ALICE, BOB = Identity.create("alice"), Identity.create("bob")
 NOW = 1_800_000_000.0

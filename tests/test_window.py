@@ -125,7 +125,7 @@ def test_what_a_crash_left_of_the_last_line_is_dropped(tmp_path: Path) -> None:
 def test_a_damaged_file_is_refused(tmp_path: Path, line: str) -> None:
     path = tmp_path / "window.jsonl"
     path.write_text(line + "\n")
-    with pytest.raises(RunError, match="window.jsonl:1 is damaged"):
+    with pytest.raises(RunError, match=r"window\.jsonl:1 is damaged"):
         Window(path)
 
 

@@ -20,8 +20,7 @@ import re
 import ssl
 import threading
 import time
-from collections import deque
-from collections.abc import Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,6 @@ from fedfm.core import words
 from fedfm.core.errors import ConfigError, MissingExtra, WireError
 from fedfm.wire.identity import Nkey
 from fedfm.wire.subjects import CONSUMER, Branch
-from fedfm.wire.transfer import ChunkStore
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -78,6 +76,10 @@ class Connection:
         name: As the broker's log shows it.
         patience: Seconds that a call waits for the broker before it fails, unless it says otherwise.
 
+    Attributes:
+        reconnects: How often a lost connection was made again.
+        is_closed: Whether :meth:`close` was called.
+
     Raises:
         MissingExtra: if the extra ``deploy`` is not installed.
         WireError: if the broker cannot be reached within ``patience``, or refuses the key.
@@ -97,7 +99,8 @@ class Connection:
         self.patience = patience
         self.reconnects = -1
         self._client: Client | None = None
-        self._error, self._is_refused, self._is_closed = "", False, False
+        self._error, self._is_refused, self.is_closed = "", False, False
+        self._begun: set[asyncio.Task[None]] = set()
         self._watched: dict[str, set[asyncio.Future[None]]] = {}
         self._loop = asyncio.new_event_loop()
         self._change = asyncio.Event()
@@ -160,9 +163,9 @@ class Connection:
 
     def close(self) -> None:
         """Ends it. Calling it twice is fine."""
-        if self._is_closed:
+        if self.is_closed:
             return
-        self._is_closed = True
+        self.is_closed = True
         with suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(self._end(), self._loop).result(_ANSWER)
         self._loop.call_soon_threadsafe(self._loop.stop)
@@ -260,7 +263,7 @@ class Connection:
     # --- how it does it ----------------------------------------------------------------------------------------------
 
     def _wait(self, work: Coroutine[Any, Any, T]) -> T:
-        if self._is_closed:
+        if self.is_closed:
             work.close()
             raise WireError("The connection to the broker was closed.")
         if threading.current_thread() is self._thread:
@@ -268,7 +271,7 @@ class Connection:
             raise RuntimeError("A blocking call was made in the connection's own thread.")
         future = asyncio.run_coroutine_threadsafe(work, self._loop)
         try:
-            return _result(future)
+            return result(future)
         except BaseException:
             future.cancel()
             raise
@@ -306,7 +309,7 @@ class Connection:
                 return message.data
             if status == "404":
                 return None
-            raise _Later(f"the broker answered {status} {message.headers.get('Description', '')}")
+            raise _Later(f"the broker answered {status}")
 
         return await self.call(place, get, until)
 
@@ -331,13 +334,14 @@ class Connection:
                 task = asyncio.ensure_future(work(client))
                 lost = asyncio.ensure_future(self._lost(client))
                 try:
-                    await asyncio.wait({task, lost, forbidden}, timeout=until - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
+                    waiting: set[asyncio.Future[Any]] = {task, lost, forbidden}
+                    await asyncio.wait(waiting, timeout=until - time.monotonic(), return_when=asyncio.FIRST_COMPLETED)
                     if task.done():
                         return task.result()
                     if forbidden.done():
                         raise WireError(f"The broker does not let this key use {subject}.")
                     reason = "the connection was lost" if lost.done() else "the broker does not answer"
-                except (nats.errors.Error, asyncio.TimeoutError, OSError, _Later) as error:
+                except (TimeoutError, nats.errors.Error, OSError, _Later) as error:
                     reason = str(error) or type(error).__name__
                     await asyncio.sleep(_FIRST)
                 finally:
@@ -361,7 +365,7 @@ class Connection:
             self._change.clear()
             try:
                 await asyncio.wait_for(self._change.wait(), until - time.monotonic())
-            except asyncio.TimeoutError as error:
+            except TimeoutError as error:
                 raise self._late(reason) from error
         return self._client
 
@@ -422,8 +426,9 @@ class Connection:
                 if not watcher.done():
                     watcher.set_result(None)
 
-        login = {} if self._nkey is None else {"nkeys_seed_str": self._nkey.seed}
-        secure = {} if self._tls is None else {"tls": self._tls, "tls_handshake_first": True}
+        options: dict[str, Any] = {} if self._nkey is None else {"nkeys_seed_str": self._nkey.seed}
+        if self._tls is not None:
+            options |= {"tls": self._tls, "tls_handshake_first": True}
         try:
             # Connecting again is ours: nats-py would keep what was written before the cut, and stops for ever after some errors.
             await client.connect(
@@ -438,8 +443,7 @@ class Connection:
                 error_cb=failed,
                 closed_cb=closed,
                 disconnected_cb=closed,
-                **login,
-                **secure,
+                **options,
             )
         except BaseException:
             with suppress(Exception):
@@ -453,7 +457,16 @@ class Connection:
         if "no servers available" not in text:
             self._error = words.clean(text.removeprefix("nats: "), 160)
 
+    async def _begin(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        task = asyncio.ensure_future(work)
+        self._begun.add(task)
+        task.add_done_callback(self._begun.discard)
+        return task
+
     async def _end(self) -> None:
+        # What was received and not taken goes back while there is a connection.
+        with suppress(TimeoutError):
+            await asyncio.wait_for(_stop(*self._begun), 1.0)
         self._keeper.cancel()
         others = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         client = self._client
@@ -517,32 +530,33 @@ class Inbox:
     def __init__(self, connection: Connection, branches: Iterable[Branch] = ()) -> None:
         self._connection = connection
         self._queue: queue.SimpleQueue[tuple[Delivery | WireError, asyncio.Event]] = queue.SimpleQueue()
-        self._pulls: dict[Branch, concurrent.futures.Future[None]] = {}
+        self._pulls: dict[Branch, asyncio.Task[None]] = {}
         for branch in branches:
             self.add(branch)
 
     def add(self, branch: Branch) -> None:
         """Receives the messages of a branch too."""
         if branch not in self._pulls:
-            self._pulls[branch] = asyncio.run_coroutine_threadsafe(self._pull(branch), self._connection._loop)
+            self._pulls[branch] = self._connection._wait(self._connection._begin(self._pull(branch)))
 
     def remove(self, branch: Branch) -> None:
-        """Receives no more messages of a branch."""
+        """Receives no more messages of a branch. One that is here and was not taken goes back to the broker."""
         pull = self._pulls.pop(branch, None)
-        if pull is not None:
-            pull.cancel()
+        if pull is not None and not self._connection.is_closed:
+            self._connection._wait(_stop(pull))
 
     def next(self, timeout: float | None = None) -> Delivery | None:
         """The next message, waiting for it; ``None`` if none arrives in ``timeout`` seconds.
 
         Raises:
-            WireError: if the broker refuses this key, or does not let it read a branch.
+            WireError: if the broker refuses this key or does not let it read a branch, or the connection was closed.
         """
         try:
             delivery, taken = self._queue.get(timeout=timeout)
         except queue.Empty:
             return None
-        self._connection._loop.call_soon_threadsafe(taken.set)
+        if not self._connection.is_closed:
+            self._connection._loop.call_soon_threadsafe(taken.set)
         if isinstance(delivery, WireError):
             raise delivery
         return delivery
@@ -553,18 +567,39 @@ class Inbox:
             self.remove(branch)
 
     async def _pull(self, branch: Branch) -> None:
+        try:
+            await self._pull_each(branch)
+        finally:
+            if self._connection.is_closed:
+                self._queue.put((WireError("The connection to the broker was closed."), asyncio.Event()))
+
+    async def _pull_each(self, branch: Branch) -> None:
         request = json.dumps({"batch": 1, "expires": int(_PULL * _NANO)}).encode()
 
         async def pull(client: Client) -> Msg:
             # A message comes under its own subject, so it needs a subscription of its own. Ending that ends the request at the broker too.
             subject = client.new_inbox()
-            subscription = await client.subscribe(subject)
+            answered: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+
+            async def arrived(message: Msg) -> None:
+                if not answered.done():
+                    answered.set_result(message)
+
+            subscription = await client.subscribe(subject, cb=arrived)
             try:
                 await client.publish(branch.next, request, reply=subject)
-                return await subscription.next_msg(_PULL + _ANSWER)
-            finally:
+                await asyncio.wait({answered}, timeout=_PULL + _ANSWER)
+                if not answered.done():
+                    raise TimeoutError
+                await subscription.unsubscribe()
+                return answered.result()
+            except asyncio.CancelledError:
                 with suppress(Exception):
-                    await subscription.unsubscribe()
+                    # What arrives until the broker knows goes back to it.
+                    await subscription.drain()  # type: ignore[no-untyped-call, unused-ignore]
+                    if answered.done():
+                        await answered.result().nak()
+                raise
 
         while True:
             taken = asyncio.Event()
@@ -592,77 +627,12 @@ class Inbox:
                 await asyncio.sleep(_FIRST)
 
 
-class Stored(ChunkStore):
-    """Chunks in a branch of the broker.
+def result(future: concurrent.futures.Future[T]) -> T:
+    """What came of something that was started, waiting for it.
 
-    Args:
-        connection: To the broker.
-        branch: Where they are.
-        depth: Chunks that are on their way at a time, which bounds the memory.
-        patience: Seconds that a chunk may take.
+    Raises:
+        WireError: if it was not possible, or the connection was closed meanwhile.
     """
-
-    def __init__(self, connection: Connection, branch: Branch, depth: int = 8, patience: float = 60.0) -> None:
-        self._connection, self._branch, self._depth, self._patience = connection, branch, depth, patience
-        self._under_way: deque[concurrent.futures.Future[None]] = deque()
-
-    def put(self, id: str, index: int, data: bytes) -> None:
-        """Sends a chunk, while the next is made.
-
-        Raises:
-            WireError: if an earlier one could not be stored.
-        """
-        while len(self._under_way) >= self._depth:
-            self._finish()
-        self._under_way.append(self._connection.publish_soon(self._branch.chunk(id, index), data, self._patience))
-
-    def flush(self) -> None:
-        """Waits until the broker has all.
-
-        Raises:
-            WireError: if one could not be stored.
-        """
-        while self._under_way:
-            self._finish()
-
-    def held(self, id: str) -> set[int]:
-        """Numbers of the chunks that the broker has."""
-        indices = map(self._branch.index, self._connection.held(self._branch, self._branch.chunks(id), self._patience))
-        return {index for index in indices if index is not None}
-
-    def get(self, id: str, index: int) -> bytes | None:
-        """A chunk, or ``None``."""
-        return self._connection.get(self._branch, self._branch.chunk(id, index), self._patience)
-
-    def get_each(self, id: str, indices: Iterable[int]) -> Iterator[bytes | None]:
-        """Chunks in this order; the next ones are on their way while one is opened."""
-        under_way: deque[concurrent.futures.Future[bytes | None]] = deque()
-        try:
-            for index in indices:
-                under_way.append(self._connection.get_soon(self._branch, self._branch.chunk(id, index), self._patience))
-                if len(under_way) >= self._depth:
-                    yield _result(under_way.popleft())
-            while under_way:
-                yield _result(under_way.popleft())
-        finally:
-            for future in under_way:
-                future.cancel()
-
-    def drop(self, id: str) -> None:
-        """Deletes a transfer's chunks; the coordinator alone may."""
-        self._connection.purge(self._branch, self._branch.chunks(id))
-
-    def _finish(self) -> None:
-        try:
-            _result(self._under_way.popleft())
-        except BaseException:
-            for future in self._under_way:
-                future.cancel()
-            self._under_way.clear()
-            raise
-
-
-def _result(future: concurrent.futures.Future[T]) -> T:
     try:
         return future.result()
     except concurrent.futures.CancelledError as error:
@@ -693,10 +663,10 @@ def _answer(data: bytes) -> dict[str, Any]:
         raise _Later(f"the broker's answer is not JSON ({error})") from error
     if not isinstance(answer, dict):
         raise _Later("the broker's answer is not an object")
-    error = answer.get("error")
-    if not isinstance(error, dict):
+    refusal = answer.get("error")
+    if not isinstance(refusal, dict):
         return answer
-    number, text = error.get("err_code"), words.clean(error.get("description", "no reason"), 160)
+    number, text = refusal.get("err_code"), words.clean(refusal.get("description", "no reason"), 160)
     if number == _EXISTS:
         raise _Exists(text)
     if number == _NO_STREAM:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import signal
 import socket
 import ssl
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,6 +27,7 @@ pytest.importorskip("nats", reason="the extra 'deploy' is not installed")
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 
+import fedfm as fedfm_package
 from fedfm.core.errors import ConfigError, MissingExtra, RunError, WireError
 from fedfm.silos import certificates
 from fedfm.silos.authority import Authority
@@ -776,6 +780,26 @@ def test_an_answer_of_somebody_else_is_not_believed(world: World, tmp_path: Path
     with pytest.raises(Exception, match="not signed with its key"):
         enter(invitation, tmp_path / "grace", patience=5)
     assert not (tmp_path / "grace" / "membership.json").exists()
+
+
+def test_the_commands_reach_a_broker_that_another_process_runs(world: World, tmp_path: Path) -> None:
+    def fedfm(*words: object) -> str:
+        environment = os.environ | {"PYTHONPATH": str(Path(fedfm_package.__file__).parent.parent)}
+        command = [sys.executable, "-m", "fedfm.cli.main", "consortium", *map(str, words)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    folder = world.consortium.folder
+    fedfm("invite", folder, "heidi", "--out", "heidi.json")
+    heidi = enter(Invitation.read(tmp_path / "heidi.json", certificates.now()), tmp_path / "heidi", patience=20)
+    with world.line(heidi.context()) as line:
+        assert "heidi" in fedfm("list", folder) and "PONG" in line.say()
+        assert "has cut it off" in fedfm("revoke", folder, "heidi")
+        with contextlib.suppress(OSError):
+            assert "PONG" not in line.say() or "PONG" not in line.say()
+    with pytest.raises((ConnectionError, ssl.SSLError)):
+        world.line(heidi.context())
 
 
 # --- the process -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Callable
@@ -516,6 +517,29 @@ def test_either_side_can_die_at_every_durable_step_of_entering(tmp_path: Path) -
             "membership.json",
         ]
     assert number > 15
+
+
+def test_a_broker_folder_that_is_gone_is_made_from_the_roster(tmp_path: Path) -> None:
+    consortium = Consortium.create(tmp_path / "north", Settings("north", (URL,)), NOW)
+    exchange(consortium, consortium.invite("alice", NOW), tmp_path / "alice")
+    before = consortium.broker.configuration.read_text()
+    shutil.rmtree(consortium.folder / "broker")
+    again = Consortium.open(consortium.folder)
+    again.renew(NOW)
+    assert again.broker.configuration.read_text() == before and (consortium.folder / "broker" / "server.pem").exists()
+
+
+def test_a_revocation_that_the_broker_did_not_hear_is_told_it_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    consortium = Consortium.create(tmp_path / "north", Settings("north", (URL,)), NOW)
+    exchange(consortium, consortium.invite("alice", NOW), tmp_path / "alice")
+    with monkeypatch.context() as patch:
+        patch.setattr(Consortium, "apply", lambda *_: (_ for _ in ()).throw(RunError("the broker does not answer")))
+        with pytest.raises(RunError, match="does not answer"):
+            consortium.revoke("alice", NOW)
+    assert "member:alice" in consortium.broker.configuration.read_text()
+    with pytest.raises(ConfigError, match="was revoked on"):
+        consortium.revoke("alice", NOW)
+    assert "member:alice" not in consortium.broker.configuration.read_text()
 
 
 def test_the_coordinator_can_die_at_every_durable_step_of_revoking(tmp_path: Path) -> None:

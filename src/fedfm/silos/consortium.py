@@ -251,7 +251,7 @@ class Consortium:
         """The broker."""
         settings, (host, port) = self.settings, _address(self.settings.listen)
         how = BrokerSettings(settings.name, host, port, settings.sync, settings.max_payload, settings.max_store, settings.max_connections)
-        private.require_folder(self.folder / "broker")
+        private.make_folder(self.folder / "broker")
         return Broker(self.folder / "broker", how, external=settings.broker == "external")
 
     def members(self) -> Members:
@@ -375,6 +375,8 @@ class Consortium:
             known, invited = members.members.get(member), members.open_invitation(member, now)
             belongs = known is not None and known.revoked is None
             if not belongs and invited is None:
+                # The broker may not have heard of it the last time.
+                self.apply(now, members)
                 was = f"was revoked on {known.revoked:%Y-%m-%d}" if known is not None else "was never invited, or its invitation is void"
                 raise ConfigError(f"{member} {was}. fedfm consortium list shows who is there.")
             members.add("revoked", now, member=member)

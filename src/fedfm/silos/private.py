@@ -48,11 +48,13 @@ def require_folder(folder: Path) -> None:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Replaces a file, durably; its owner alone can read it, from its first byte on.
+    """Replaces a file, durably; its owner alone can read it, from its first byte on. A folder that is missing is made for its owner alone.
 
     Raises:
         RunError: if it cannot be written.
     """
+    if not path.parent.exists():
+        make_folder(path.parent)
     disk.write_atomic(path, data, private=True)
 
 

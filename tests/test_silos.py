@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import stat
+import subprocess
 import sys
 from collections.abc import Callable
 from datetime import timedelta
@@ -775,6 +776,21 @@ def test_the_commands_refuse_with_one_message(words: list[str], why: str, call: 
     code, _, err = call("consortium", *words)
     assert code == 2 and err.startswith("error: ") and why in err and err.count("\n") == 1
     assert (Path("made") / ROSTER).read_bytes() == before
+
+
+@pytest.mark.parametrize("missing", ["cryptography", "nkeys", "nats-server"])
+def test_a_missing_extra_is_named_with_the_remedy_and_nothing_is_left(missing: str, tmp_path: Path) -> None:
+    words = ["consortium", "init", "north", "--name", "north"]
+    hide = (
+        "import fedfm.silos.broker as broker; broker.shutil.which = lambda *_, **__: None"
+        if missing == "nats-server"
+        else f"sys.modules[{missing!r}] = None"
+    )
+    code = f"import sys; {hide}; sys.argv = ['fedfm', *{words!r}]; from fedfm.cli.main import main; main()"
+    environment = os.environ | {"PYTHONPATH": str(Path(cli.__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, cwd=tmp_path, check=False)
+    assert done.returncode == 2 and "pip install 'fedfm[deploy]'" in done.stderr and missing in done.stderr
+    assert not list(tmp_path.rglob("*.key")) and not (tmp_path / "north" / "consortium.yaml").exists()
 
 
 # --- secrets --------------------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from fedfm.core.errors import ConfigError, MessageError
 from fedfm.silos import certificates, private
 from fedfm.silos.certificates import Holder
+from fedfm.wire.identity import require_cryptography
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -63,8 +64,10 @@ class Authority:
 
         Raises:
             ConfigError: if others can enter the folder.
+            MissingExtra: if ``cryptography`` is not installed.
             RunError: if it cannot be written.
         """
+        require_cryptography()
         from cryptography import x509
         from cryptography.hazmat.primitives import hashes
 

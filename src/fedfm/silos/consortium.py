@@ -37,11 +37,11 @@ from fedfm.core import disk, words
 from fedfm.core.errors import ConfigError, MessageError, RunError
 from fedfm.silos import certificates, private
 from fedfm.silos.authority import Authority, Issued
-from fedfm.silos.broker import SERVER_CERTIFICATE, SERVER_KEY, Broker, BrokerSettings, User, write_identity
+from fedfm.silos.broker import SERVER_CERTIFICATE, SERVER_KEY, Broker, BrokerSettings, User, find_server, write_identity
 from fedfm.silos.certificates import Holder, require_host
 from fedfm.silos.invitation import Invitation
 from fedfm.silos.members import ROSTER, Invited, Members
-from fedfm.wire.identity import Identity
+from fedfm.wire.identity import Identity, require_cryptography
 from fedfm.wire.subjects import Names, require_name
 
 SETTINGS = "consortium.yaml"
@@ -185,6 +185,9 @@ class Consortium:
         """
         if folder.exists() and any(folder.iterdir() if folder.is_dir() else [folder]):
             raise ConfigError(f"{words.clean(folder, 120)} is not empty. A consortium begins in a folder of its own; give another one.")
+        require_cryptography()
+        if settings.broker == "own":
+            find_server()
         private.make_folder(folder)
         consortium = Consortium(folder, settings)
         try:

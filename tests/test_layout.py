@@ -25,6 +25,7 @@ LAYERS = [
     {"federation"},
     {"recipe", "simulation"},
     {"run", "testing"},
+    {"silos"},
     {"quickstart"},
     {"cli"},
 ]

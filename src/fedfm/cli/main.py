@@ -1,5 +1,5 @@
-"""``fedfm``: init, run, resume, compare, sweep, check, list, show, report, export, evaluate, predict, generate, cache, log, approve, quickstart,
-completion, and commands of other packages.
+"""``fedfm``: init, run, resume, compare, sweep, check, list, show, report, export, evaluate, predict, generate, cache, log, approve,
+consortium, quickstart, completion, and commands of other packages.
 
 Only what ``--help`` needs is imported here; a command imports the rest when it runs.
 """
@@ -16,6 +16,7 @@ import typer
 
 from fedfm.cli import completion
 from fedfm.cli.group import Command, Commands
+from fedfm.cli.silos import consortium
 from fedfm.core.errors import FedfmError
 from fedfm.core.version import VERSION
 
@@ -335,6 +336,9 @@ def cache(
     from fedfm.cli import cache as kept
 
     kept.show(clear, older_than)
+
+
+app.add_typer(consortium)
 
 
 @app.command(cls=Command)

@@ -160,7 +160,9 @@ def _number_lies(reply: Reply) -> Iterator[Lie]:
         if not isinstance(value, float):
             continue
         # A loss that is NaN is an honest evaluation of a model that diverged.
-        odd = [True, None, "many", "left out", math.inf, -math.inf, 10**400, 1.8e308, 1e300]
+        odd = [True, None, "many", math.inf, -math.inf, 10**400, 1.8e308, 1e300]
+        # An owner may withhold the loss of its training.
+        odd += [] if name == "loss" and reply.verb == "train" else ["left out"]
         odd += [] if reply.verb != "train" else [math.nan]
         odd += [] if name == "loss" else [-1.0]
         for wrong in odd:

@@ -77,8 +77,8 @@ def lies(train: Request, evaluate: Request) -> Iterator[tuple[str, str, Request]
     for name in ("counted", "ticket"):
         for value in (-1, True, "three", 0.5, math.nan, 2**31, 10**300):
             yield "tickets", f"{name} is {value!r:.20}", replace(train, own={**train.own, name: value})
-    for request in (train, evaluate):
-        yield "tickets", f"{request.verb}: counted is one that does not exist", replace(request, own={**request.own, "counted": 77})
+    # An evaluation reads no memory here, because no parameter stays at home.
+    yield "tickets", "counted is one that does not exist", replace(train, own={**train.own, "counted": 77})
     for value in (-1, 0, True, "all", 1.5, math.nan, math.inf):
         yield "max_examples", repr(value), _with_meta(evaluate, max_examples=value)
     for split in ("", "everything", "../train", 7, True):

@@ -16,7 +16,6 @@ import logging
 import math
 import re
 import secrets
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -35,7 +34,7 @@ from fedfm.core.version import VERSION as RELEASE
 from fedfm.engines.base import Engine
 from fedfm.wire.envelope import MAX_LIFETIME, MAX_RECEIVERS, Header, Opener, Payload, seal
 from fedfm.wire.link import Link
-from fedfm.wire.refusal import Refused, Why, reason
+from fedfm.wire.refusal import Refused, reason
 from fedfm.wire.stored import Stored
 from fedfm.wire.transfer import receive_all, send
 from fedfm.wire.window import Window
@@ -53,6 +52,8 @@ TALK = 1
 HELLO, REQUEST, BODY, REPLY = "hello", "request", "body", "reply"
 BODY_ID = "body"
 """Where a request names its body."""
+ACK_WAIT = 12.0
+"""Seconds after which the broker delivers a message again that its receiver was killed with."""
 _JOB_FILE = "job.json"
 # Messages of one session; its number and theirs make a sequence that no other session of the run has.
 _SESSION_BITS = 28
@@ -144,7 +145,7 @@ def make_streams(connection: Connection, link: Link, max_bytes: int) -> None:
     for name in link.peers:
         for branch in (link.names.down(name), link.names.up(name)):
             connection.make_stream(branch, max_bytes)
-            connection.make_consumer(branch)
+            connection.make_consumer(branch, ack_wait=ACK_WAIT)
 
 
 @dataclass(frozen=True)
@@ -246,9 +247,9 @@ class NatsSession(Session):
         self._inbox = self._connection.inbox(self._members)
 
     @property
-    def dropped(self) -> Counter[Why]:
+    def dropped(self) -> Counter[str]:
         """Messages that were not taken, by the reason."""
-        return Counter({why: count for why, count in self._window.counts.items()})  # type: ignore[misc]
+        return self._window.counts
 
     # --- questions --------------------------------------------------------------------------------------------------------
 
@@ -418,5 +419,7 @@ class NatsSession(Session):
         if isinstance(answer, Request) or answer.client != owed.client:
             raise MessageError(f"A message of kind {type(answer).__name__} arrived that nobody asked for.")
         if isinstance(answer, Reply) and (answer.verb, answer.round) != (asked.verb, asked.round):
-            raise MessageError(f"{answer.verb!r} of round {answer.round} was answered, but {asked.verb!r} of round {asked.round} was asked.")
+            raise MessageError(
+                f"{answer.verb!r} of round {answer.round} was answered, but {asked.verb!r} of round {asked.round} was asked."
+            )
         return answer

@@ -38,7 +38,7 @@ from fedfm.core.errors import ConfigError, DataError, FedfmError, MessageError, 
 from fedfm.core.keys import Key
 from fedfm.core.messages import Body, Failure, Request, pack_parts, unpack
 from fedfm.core.version import VERSION as RELEASE
-from fedfm.engines.nats import BODY, BODY_ID, HELLO, REPLY, REQUEST, TALK
+from fedfm.engines.nats import ACK_WAIT, BODY, BODY_ID, HELLO, REPLY, REQUEST, TALK
 from fedfm.wire.envelope import Envelope, Header, Opener, seal
 from fedfm.wire.link import Link
 from fedfm.wire.refusal import Refused, reason
@@ -56,7 +56,7 @@ log = logging.getLogger(__name__)
 # Runs whose models are held at a time, and bytes of a greeting.
 _HELD, _MAX_HELLO = 2, 2 << 20
 # Seconds: between two looks at whether to stop, between two words to the broker that work goes on, that an answer waits for the broker.
-_LOOK, _BEAT, _PATIENCE = 0.5, 5.0, 3600.0
+_LOOK, _BEAT, _PATIENCE = 0.5, ACK_WAIT / 4, 3600.0
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,24 @@ class Greeting:
                 f"The coordinator speaks version {theirs}, and this member speaks version {TALK} (fedfm {RELEASE}). Install the same version on both sides."
             )
         try:
-            numbers = [int(hello[name]) for name in ("num_clients", "cohort_size", "num_rounds")]
             labels, choices, rules = (json.loads(hello[name]) for name in ("labels", "choices", "data_rules"))
             if not all(isinstance(label, str) for label in labels):
                 raise ValueError("a label is no text")
             if not all(isinstance(value, int) for value in choices.values()):
                 raise ValueError("a choice is no number")
             key, plan = Key(bytes.fromhex(hello["key"])), notation.build(ClientPlan, hello["plan"], "plan")
-            return Greeting(plan, str(hello["base"]), tuple(labels), key, dict(choices), *numbers, run=str(hello["run"]), data_rules=dict(rules))
+            return Greeting(
+                plan=plan,
+                base=str(hello["base"]),
+                labels=tuple(labels),
+                key=key,
+                choices=dict(choices),
+                num_clients=int(hello["num_clients"]),
+                cohort_size=int(hello["cohort_size"]),
+                num_rounds=int(hello["num_rounds"]),
+                run=str(hello["run"]),
+                data_rules=dict(rules),
+            )
         except (KeyError, TypeError, ValueError, AttributeError, RecursionError, ConfigError) as error:
             raise MessageError(f"The coordinator's greeting cannot be read: {str(error)[:200] or type(error).__name__}.") from error
 
@@ -307,7 +317,9 @@ class Member:
             raise DataError("its classes are not those of the run, or are in another order.")
         house.shards, house.outline = {name: owners.path(name)}, (tokenizer, config)
         if house.base != greeting.base:
-            raise ModelError(f"its base has the digest {house.base}, and the coordinator's has {greeting.base}. Both must have the same files.")
+            raise ModelError(
+                f"its base has the digest {house.base}, and the coordinator's has {greeting.base}. Both must have the same files."
+            )
 
     # --- requests ---------------------------------------------------------------------------------------------------------
 

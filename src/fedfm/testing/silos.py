@@ -109,7 +109,6 @@ class Consortium:
         home = self.home(name)
         home.mkdir()
         self.identities[name].save(home / "identity.json")
-        certificates = {"authority": "ca.pem", "certificate": "client.pem", "key": "client.key"}
-        paths = {field: self.broker.folder / file for field, file in certificates.items()}
-        Link("test", (self.broker.url,), home / "identity.json", **paths, peers=peers).write(home / "link.json")
+        authority, certificate, key = (self.broker.folder / file for file in ("ca.pem", "client.pem", "client.key"))
+        Link("test", (self.broker.url,), home / "identity.json", authority, certificate, key, peers).write(home / "link.json")
         return home / "link.json"

@@ -54,7 +54,7 @@ BODY_ID = "body"
 """Where a request names its body."""
 ACK_WAIT = 12.0
 """Seconds after which the broker delivers a message again that its receiver was killed with."""
-_JOB_FILE = "job.json"
+JOB = "job.json"
 # Messages of one session; its number and theirs make a sequence that no other session of the run has.
 _SESSION_BITS = 28
 # Seconds: between two looks at the clock while nothing arrives, that a question without a deadline is meant to last, that closing may take.
@@ -173,7 +173,7 @@ class Job:
         job = Job(f"{re.sub('[^a-z0-9]+', '-', run.lower()).strip('-')[:40] or 'run'}-{secrets.token_hex(6)}", 1)
         if folder is None:
             return job
-        path = folder / _JOB_FILE
+        path = folder / JOB
         if path.exists():
             try:
                 known = json.loads(path.read_text(encoding="utf-8"))

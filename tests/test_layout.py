@@ -23,7 +23,8 @@ LAYERS = [
     {"verbs"},
     {"engines"},
     {"federation"},
-    {"recipe", "simulation"},
+    {"site"},
+    {"recipe", "simulation", "coordination"},
     {"run", "testing"},
     {"silos"},
     {"quickstart"},
@@ -40,7 +41,7 @@ STRICT = {
     "methods": {"core", "local", "transforms", "aggregators", "server", "samplers", "channels"},
     "client": {"core", "data", "models", "tasks", "tuning", "local", "notation"},
     "verbs": {"core", "data", "tuning", "client", "observers"},
-    "engines": {"core", "client", "notation"},
+    "engines": {"core", "client", "notation", "wire"},
 }
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 

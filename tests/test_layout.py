@@ -16,6 +16,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "fedfm"
 LAYERS = [
     {"core"},
     {"samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data", "reports", "wire"},
+    {"silos"},
     {"tasks", "tuning"},
     {"local"},
     {"methods", "observers", "notation"},
@@ -26,7 +27,7 @@ LAYERS = [
     {"site"},
     {"recipe", "simulation", "coordination"},
     {"run", "testing"},
-    {"silos"},
+    {"service"},
     {"quickstart"},
     {"cli"},
 ]
@@ -41,7 +42,8 @@ STRICT = {
     "methods": {"core", "local", "transforms", "aggregators", "server", "samplers", "channels"},
     "client": {"core", "data", "models", "tasks", "tuning", "local", "notation"},
     "verbs": {"core", "data", "tuning", "client", "observers"},
-    "engines": {"core", "client", "notation", "wire"},
+    "silos": {"core", "wire"},
+    "engines": {"core", "client", "notation", "wire", "silos"},
 }
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 

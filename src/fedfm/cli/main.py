@@ -414,7 +414,7 @@ def init(
 
 @app.command(cls=Command)
 def serve(folder: Coordinator, log_level: LogLevel = "warning") -> None:
-    """Coordinate a consortium: run what is submitted, one run after the other."""
+    """Coordinate a consortium: let members enter, and run what is submitted, one run after the other."""
     from fedfm.cli import silos
 
     silos.serve(folder, log_level)
@@ -422,19 +422,23 @@ def serve(folder: Coordinator, log_level: LogLevel = "warning") -> None:
 
 @app.command(cls=Command)
 def join(
-    folder: Annotated[
-        Path, typer.Argument(metavar="FOLDER", help="The member's folder, in which link.json says who and where.", callback=_usable)
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="INVITATION", help="The invitation file; or the folder of a member that has entered.", callback=_usable),
     ],
     data: Annotated[str, typer.Option(metavar="FILE", help="The owner's own rows: .csv, .jsonl, .parquet or a folder of texts.")],
     test: Annotated[str | None, typer.Option(metavar="FILE", help="Rows to evaluate on. Default: some of the data are held out.")] = None,
     policy: Annotated[Path | None, typer.Option(help="The owner's policy (YAML). Default: the strictest.", callback=_usable)] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the member's keys and records are. Default: the member's name, here.", callback=_usable)
+    ] = None,
     device: Device = "auto",
     log_level: LogLevel = "warning",
 ) -> None:
-    """Answer a consortium's coordinator with the owner's own data, under the owner's policy."""
+    """Enter a consortium, and answer its coordinator with the owner's own data, under the owner's policy."""
     from fedfm.cli import silos
 
-    silos.join(folder, data, test, policy, device, log_level)
+    silos.join(path, data, test, policy, folder, device, log_level)
 
 
 @app.command(cls=Command)

@@ -7,41 +7,102 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
 from fedfm.cli.commands import Telling, stoppable
 from fedfm.cli.parts import show_json
 from fedfm.client.policy import read_policy
-from fedfm.core.errors import RunError
+from fedfm.core import words
+from fedfm.core.errors import ConfigError, RunError, WireError
 from fedfm.recipe import read
 from fedfm.run.log import LOG
-from fedfm.silos import coordinator
-from fedfm.silos.coordinator import LINK, Job
-from fedfm.silos.member import Member
-from fedfm.wire.link import Link
+from fedfm.service import coordinator
+from fedfm.service.coordinator import Job
+from fedfm.service.member import Member
+from fedfm.silos.certificates import now
+from fedfm.silos.consortium import Consortium
+from fedfm.silos.enrol import Unanswered, enter, entered
+from fedfm.silos.invitation import Invitation
+from fedfm.silos.membership import Membership
+from fedfm.wire.nats import LoginRefused
 
-_LOOK = 0.3
+# Seconds: between two looks at a run, that a member asks the coordinator before it says that it waits, between two attempts.
+_LOOK, _PATIENCE, _AGAIN = 0.3, 20.0, 2.0
 
 
 def serve(folder: Path, log_level: str) -> None:
     """``fedfm serve``."""
     Telling(quiet=True, log_level=log_level).watchers()
-    link = coordinator.require_folder(folder)
-    print(f"Coordinating {link.consortium} with {len(link.peers)} members. Ctrl-C ends it; what was completed is kept.", flush=True)
+    consortium = Consortium.open(folder)
+
+    def ready() -> None:
+        print(
+            f"Coordinating {consortium.settings.name} with {len(consortium.cards())} members at {', '.join(consortium.settings.urls)}. "
+            "Ctrl-C ends it; what was completed is kept.",
+            flush=True,
+        )
+
     with stoppable(f"the next fedfm serve {folder} goes on."):
-        coordinator.serve(folder)
+        coordinator.serve(consortium, ready)
 
 
-def join(folder: Path, data: str, test: str | None, policy: Path | None, device: str, log_level: str) -> None:
+def join(path: Path, data: str, test: str | None, policy: Path | None, folder: Path | None, device: str, log_level: str) -> None:
     """``fedfm join``."""
     Telling(quiet=True, log_level=log_level).watchers()
-    link = Link.read(folder / LINK)
-    member = Member(link, folder, data, None if policy is None else read_policy(policy), test, device)
-    if policy is None:
-        print("No policy: the strictest default holds, and a person is asked about every run (fedfm approve).", flush=True)
-    print(f"{member.name} waits for what {link.consortium} asks. Ctrl-C ends it; fedfm log {folder} shows what left.", flush=True)
-    with stoppable("what was asked meanwhile waits at the broker."):
+    rules = None if policy is None else read_policy(policy)
+    with stoppable("what was asked meanwhile waits at the broker, and the same command goes on."):
+        member = Member(_membership(path, folder), data, rules, test, device)
+        if policy is None:
+            print("No policy: the strictest default holds, and a person is asked about every run (fedfm approve).", flush=True)
+        print(
+            f"{member.name} waits for what {member.link.consortium} asks. Ctrl-C ends it; fedfm log {member.folder} shows what left.",
+            flush=True,
+        )
         member.serve()
+
+
+def _membership(path: Path, folder: Path | None) -> Membership:
+    """The membership in a folder, or the one to which an invitation leads.
+
+    Raises:
+        ConfigError: if there is none, or the invitation and the folder do not go together.
+        DataError: if the invitation cannot be used.
+    """
+    if path.is_dir():
+        if folder is not None:
+            raise ConfigError(
+                f"{words.clean(path, 120)} is a member's folder already; --folder is for an invitation. Leave one of them out."
+            )
+        return Membership.read(path)
+    # A service gives the same invitation at each start, also after it expired.
+    invitation = Invitation.read(path, datetime.min.replace(tzinfo=UTC))
+    home = folder or Path(invitation.member)
+    membership = entered(invitation, home)
+    if membership is not None:
+        return membership
+    membership = _enter(Invitation.read(path, now()), home)
+    print(f"Entered {membership.consortium} as {membership.member}; keys and certificate are in {home}.")
+    print(f"coordinator  {membership.coordinator.short}   (compare it with the coordinator on the telephone)")
+    print(f"your keys    {membership.identity.card.short}   (fedfm consortium list shows them there)", flush=True)
+    return membership
+
+
+def _enter(invitation: Invitation, home: Path) -> Membership:
+    """Enters, and waits while the coordinator is away."""
+    told = ""
+    while True:
+        try:
+            return enter(invitation, home, _PATIENCE)
+        except LoginRefused:
+            raise
+        except (WireError, Unanswered) as error:
+            if now() >= invitation.expires:
+                raise
+            if str(error) != told:
+                told = str(error)
+                print(f"Waiting for the coordinator of {invitation.consortium}: {told}", file=sys.stderr, flush=True)
+            time.sleep(_AGAIN)
 
 
 def submit(folder: Path, recipe: Path, overrides: Sequence[str], telling: Telling) -> None:
@@ -55,7 +116,7 @@ def submit(folder: Path, recipe: Path, overrides: Sequence[str], telling: Tellin
 
 def attach(folder: Path, name: str | None, telling: Telling) -> None:
     """``fedfm attach``."""
-    coordinator.require_folder(folder)
+    Consortium.open(folder)
     _follow(coordinator.job(folder, name), telling)
 
 

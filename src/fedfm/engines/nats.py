@@ -16,10 +16,11 @@ import logging
 import math
 import re
 import secrets
+import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from fedfm.wire.envelope import Envelope
     from fedfm.wire.identity import Card
     from fedfm.wire.nats import Connection, Delivery
-    from fedfm.wire.subjects import Branch
+    from fedfm.wire.subjects import Branch, Names
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +60,9 @@ JOB = "job.json"
 _SESSION_BITS = 28
 # Seconds: between two looks at the clock while nothing arrives, that a question without a deadline is meant to last, that closing may take.
 _LOOK, _LASTING, _CLOSING = 0.25, 7 * 86400.0, 3.0
+# Seconds between two looks at who belongs, while answers are waited for.
+_FOLLOW = 2.0
+_OUT = "it does not belong to the consortium, or does no more."
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ class Nats(Engine):
     names its own file.
 
     Args:
-        link: The file that says where the broker is, who we are and who the members are.
+        consortium: The coordinator's folder, which says where the broker is, who we are and who the members are.
         device: Of the coordinator's own copy of the model; each member chooses its own.
         storage: Gigabytes that the broker may hold of what each member sends, of what it is sent, and of all bodies.
 
@@ -77,7 +81,7 @@ class Nats(Engine):
         ConfigError: if a number is out of range.
     """
 
-    link: str = "link.json"
+    consortium: str = "consortium"
     device: str = "auto"
     storage: float = 1.0
 
@@ -86,18 +90,24 @@ class Nats(Engine):
             raise ConfigError(f"Nats.storage is {self.storage} GB; it must be a finite number above 0.")
 
     def members(self) -> tuple[ClientId, ...]:
-        """Who is known by the link, sorted.
+        """Who belongs to the consortium now, sorted.
 
         Raises:
-            ConfigError: if the link cannot be read.
+            ConfigError: if there is no consortium in the folder, or others can enter it.
+            RunError: if its roster is damaged.
         """
-        return tuple(sorted(Link.read(Path(self.link)).peers))
+        return tuple(sorted(self._link().peers()))
+
+    def _link(self) -> Link:
+        from fedfm.silos.consortium import Consortium
+
+        return Consortium.open(Path(self.consortium)).link()
 
     def open(self, house: House, clock: Clock | None = None) -> NatsSession:
         """A session in which nobody has been greeted yet.
 
         Raises:
-            ConfigError: if the link cannot be used.
+            ConfigError: if the consortium's folder cannot be used.
             WireError: if the broker cannot be reached.
         """
         base = house.base  # before the tuning puts its own parameters into the model
@@ -122,28 +132,28 @@ class Nats(Engine):
                 "data_rules": json.dumps(dict(house.data_rules)),
             }
 
-        link, job = Link.read(Path(self.link)), Job.begin(house.folder, house.run)
+        link, job = self._link(), Job.begin(house.folder, house.run)
         connection = link.connect()
         try:
-            make_streams(connection, link, int(self.storage * 1e9))
+            return NatsSession(connection, link, job, hello, max_bytes, 3 * len(leaves) + 64, clock, self.storage)
         except BaseException:
             connection.close()
             raise
-        return NatsSession(connection, link, job, hello, max_bytes, 3 * len(leaves) + 64, clock)
 
 
-def make_streams(connection: Connection, link: Link, max_bytes: int) -> None:
+def make_streams(connection: Connection, names: Names, members: Iterable[str], storage: float = 1.0) -> None:
     """Makes what members read from and write to at the broker, where it is not there; a member has no right to make anything.
 
     Args:
-        max_bytes: That each stream may hold.
+        storage: Gigabytes that each stream may hold.
 
     Raises:
         WireError: if the broker refuses.
     """
-    connection.make_stream(link.names.bodies, max_bytes)
-    for name in link.peers:
-        for branch in (link.names.down(name), link.names.up(name)):
+    max_bytes = int(storage * 1e9)
+    connection.make_stream(names.bodies, max_bytes)
+    for name in members:
+        for branch in (names.down(name), names.up(name)):
             connection.make_stream(branch, max_bytes)
             connection.make_consumer(branch, ack_wait=ACK_WAIT)
 
@@ -215,6 +225,7 @@ class NatsSession(Session):
         max_bytes: The longest answer.
         max_tensors: Most tensors that an answer may hold.
         clock: Measures deadlines.
+        storage: Gigabytes that each stream at the broker may hold.
 
     Attributes:
         dropped: Messages that were not taken, by the reason: a word of :data:`fedfm.wire.refusal.REASONS`.
@@ -229,12 +240,14 @@ class NatsSession(Session):
         max_bytes: int,
         max_tensors: int,
         clock: Clock | None = None,
+        storage: float = 1.0,
     ) -> None:
         self.clock = clock or Wall()
         self._link, self._job, self._hello, self._max_bytes, self._max_tensors = link, job, hello, max_bytes, max_tensors
-        self._me, self._names, self._window = link.me, link.names, Window()
+        self._me, self._names, self._window, self._storage = link.me, link.names, Window(), storage
+        self._peers: dict[str, Card] = {}
         self._window.open(job.name)
-        self._opener = Opener(self._me, link.peers, link.consortium, max_bytes)
+        self._opener = Opener(self._me, self._peers, link.consortium, max_bytes)
         self._sequence = job.session << _SESSION_BITS
         self._greeted: set[ClientId] = set()
         self._owed: dict[int, _Owed] = {}
@@ -243,22 +256,58 @@ class NatsSession(Session):
         self._given: float | None = None
         self._is_closed = False
         self._connection = connection
-        self._members = {self._names.up(name): name for name in link.peers}
-        self._inbox = self._connection.inbox(self._members)
+        self._members: dict[Branch, str] = {}
+        self._inbox = connection.inbox()
+        self._follow()
 
     @property
     def dropped(self) -> Counter[str]:
         """Messages that were not taken, by the reason."""
         return self._window.counts
 
+    # --- members ----------------------------------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        """Takes over who joined and who was revoked since.
+
+        Raises:
+            RunError: if the roster is damaged.
+            WireError: if the broker cannot be used.
+        """
+        peers, self._followed = dict(self._link.peers()), time.monotonic()
+        gone = [name for name in self._peers if name not in peers]
+        new = [name for name, card in peers.items() if self._peers.get(name) != card]
+        for name in gone:
+            branch = self._names.up(name)
+            self._inbox.remove(branch)
+            self._members.pop(branch, None)
+        # Other keys are another member, even under the same name: it knows nothing of this run, and reads no body that was sealed before.
+        changed = {*gone, *new}
+        for sequence in [sequence for sequence, owed in self._owed.items() if owed.client in changed]:
+            self._arrived.append(Failure(self._owed.pop(sequence).client, "exchange", _OUT))
+        self._greeted -= changed
+        self._bodies = [replace(stored, receivers=stored.receivers - changed) for stored in self._bodies]
+        make_streams(self._connection, self._names, new, self._storage)
+        self._peers.clear()
+        self._peers.update(peers)
+        for name in new:
+            branch = self._names.up(name)
+            self._members[branch] = name
+            self._inbox.add(branch)
+
     # --- questions --------------------------------------------------------------------------------------------------------
 
     def send(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> None:
         """Stores each body once, and each member's own part for it to find. A member that is away finds it when it comes."""
+        try:
+            self._follow()
+        except WireError as error:
+            self._arrived.extend(Failure(client, "exchange", str(error)) for client in requests)
+            return
         lasting = _LASTING if deadline is None else min(deadline, MAX_LIFETIME)
         expires = math.inf if deadline is None else self.clock.now() + deadline
-        known = {client: request for client, request in requests.items() if client in self._link.peers}
-        self._arrived.extend(Failure(client, "exchange", "there is no such client.") for client in requests if client not in known)
+        known = {client: request for client, request in requests.items() if client in self._peers}
+        self._arrived.extend(Failure(client, "exchange", _OUT) for client in requests if client not in known)
         same: dict[int, list[ClientId]] = {}
         for client, request in known.items():
             same.setdefault(id(request.body), []).append(client)
@@ -291,7 +340,7 @@ class NatsSession(Session):
             if stored.body is body and receivers <= stored.receivers:
                 return stored
         self._drop(stored for stored in self._bodies if stored.body.round != body.round)
-        cards = [self._link.peers[client] for client in sorted(receivers)]
+        cards = [self._peers[client] for client in sorted(receivers)]
         id, data = self._seal(BODY, body.round, pack_parts(Request(body)), cards, max(lasting, 3600.0), self._names.bodies)
         self._connection.publish(self._names.bodies.head(id), data)
         self._bodies.append(_Stored(body, id, receivers))
@@ -300,7 +349,7 @@ class NatsSession(Session):
     def _post(self, client: ClientId, kind: str, round: int, payload: Payload, lasting: float) -> int:
         """Puts a message into a member's stream; its sequence."""
         branch = self._names.down(client)
-        _, data = self._seal(kind, round, payload, [self._link.peers[client]], lasting, branch)
+        _, data = self._seal(kind, round, payload, [self._peers[client]], lasting, branch)
         self._connection.publish(branch.message, data)
         return self._sequence
 
@@ -361,6 +410,9 @@ class NatsSession(Session):
             answer = self._take(delivery)
             if answer is not None:
                 self._arrived.append(answer)
+        if time.monotonic() >= self._followed + _FOLLOW:
+            with suppress(WireError):
+                self._follow()
         now = self.clock.now()
         for sequence in [sequence for sequence, owed in self._owed.items() if owed.expires <= now]:
             self._arrived.append(Failure(self._owed.pop(sequence).client, "deadline", "it did not answer in time."))
@@ -369,7 +421,9 @@ class NatsSession(Session):
         """The answer in a message; ``None`` where it is none that is waited for."""
         answer, header = None, None
         try:
-            envelope = self._opener.read(delivery.data, sender=self._members[delivery.branch], max_bytes=self._max_bytes)
+            # Nobody has this name: what was on its way when its sender was revoked.
+            sender = self._members.get(delivery.branch, "")
+            envelope = self._opener.read(delivery.data, sender=sender, max_bytes=self._max_bytes)
             header = envelope.header
             owed = self._expected(header)
             if owed is not None:

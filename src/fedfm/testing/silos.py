@@ -12,28 +12,31 @@ from pathlib import Path
 from typing import Any
 
 from fedfm.client.policy import Policy, write_policy
-from fedfm.testing.broker import Broker
-from fedfm.wire.identity import Card, Identity
-from fedfm.wire.link import Link
+from fedfm.engines.nats import make_streams
+from fedfm.silos import certificates
+from fedfm.silos.broker import Broker
+from fedfm.silos.consortium import COORDINATOR, Consortium, Settings
+from fedfm.silos.enrol import Desk, Entering
+from fedfm.testing.broker import free_port
+from fedfm.wire.identity import Identity
 from fedfm.wire.nats import Connection
-from fedfm.wire.subjects import Names
 
 _MEMBER = """
 import logging, sys
 from pathlib import Path
 import torch
 from fedfm.client.policy import read_policy
-from fedfm.silos.member import Member
-from fedfm.wire.link import Link
+from fedfm.service.member import Member
+from fedfm.silos.membership import Membership
 logging.basicConfig(level=logging.INFO)
 torch.set_num_threads(int(sys.argv[2]))
 folder = Path(sys.argv[1])
-Member(Link.read(folder / "link.json"), folder, str(folder / "rows.jsonl"), read_policy(folder / "policy.yaml"), device="cpu").serve()
+Member(Membership.read(folder), str(folder / "rows.jsonl"), read_policy(folder / "policy.yaml"), device="cpu").serve()
 """
 
 
-class Consortium:
-    """A broker, a coordinator's link, and members.
+class Silos:
+    """A broker, a coordinator's folder, and members that have entered.
 
     Args:
         folder: An empty folder for all of it.
@@ -42,42 +45,52 @@ class Consortium:
         threads: CPU threads of each member.
 
     Attributes:
-        broker: It runs between ``with`` and its end.
-        link: The coordinator's link file.
+        consortium: The coordinator's folder.
+        processes: Members that were started, by name.
     """
 
     def __init__(
         self, folder: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]], policies: Mapping[str, Policy] | None = None, threads: int = 1
     ) -> None:
-        self.folder, self.threads, self.names = folder, threads, Names("test")
-        self.identities = {name: Identity.create(name) for name in ("coordinator", *rows)}
-        rights = {
-            self.identities[name].nkey: self.names.coordinator_rights(name) if name == "coordinator" else self.names.member_rights(name)
-            for name in self.identities
-        }
-        (folder / "broker").mkdir(parents=True)
-        self.broker = Broker(folder / "broker", rights)
-        cards = {name: identity.card for name, identity in self.identities.items()}
-        coordinator = {"coordinator": cards.pop("coordinator")}
-        self.link = self._write_link("coordinator", cards)
+        self.folder, self.threads = folder, threads
+        url = f"127.0.0.1:{free_port()}"
+        self.consortium = Consortium.create(self.home(COORDINATOR), Settings("test", (f"tls://{url}",), url), certificates.now())
+        self.names, self._links = self.consortium.names, {COORDINATOR: self.consortium.link()}
         for name, own in rows.items():
-            self._write_link(name, coordinator)
-            (self.home(name) / "rows.jsonl").write_text("".join(json.dumps(dict(row)) + "\n" for row in own), encoding="utf-8")
-            policy = (policies or {}).get(name, Policy.open())
-            (self.home(name) / "policy.yaml").write_text(write_policy(policy), encoding="utf-8")
+            self.add(name, own, (policies or {}).get(name, Policy.open()))
         self.processes: dict[str, subprocess.Popen[bytes]] = {}
 
+    def add(self, name: str, rows: Sequence[Mapping[str, Any]], policy: Policy) -> None:
+        """Lets a member enter, with keys of its own; it is not started."""
+        now = certificates.now()
+        entering = Entering.begin(self.consortium.invite(name, now), self.home(name))
+        answer = Desk(self.consortium).answer(entering.ask(now))
+        membership = None if answer is None else entering.accept(answer.data, certificates.now())
+        assert membership is not None
+        self._links[name] = membership.link()
+        (self.home(name) / "rows.jsonl").write_text("".join(json.dumps(dict(row)) + "\n" for row in rows), encoding="utf-8")
+        (self.home(name) / "policy.yaml").write_text(write_policy(policy), encoding="utf-8")
+
+    @property
+    def broker(self) -> Broker:
+        """It runs between ``with`` and its end."""
+        return self.consortium.broker
+
     def home(self, name: str) -> Path:
-        """The folder of somebody."""
+        """The folder of somebody; the coordinator's is the consortium's."""
         return self.folder / name
+
+    def identity(self, name: str) -> Identity:
+        """The private keys of somebody."""
+        return self._links[name].me
 
     def connect(self, name: str) -> Connection:
         """A connection of somebody's own."""
-        return Link.read(self.home(name) / "link.json").connect()
+        return self._links[name].connect()
 
     def start(self, *names: str) -> None:
         """Starts members, all of them where none is named; returns at once."""
-        for name in names or [name for name in self.identities if name != "coordinator"]:
+        for name in names or [name for name in self._links if name != COORDINATOR]:
             with (self.home(name) / "log.txt").open("ab") as log:
                 self.processes[name] = subprocess.Popen(
                     [sys.executable, "-P", "-c", _MEMBER, str(self.home(name)), str(self.threads)],
@@ -96,19 +109,20 @@ class Consortium:
         """What a member's process wrote."""
         return (self.home(name) / "log.txt").read_text(encoding="utf-8", errors="replace")
 
-    def __enter__(self) -> Consortium:
+    def kill_broker(self) -> None:
+        """Ends the broker with SIGKILL."""
+        process = self.broker.process()
+        assert process is not None
+        process.kill()
+        process.wait()
+
+    def __enter__(self) -> Silos:
         self.broker.start()
+        with self.connect(COORDINATOR) as connection:
+            make_streams(connection, self.names, self.consortium.cards())
         return self
 
     def __exit__(self, *_: object) -> None:
         for name in list(self.processes):
             self.kill(name)
         self.broker.stop()
-
-    def _write_link(self, name: str, peers: Mapping[str, Card]) -> Path:
-        home = self.home(name)
-        home.mkdir()
-        self.identities[name].save(home / "identity.json")
-        authority, certificate, key = (self.broker.folder / file for file in ("ca.pem", "client.pem", "client.key"))
-        Link("test", (self.broker.url,), home / "identity.json", authority, certificate, key, peers).write(home / "link.json")
-        return home / "link.json"

@@ -2,11 +2,13 @@
 
 ::
 
-    <folder>/
-      link.json                 where the broker is, who the coordinator is, who the members are
+    <folder>/                   the consortium's (fedfm.silos.consortium)
       jobs/<name>.yaml          a recipe that was submitted; never changed
       jobs/<name>.failed        why it ended without a result
       runs/<name>/              the run's folder, from which its progress is read
+
+While it serves, members enter, and the broker runs: the coordinator starts it where it does not run, starts it again where it ended, and stops it in the end.
+A broker that ran before is left alone.
 
 A job's name begins with the time of its submission, and jobs run in that order. Everything is a file, so whoever submits need not be there when it
 runs, and a coordinator that was killed goes on where the run's folder says.
@@ -22,28 +24,35 @@ import logging
 import os
 import re
 import secrets
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedfm.core import check, disk, words
 from fedfm.core.errors import ConfigError, FedfmError, RunError, WireError
 from fedfm.engines import Nats
+from fedfm.engines.nats import make_streams
 from fedfm.federation import Federation
 from fedfm.recipe import dump, read
 from fedfm.run.folder import RECIPE, is_finished, read_journal
 from fedfm.run.loop import resume, run
-from fedfm.wire.link import Link
+from fedfm.silos import certificates
+from fedfm.silos.consortium import Consortium
+from fedfm.silos.enrol import Desk, Reception
+
+if TYPE_CHECKING:
+    from fedfm.wire.nats import Connection
 
 log = logging.getLogger(__name__)
-LINK, JOBS, RUNS, LOCK = "link.json", "jobs", "runs", "serve.lock"
+JOBS, RUNS, LOCK = "jobs", "runs", "serve.lock"
 State = Literal["queued", "running", "finished", "failed"]
-# Seconds: between two looks at the jobs, after a broker that went away.
-_LOOK, _AGAIN = 0.5, 3.0
+# Seconds: between two looks at the jobs, after a broker that went away, between two looks at when certificates end.
+_LOOK, _AGAIN, _RENEW = 0.5, 3.0, 86400.0
 
 
 @dataclass(frozen=True)
@@ -105,17 +114,6 @@ class Job:
         return done, read(self.recipe).rounds
 
 
-def require_folder(folder: Path) -> Link:
-    """The link of a coordinator's folder.
-
-    Raises:
-        ConfigError: if it is no such folder.
-    """
-    if not (folder / LINK).is_file():
-        raise ConfigError(f"{words.clean(folder, 120)} is no coordinator's folder: there is no {LINK} in it.")
-    return Link.read(folder / LINK)
-
-
 def jobs(folder: Path) -> list[Job]:
     """All jobs, in the order in which they run."""
     return [Job(folder, path.stem) for path in sorted((folder / JOBS).glob("*.yaml"))]
@@ -141,13 +139,13 @@ def submit(folder: Path, federation: Federation) -> Job:
     """Puts a recipe into the queue, for the coordinator to run when it gets to it.
 
     Raises:
-        ConfigError: if it is no coordinator's folder.
+        ConfigError: if there is no consortium in the folder.
         PlanError: if the plan cannot mean what it says.
         RunError: if it cannot be written.
     """
-    link = require_folder(folder)
-    plan = replace(federation, engine=Nats(str(folder.absolute() / LINK), federation.engine.device))
-    check.require(plan.resolved(), len(link.peers))
+    members = Consortium.open(folder).cards()
+    plan = replace(federation, engine=Nats(str(folder.absolute()), federation.engine.device))
+    check.require(plan.resolved(), len(members))
     name = re.sub("[^a-z0-9]+", "-", federation.name.lower()).strip("-")[:30] or "run"
     submitted = Job(folder, f"{datetime.now(UTC):%Y%m%d-%H%M%S-%f}-{name}-{secrets.token_hex(2)}")
     disk.make_folder(folder / JOBS)
@@ -155,15 +153,20 @@ def submit(folder: Path, federation: Federation) -> Job:
     return submitted
 
 
-def serve(folder: Path) -> None:
-    """Runs what is submitted until it is interrupted.
+def serve(consortium: Consortium, ready: Callable[[], None] = lambda: None) -> None:
+    """Lets members enter, and runs what is submitted, until it is interrupted.
+
+    Args:
+        ready: Called once, when the broker runs and members can enter.
 
     Raises:
-        ConfigError: if it is no coordinator's folder.
-        RunError: if another process serves it, or it cannot be written.
+        ConfigError: if the broker cannot be started: its port is taken, or NATS refuses its configuration.
+        MissingExtra: if the extra ``deploy`` is not installed.
+        RunError: if another process serves the folder, or it cannot be written.
     """
-    require_folder(folder)
-    with _alone(folder):
+    folder = consortium.folder
+    with _alone(folder), _broker(consortium) as is_ours, _open(Hall(consortium, is_ours)):
+        ready()
         while True:
             waiting = [job for job in jobs(folder) if job.state in ("queued", "running")]
             if waiting:
@@ -185,14 +188,20 @@ def status(folder: Path) -> dict[str, Any]:
     """Who belongs, and what runs.
 
     Raises:
-        ConfigError: if it is no coordinator's folder.
+        ConfigError: if there is no consortium in the folder.
+        RunError: if its roster is damaged.
     """
-    link = require_folder(folder)
+    consortium = Consortium.open(folder)
     told: list[dict[str, Any]] = []
     for job in jobs(folder):
         done, rounds = job.rounds
         told.append({"name": job.name, "state": job.state, "round": done, "rounds": rounds, "failure": job.failure})
-    return {"consortium": link.consortium, "serving": is_served(folder), "members": sorted(link.peers), "jobs": told}
+    return {
+        "consortium": consortium.settings.name,
+        "serving": is_served(folder),
+        "members": sorted(consortium.cards()),
+        "jobs": told,
+    }
 
 
 def _play(job: Job) -> None:
@@ -208,6 +217,90 @@ def _play(job: Job) -> None:
     except FedfmError as error:
         log.error("%s ended: %s", job.name, error)
         job.fail(str(error))
+
+
+@contextmanager
+def _broker(consortium: Consortium) -> Iterator[bool]:
+    """The broker while it runs, and whether we started it; then it is stopped in the end."""
+    consortium.renew(certificates.now())
+    is_ours = consortium.settings.broker == "own" and consortium.broker.process() is None
+    if is_ours:
+        consortium.broker.start()
+    try:
+        yield is_ours
+    finally:
+        if is_ours:
+            consortium.broker.stop()
+
+
+class Hall:
+    """Where members enter, in a thread of its own, so that none waits for a run to end.
+
+    Args:
+        consortium: The coordinator's folder.
+        starts_broker: Whether the broker is started again where it ended.
+    """
+
+    def __init__(self, consortium: Consortium, starts_broker: bool) -> None:
+        self._consortium, self._starts_broker = consortium, starts_broker
+        self._desk, self._renewed = Desk(consortium), time.monotonic()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="fedfm-hall", daemon=True)
+
+    def open(self) -> None:
+        """Begins."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Lets nobody in any more."""
+        self._stop.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                self._keep_broker()
+                self._receive()
+            except FedfmError as error:
+                log.warning("members cannot enter at the moment: %s", error)
+                self._stop.wait(_AGAIN)
+            except Exception:  # A hall that has died lets nobody in, ever.
+                log.exception("members cannot enter at the moment")
+                self._stop.wait(_AGAIN)
+
+    def _receive(self) -> None:
+        link = self._consortium.link()
+        with link.connect() as connection:
+            reception = Reception(self._desk, connection)
+            self._make_room(connection)
+            inbox = connection.inbox([reception.branch])
+            while not self._stop.is_set():
+                delivery = inbox.next(_LOOK)
+                if delivery is not None:
+                    reception.take(delivery)
+                    self._make_room(connection)
+                self._keep_broker()
+                if time.monotonic() >= self._renewed + _RENEW:
+                    self._renewed = time.monotonic()
+                    self._consortium.renew(certificates.now())
+
+    def _make_room(self, connection: Connection) -> None:
+        """Makes the streams of who belongs, so that a member that is in can wait for its first message."""
+        make_streams(connection, self._consortium.names, self._consortium.cards())
+
+    def _keep_broker(self) -> None:
+        if self._starts_broker and self._consortium.broker.process() is None:
+            log.warning("the broker ended; it is started again")
+            self._consortium.broker.start()
+
+
+@contextmanager
+def _open(hall: Hall) -> Iterator[None]:
+    hall.open()
+    try:
+        yield
+    finally:
+        hall.close()
 
 
 @contextmanager

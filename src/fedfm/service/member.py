@@ -3,7 +3,7 @@
 ::
 
     <folder>/
-      link.json               where the broker is, who the member is, who the coordinator is
+      membership.json         where the broker is, who the member is, who the coordinator is; and its keys (fedfm.silos.membership)
       window                  which messages were worked on
       clients/<member>/       the owner's log, questions, and what was spent, over all runs
       jobs/<job>/             a run: its greeting, and what the member remembers of it
@@ -39,8 +39,8 @@ from fedfm.core.keys import Key
 from fedfm.core.messages import Body, Failure, Request, pack_parts, unpack
 from fedfm.core.version import VERSION as RELEASE
 from fedfm.engines.nats import ACK_WAIT, BODY, BODY_ID, HELLO, REPLY, REQUEST, TALK
+from fedfm.silos.membership import Membership
 from fedfm.wire.envelope import Envelope, Header, Opener, seal
-from fedfm.wire.link import Link
 from fedfm.wire.refusal import Refused, reason
 from fedfm.wire.stored import Stored
 from fedfm.wire.transfer import receive_all, send
@@ -126,28 +126,26 @@ class Member:
     """One owner's side of all runs of a consortium.
 
     Args:
-        link: How it reaches the coordinator, its one peer.
-        folder: What it keeps lies here.
+        membership: Which consortium it belongs to; what it keeps lies in the same folder.
         data: The owner's own rows.
         policy: What the owner lets happen; ``None`` for the strictest default.
         test: The owner's own test rows; ``None`` holds out some of ``data``.
         device: Where the model runs.
 
     Raises:
-        ConfigError: if the link names another number of peers than one.
+        ConfigError: if its keys are missing or damaged, or others can read them.
     """
 
     def __init__(
-        self, link: Link, folder: Path, data: str, policy: Policy | None = None, test: str | None = None, device: str = "auto"
+        self, membership: Membership, data: str, policy: Policy | None = None, test: str | None = None, device: str = "auto"
     ) -> None:
-        if len(link.peers) != 1:
-            raise ConfigError(f"A member has one coordinator; its link names {len(link.peers)}.")
-        (self._coordinator,) = link.peers.values()
+        link, folder = membership.link(), membership.folder
+        self._coordinator = membership.coordinator
         self.link, self.folder, self.data, self.test, self.device = link, folder, data, test, device
         self.policy = policy or Policy()
         self.name = link.me.name
         self.window = Window(folder / "window", any_job=True)
-        self._opener = Opener(link.me, link.peers, link.consortium)
+        self._opener = Opener(link.me, link.peers(), link.consortium)
         self._up, self._down = link.names.up(self.name), link.names.down(self.name)
         self._runtimes: OrderedDict[str, Runtime] = OrderedDict()
         self._body: tuple[str, Body] | None = None

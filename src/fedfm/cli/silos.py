@@ -28,7 +28,7 @@ from fedfm.silos.membership import Membership
 from fedfm.wire.nats import LoginRefused
 
 # Seconds: between two looks at a run, that a member asks the coordinator before it says that it waits, between two attempts.
-_LOOK, _PATIENCE, _AGAIN = 0.3, 20.0, 2.0
+_LOOK, _PATIENCE, _AGAIN = 0.3, 10.0, 2.0
 
 
 def serve(folder: Path, log_level: str) -> None:

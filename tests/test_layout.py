@@ -27,8 +27,8 @@ LAYERS = [
     {"site"},
     {"recipe", "simulation", "coordination"},
     {"run", "testing"},
-    {"service"},
     {"quickstart"},
+    {"service"},
     {"cli"},
 ]
 # Rooms that know nothing else, not even for annotations or inside a function.

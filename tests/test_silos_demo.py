@@ -14,6 +14,7 @@ pytest.importorskip("cryptography.hazmat.primitives.hpke", reason="the extra 'de
 pytest.importorskip("nats", reason="the extra 'deploy' is not installed")
 pytest.importorskip("nkeys", reason="the extra 'deploy' is not installed")
 
+from fedfm.client.memory import home
 from fedfm.service.demo import MEMBERS, main
 from fedfm.silos.broker import find_server
 from fedfm.silos.consortium import Consortium
@@ -31,7 +32,7 @@ def test_the_demonstration_runs_and_ends_what_it_started(tmp_path: Path, monkeyp
     run = main(tmp_path / "silos", quick=True)
     assert (run / "report.html").is_file() and (run / "model").is_dir()
     for name in MEMBERS:
-        log = tmp_path / "silos" / name / "keys" / "clients" / name / "log.jsonl"
+        log = home(tmp_path / "silos" / name / "keys", name) / "log.jsonl"
         assert "release" in {json.loads(line)["event"] for line in log.read_text().splitlines()}
     assert Consortium.open(tmp_path / "silos" / "consortium").broker.process() is None
     assert not [process for process in psutil.process_iter() if _is_of(process, tmp_path)]

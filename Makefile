@@ -6,13 +6,16 @@ CORE := .venv/.core
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart test clean
+.PHONY: help quickstart demo-silos test clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 quickstart: $(CORE) ## Federated tuning on this machine, offline, in a few minutes; ends with a table and runs/quickstart/report.html
 	$(BIN)/fedfm quickstart
+
+demo-silos: $(READY) ## A consortium on this machine: broker, coordinator and four members as processes of their own; a run and its report
+	$(BIN)/python -m fedfm.service.demo
 
 # One thread in each process: two tests share two cores, and a run's numbers are exact for one number of threads.
 test: export OMP_NUM_THREADS = 1

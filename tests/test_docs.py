@@ -65,5 +65,5 @@ def test_the_commands_and_the_python_of_the_readme_run_as_they_stand(
 
 def test_the_make_targets_of_the_readme_are_there() -> None:
     make = (ROOT / "Makefile").read_text(encoding="utf-8")
-    targets = re.findall(r"^make (\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
+    targets = re.findall(r"^make ([\w-]+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
     assert targets and all(re.search(rf"^{target}: ", make, re.M) for target in targets)

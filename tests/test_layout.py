@@ -16,6 +16,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "fedfm"
 LAYERS = [
     {"core"},
     {"samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data", "reports", "wire"},
+    {"silos"},
     {"tasks", "tuning"},
     {"local"},
     {"methods", "observers", "notation"},
@@ -23,10 +24,11 @@ LAYERS = [
     {"verbs"},
     {"engines"},
     {"federation"},
-    {"recipe", "simulation"},
+    {"site"},
+    {"recipe", "simulation", "coordination"},
     {"run", "testing"},
-    {"silos"},
     {"quickstart"},
+    {"service"},
     {"cli"},
 ]
 # Rooms that know nothing else, not even for annotations or inside a function.
@@ -40,7 +42,8 @@ STRICT = {
     "methods": {"core", "local", "transforms", "aggregators", "server", "samplers", "channels"},
     "client": {"core", "data", "models", "tasks", "tuning", "local", "notation"},
     "verbs": {"core", "data", "tuning", "client", "observers"},
-    "engines": {"core", "client", "notation"},
+    "silos": {"core", "wire"},
+    "engines": {"core", "client", "notation", "wire", "silos"},
 }
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 

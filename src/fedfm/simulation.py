@@ -8,31 +8,26 @@ from pathlib import Path
 
 from fedfm.client.house import House
 from fedfm.client.policy import Policy, read_policies, require_known
-from fedfm.core.clock import Clock
 from fedfm.core.keys import Key
 from fedfm.core.messages import ClientId
-from fedfm.core.session import Session
 from fedfm.data import Owners, prepare
 from fedfm.federation import Federation
 from fedfm.models import load_tokenizer, unchanged
 from fedfm.models.foundation import classes_of, configured, max_context
+from fedfm.site import Site
 
 Progress = Callable[[str, int], None]
 
 
 @dataclass
-class Simulation:
+class Simulation(Site):
     """All that is needed to play a federation here.
 
     Attributes:
-        federation: The plan, its method applied.
         owners: Everybody's prepared data.
-        house: Where the clients live.
     """
 
-    federation: Federation
     owners: Owners
-    house: House
 
     @staticmethod
     def build(
@@ -88,19 +83,6 @@ class Simulation:
             policies=policies,
             run=plan.name,
             outline=outline,
+            data_rules=plan.data.rules(),
         )
-        return Simulation(plan, owners, house)
-
-    @property
-    def clients(self) -> tuple[ClientId, ...]:
-        """Everyone with usable data, in a fixed order."""
-        return self.house.clients
-
-    @property
-    def key(self) -> Key:
-        """The run's root key."""
-        return self.house.key
-
-    def open(self, clock: Clock | None = None) -> Session:
-        """A session with every client, on the federation's engine."""
-        return self.federation.engine.open(self.house, clock)
+        return Simulation(plan, house, owners)

@@ -1,5 +1,5 @@
 """``fedfm``: init, run, resume, compare, sweep, check, list, show, report, export, evaluate, predict, generate, cache, log, approve,
-consortium, quickstart, completion, and commands of other packages.
+consortium, serve, join, attach, status, quickstart, completion, and commands of other packages.
 
 Only what ``--help`` needs is imported here; a command imports the rest when it runs.
 """
@@ -15,9 +15,9 @@ import click
 import typer
 
 from fedfm.cli import completion
+from fedfm.cli.consortium import consortium
 from fedfm.cli.group import Command, Commands
-from fedfm.cli.silos import consortium
-from fedfm.core.errors import FedfmError
+from fedfm.core.errors import ConfigError, FedfmError
 from fedfm.core.version import VERSION
 
 # Characters of an error that are shown: a message may quote what it was given, and that may be a file.
@@ -45,6 +45,7 @@ Recipe = Annotated[
     Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", callback=_usable, click_type=click.Path(path_type=Path))
 ]
 Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", callback=_usable, click_type=completion.Folder(path_type=Path))]
+Coordinator = Annotated[Path, typer.Argument(metavar="DIR", help="The coordinator's folder.", callback=_usable)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Values for fields of the recipe, such as rounds=20 or tuning.LoRA.r=16."),
@@ -101,12 +102,26 @@ def run(
     overrides: Overrides = None,
     out: Out = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the plan, print the resolved recipe, and stop.")] = False,
+    consortium: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Submit it to the coordinator of this folder, and show its progress.", callback=_usable),
+    ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
     log_level: LogLevel = "warning",
 ) -> None:
     """Run a recipe."""
     from fedfm.cli import commands
+
+    if consortium is not None and not dry_run:
+        if out is not None:
+            raise ConfigError(
+                f"--out is for a run on this machine; a run of a consortium lies in {consortium}/runs. Leave one of them out."
+            )
+        from fedfm.cli import silos
+
+        silos.submit(consortium, recipe, overrides or [], commands.Telling(quiet, as_json, log_level))
+        return
 
     commands.run(recipe, overrides or [], out, dry_run, commands.Telling(quiet, as_json, log_level))
 
@@ -395,6 +410,56 @@ def init(
     columns = {"text": text, "label": label, "instruction": instruction, "input": context, "response": response, "owner": owner}
     given = {name: column for name, column in columns.items() if column is not None}
     start.init(file, to, start.Given(task, given, model, delimiter, encoding, yes))
+
+
+@app.command(cls=Command)
+def serve(folder: Coordinator, log_level: LogLevel = "warning") -> None:
+    """Coordinate a consortium: let members enter, and run what is submitted, one run after the other."""
+    from fedfm.cli import silos
+
+    silos.serve(folder, log_level)
+
+
+@app.command(cls=Command)
+def join(
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="INVITATION", help="The invitation file; or the folder of a member that has entered.", callback=_usable),
+    ],
+    data: Annotated[str, typer.Option(metavar="FILE", help="The owner's own rows: .csv, .jsonl, .parquet or a folder of texts.")],
+    test: Annotated[str | None, typer.Option(metavar="FILE", help="Rows to evaluate on. Default: some of the data are held out.")] = None,
+    policy: Annotated[Path | None, typer.Option(help="The owner's policy (YAML). Default: the strictest.", callback=_usable)] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where the member's keys and records are. Default: the member's name, here.", callback=_usable)
+    ] = None,
+    device: Device = "auto",
+    log_level: LogLevel = "warning",
+) -> None:
+    """Enter a consortium, and answer its coordinator with the owner's own data, under the owner's policy."""
+    from fedfm.cli import silos
+
+    silos.join(path, data, test, policy, folder, device, log_level)
+
+
+@app.command(cls=Command)
+def attach(
+    folder: Coordinator,
+    name: Annotated[str | None, typer.Argument(metavar="[JOB]", help="As fedfm status names it. Default: the last one.")] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Follow a run of a consortium; Ctrl-C leaves it alone."""
+    from fedfm.cli import commands, silos
+
+    silos.attach(folder, name, commands.Telling(quiet, as_json))
+
+
+@app.command(cls=Command)
+def status(folder: Coordinator, as_json: Json = False) -> None:
+    """Show a consortium's members, what runs, and which round."""
+    from fedfm.cli import silos
+
+    silos.status(folder, as_json)
 
 
 @app.command(cls=Command)

@@ -1,146 +1,179 @@
-"""The commands of a consortium. Only what ``--help`` needs is imported here; a command imports the rest when it runs."""
+"""``fedfm serve``, ``join``, ``attach``, ``status``, and ``run --consortium``: a run across organisations."""
 
 from __future__ import annotations
 
+import logging
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
 
-import typer
+from fedfm.cli.commands import Telling, stoppable
+from fedfm.cli.parts import show_json
+from fedfm.client.policy import read_policy
+from fedfm.core import words
+from fedfm.core.errors import ConfigError, RunError, WireError
+from fedfm.recipe import read
+from fedfm.run.log import LOG
+from fedfm.service import coordinator
+from fedfm.service.coordinator import Job
+from fedfm.service.member import Member
+from fedfm.silos.certificates import now
+from fedfm.silos.consortium import Consortium
+from fedfm.silos.enrol import Unanswered, enter, entered
+from fedfm.silos.invitation import Invitation
+from fedfm.silos.membership import Membership
+from fedfm.wire.nats import LoginRefused
 
-from fedfm.cli.group import Command
-
-consortium = typer.Typer(
-    name="consortium",
-    help="Begin a consortium of real silos, invite members, see who is there, and put a member out.",
-    no_args_is_help=True,
-    add_completion=False,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-
-
-def _usable(value: Path | None) -> Path | None:
-    from fedfm.core.paths import usable
-
-    return None if value is None else usable(value, "The path")
-
-
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The consortium's folder.", callback=_usable)]
-Member = Annotated[str, typer.Argument(metavar="MEMBER", help="The member's name: letters a-z, digits and hyphens.")]
-Json = Annotated[bool, typer.Option("--json", help="Answer in JSON on stdout.")]
+# Seconds: between two looks at a run, that a member asks the coordinator before it says that it waits, between two attempts.
+_LOOK, _PATIENCE, _AGAIN = 0.3, 10.0, 2.0
 
 
-@consortium.command(cls=Command)
-def init(
-    folder: Folder,
-    name: Annotated[str, typer.Option(help="The consortium's name: letters a-z, digits and hyphens.")],
-    url: Annotated[
-        list[str] | None,
-        typer.Option(help="Where members reach the broker, tls://HOST:PORT; may be given more than once. Default: this machine alone."),
-    ] = None,
-    listen: Annotated[
-        str | None, typer.Option(metavar="ADDRESS:PORT", help="On which the broker listens. Default: the port of --url, on all addresses.")
-    ] = None,
-    external: Annotated[
-        bool, typer.Option("--external-broker", help="Somebody else runs the broker; write the configuration to install there.")
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Begin a consortium: keys, certificate authority, broker configuration, roster."""
-    from fedfm.silos.certificates import now
-    from fedfm.silos.consortium import Consortium, Settings, default_listen
+def serve(folder: Path, log_level: str) -> None:
+    """``fedfm serve``."""
+    Telling(quiet=True, log_level=log_level).watchers()
+    consortium = Consortium.open(folder)
 
-    urls = tuple(url or ["tls://127.0.0.1:4222"])
-    settings = Settings(name, urls, listen or default_listen(urls), "external" if external else "own")
-    made = Consortium.create(folder, settings, now())
-    card = made.identity.card
-    if as_json:
-        _show({"consortium": name, "folder": str(folder), "urls": list(urls), "listen": settings.listen, "fingerprint": card.fingerprint})
-        return
-    print(f"consortium   {name}, in {folder}")
-    print(f"broker       {', '.join(urls)}" + ("" if external else f" (listens on {settings.listen})"))
-    print(f"coordinator  {card.short}   (the first half of its fingerprint; members compare it)")
-    if external:
-        print(f"install      {made.broker.accounts_file} at the broker; docs/deploy.md says how")
-    print(f"next         fedfm consortium invite {folder} MEMBER")
-
-
-@consortium.command(cls=Command)
-def invite(
-    folder: Folder,
-    member: Member,
-    out: Annotated[Path | None, typer.Option(help="The file to write. Default: MEMBER.invitation.json here.", callback=_usable)] = None,
-    as_json: Json = False,
-) -> None:
-    """Write an invitation for one member; it works once, until it expires."""
-    from fedfm.silos.certificates import now
-    from fedfm.silos.consortium import Consortium
-    from fedfm.silos.invitation import require_free
-
-    opened = Consortium.open(folder)
-    path = out or Path(f"{member}.invitation.json")
-    require_free(path)
-    invitation = opened.invite(member, now())
-    invitation.write(path)
-    if as_json:
-        _show({"member": member, "invitation": str(path), "expires": invitation.expires.isoformat(), "returns": bool(invitation.card)})
-        return
-    print(f"invitation   {path}   (secret; works once, until {invitation.expires:%Y-%m-%d %H:%M} UTC)")
-    if invitation.card:
-        print(f"for          the keys that {member} has, so that it can come back; for new keys revoke {member} first")
-    print(f"coordinator  {invitation.coordinator.short}   (compare it with {member} on the telephone)")
-    _tell_external(opened)
-
-
-@consortium.command(name="list", cls=Command)
-def list_(folder: Folder, as_json: Json = False) -> None:
-    """Show who was invited, who belongs, who is out, and until when."""
-    from fedfm.core import words
-    from fedfm.silos.certificates import now
-    from fedfm.silos.consortium import Consortium
-
-    opened = Consortium.open(folder)
-    rows = opened.members().table(now())
-    if as_json:
-        _show({"consortium": opened.settings.name, "broker_runs": opened.broker.process() is not None, "members": rows})
-        return
-    if not rows:
-        print(f"Nobody was invited yet. Next: fedfm consortium invite {folder} MEMBER")
-        return
-    print(f"{'member':<24}{'state':<10}{'since':<12}{'until':<12}{'refused':>8}  keys")
-    for row in rows:
-        since, until = (str(row[name] or "-")[:10] for name in ("since", "until"))
-        print(f"{words.clean(row['member'], 22):<24}{row['state']:<10}{since:<12}{until:<12}{row['refused']:>8}  {row['keys'] or '-'}")
-    if opened.settings.broker == "own":
-        print(f"\nThe broker {'runs' if opened.broker.process() is not None else 'does not run'}.")
-
-
-@consortium.command(cls=Command)
-def revoke(folder: Folder, member: Member, as_json: Json = False) -> None:
-    """Put a member out at once, and void its open invitations."""
-    from fedfm.silos.certificates import now
-    from fedfm.silos.consortium import Consortium
-
-    opened = Consortium.open(folder)
-    belonged = opened.revoke(member, now())
-    runs = opened.broker.process() is not None
-    if as_json:
-        _show({"member": member, "was_member": belonged, "broker_runs": runs})
-        return
-    print(f"revoked  {member}{'' if belonged else ' (it was invited, and had not entered)'}")
-    if opened.settings.broker == "own":
-        print("The broker has cut it off." if runs else "The broker does not run; it will not let it in.")
-    _tell_external(opened)
-
-
-def _tell_external(opened: Any) -> None:
-    if opened.settings.broker == "external":
+    def ready() -> None:
         print(
-            f"Install {opened.broker.accounts_file} at the broker now, and let it read its configuration again, twice (nats-server --signal reload)."
+            f"Coordinating {consortium.settings.name} with {len(consortium.cards())} members at {', '.join(consortium.settings.urls)}. "
+            "Ctrl-C ends it; what was completed is kept.",
+            flush=True,
         )
 
+    with stoppable(f"the next fedfm serve {folder} goes on."):
+        coordinator.serve(consortium, ready)
 
-def _show(value: object) -> None:
-    from fedfm.cli.parts import show_json
 
-    show_json(value)
+def join(path: Path, data: str, test: str | None, policy: Path | None, folder: Path | None, device: str, log_level: str) -> None:
+    """``fedfm join``."""
+    Telling(quiet=True, log_level=log_level).watchers()
+    rules = None if policy is None else read_policy(policy)
+    with stoppable("what was asked meanwhile waits at the broker, and the same command goes on."):
+        member = Member(_membership(path, folder), data, rules, test, device)
+        if policy is None:
+            print("No policy: the strictest default holds, and a person is asked about every run (fedfm approve).", flush=True)
+        print(
+            f"{member.name} waits for what {member.link.consortium} asks. Ctrl-C ends it; fedfm log {member.folder} shows what left.",
+            flush=True,
+        )
+        member.serve()
+
+
+def _membership(path: Path, folder: Path | None) -> Membership:
+    """The membership in a folder, or the one to which an invitation leads.
+
+    Raises:
+        ConfigError: if there is none, or the invitation and the folder do not go together.
+        DataError: if the invitation cannot be used.
+    """
+    if path.is_dir():
+        if folder is not None:
+            raise ConfigError(
+                f"{words.clean(path, 120)} is a member's folder already; --folder is for an invitation. Leave one of them out."
+            )
+        return Membership.read(path)
+    # A service gives the same invitation at each start, also after it expired.
+    invitation = Invitation.read(path, datetime.min.replace(tzinfo=UTC))
+    home = folder or Path(invitation.member)
+    membership = entered(invitation, home)
+    if membership is not None:
+        return membership
+    membership = _enter(Invitation.read(path, now()), home)
+    print(f"Entered {membership.consortium} as {membership.member}; keys and certificate are in {home}.")
+    print(f"coordinator  {membership.coordinator.short}   (compare it with the coordinator on the telephone)")
+    print(f"your keys    {membership.identity.card.short}   (fedfm consortium list shows them there)", flush=True)
+    return membership
+
+
+def _enter(invitation: Invitation, home: Path) -> Membership:
+    """Enters, and waits while the coordinator is away."""
+    told = ""
+    while True:
+        try:
+            return enter(invitation, home, _PATIENCE)
+        except LoginRefused:
+            raise
+        except (WireError, Unanswered) as error:
+            if now() >= invitation.expires:
+                raise
+            if str(error) != told:
+                told = str(error)
+                print(f"Waiting for the coordinator of {invitation.consortium}: {told}", file=sys.stderr, flush=True)
+            time.sleep(_AGAIN)
+
+
+def submit(folder: Path, recipe: Path, overrides: Sequence[str], telling: Telling) -> None:
+    """``fedfm run --consortium``."""
+    job = coordinator.submit(folder, read(recipe, overrides))
+    print(f"Submitted as {job.name}.", file=telling.stream, flush=True)
+    if not coordinator.is_served(folder):
+        print(f"No coordinator is up; it begins with: fedfm serve {folder}", file=telling.stream, flush=True)
+    _follow(job, telling)
+
+
+def attach(folder: Path, name: str | None, telling: Telling) -> None:
+    """``fedfm attach``."""
+    Consortium.open(folder)
+    _follow(coordinator.job(folder, name), telling)
+
+
+def status(folder: Path, as_json: bool) -> None:
+    """``fedfm status``."""
+    told = coordinator.status(folder)
+    if as_json:
+        show_json(told)
+        return
+    print(f"{told['consortium']}: the coordinator is {'up' if told['serving'] else 'down'}. Members: {', '.join(told['members'])}.")
+    for job in told["jobs"]:
+        print(f"{job['name']}  {job['state']:<8}  round {job['round']} of {job['rounds']}  {job['failure'][:200]}".rstrip())
+
+
+def _follow(job: Job, telling: Telling) -> None:
+    """Shows a job's progress until it ends.
+
+    Raises:
+        RunError: if it ended without a result.
+    """
+    with _detachable(job, telling):
+        seen = 0
+        while True:
+            state = job.state
+            if not telling.quiet:
+                seen = _show(job.run / LOG, seen, telling)
+            if state in ("finished", "failed"):
+                break
+            time.sleep(_LOOK)
+    if state == "failed":
+        raise RunError(f"{job.name} ended without a result: {job.failure}")
+    if telling.as_json:
+        show_json({"job": job.name, "run": str(job.run), "model": str(job.run / "model"), "report": str(job.run / "report.html")})
+    else:
+        print(f"Model: {job.run / 'model'}\nReport: {job.run / 'report.html'}")
+
+
+def _show(path: Path, seen: int, telling: Telling) -> int:
+    """Prints the lines of a run's log from a place in it on; the place after them."""
+    if not path.exists():
+        return seen
+    with path.open("rb") as file:
+        # The log begins anew when it is long.
+        file.seek(seen if path.stat().st_size >= seen else 0)
+        for line in file:
+            if not line.endswith(b"\n"):
+                return file.tell() - len(line)
+            print(line.decode("utf-8", "replace").rstrip(), file=telling.stream, flush=True)
+        return file.tell()
+
+
+@contextmanager
+def _detachable(job: Job, telling: Telling) -> Iterator[None]:
+    """Ctrl-C leaves a run alone."""
+    logging.getLogger("fedfm").setLevel(logging.WARNING)
+    try:
+        yield
+    except KeyboardInterrupt:
+        print(f"\nDetached; the run goes on. Go back to it: fedfm attach {job.folder} {job.name}", file=telling.stream)
+        sys.exit(0)

@@ -19,7 +19,7 @@ from fedfm.client.policy import OPEN, Policy
 from fedfm.client.spent import SpentStore
 from fedfm.core.errors import DataError
 from fedfm.core.keys import Key
-from fedfm.core.messages import ClientId
+from fedfm.core.messages import ClientId, Scalar
 from fedfm.core.task import Examples
 from fedfm.core.tree import Tree
 from fedfm.data import Shard, opened
@@ -54,6 +54,8 @@ class House:
         now: The owners' clock, for hours and logs.
         door: Asks a person; ``None`` for questions as files under ``records``.
         outline: The tokenizer and the config, where they are loaded already. The model takes them over.
+        elsewhere: Clients whose house is another machine, in a fixed order; this one holds none of their data.
+        data_rules: How an owner's rows become examples, for houses that prepare their own: the fields of ``data`` that name no file.
     """
 
     plan: ClientPlan
@@ -73,18 +75,22 @@ class House:
     now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
     door: Door | None = None
     outline: tuple[Any, Any] | None = None
+    elsewhere: tuple[ClientId, ...] = ()
+    data_rules: Mapping[str, Scalar] = field(default_factory=dict)
 
     @property
     def clients(self) -> tuple[ClientId, ...]:
-        """Who is hosted here, in a fixed order."""
-        return tuple(self.shards)
+        """Who takes part, here and elsewhere, in a fixed order."""
+        return (*self.shards, *self.elsewhere)
 
     def shard(self, client: ClientId) -> Shard:
         """A client's data, opened; nothing of it is held in memory.
 
         Raises:
-            DataError: if it cannot be read.
+            DataError: if it cannot be read, or is on another machine.
         """
+        if client not in self.shards:
+            raise DataError(f"The data of {client} is in its own house, not on this machine.")
         return Shard.open(self.shards[client], owner=client)
 
     def policy(self, client: ClientId) -> Policy:

@@ -17,7 +17,7 @@ import tempfile
 from array import array
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from itertools import count, islice
 from pathlib import Path
@@ -63,6 +63,7 @@ def prepare(
     cache: Path | None = None,
     progress: Callable[[str, int], None] | None = None,
     columns: Mapping[str, Mapping[str, str]] | None = None,
+    sole: str | None = None,
 ) -> Owners:
     """Everybody's examples, from the cache where nothing has changed.
 
@@ -74,6 +75,7 @@ def prepare(
         cache: Where prepared data is kept; default ``$FEDFM_CACHE/data``, else ``~/.cache/fedfm/data``.
         progress: Called with what is being done, and the number of rows so far.
         columns: For owners who name their columns otherwise: the owner's own name of each of the task's columns.
+        sole: Whose all rows are, in a house of one owner; ``data.by`` and ``data.partition`` are not read then.
 
     Raises:
         DataError: if a file, row or column is unusable, as far as ``data.bad_rows`` lets rows stop it, or no owner is left.
@@ -82,7 +84,9 @@ def prepare(
     """
     source = open_source(data.source, data.delimiter, data.encoding)
     test = open_source(data.test, data.delimiter, data.encoding) if data.test is not None else None
-    if data.by is None and data.partition is None and source.owner is None:
+    if sole is not None:
+        data = replace(data, by=None, partition=None)
+    elif data.by is None and data.partition is None and source.owner is None:
         raise ConfigError(
             f"data does not say who owns the rows of {data.source}. Set 'by' to the column that names the owner, "
             "or 'partition' to simulate owners (for example IID(clients=8))."
@@ -91,14 +95,13 @@ def prepare(
         raise ConfigError(
             f"The task's max_length is {task.max_length} tokens, but the model's context is {max_context}. Set max_length to at most {max_context}."
         )
-    fingerprint = _fingerprint(data, task, tokenizer, key, source, test, classes, columns or {})
+    fingerprint = _fingerprint(data, task, tokenizer, key, source, test, classes, columns or {}, sole)
     folder = (cache or disk.cache() / "data") / fingerprint
     if not (folder / "owners.json").exists():
 
         def build(temporary: Path) -> None:
-            _Build(data, task, tokenizer, key, temporary, fingerprint, progress or (lambda stage, rows: None), classes, columns or {}).run(
-                source, test
-            )
+            tell = progress or (lambda stage, rows: None)
+            _Build(data, task, tokenizer, key, temporary, fingerprint, tell, classes, columns or {}, sole).run(source, test)
 
         _make(folder, build)
     owners = Owners.open(folder)
@@ -142,6 +145,7 @@ def _fingerprint(
     test: Source | None,
     classes: tuple[str, ...],
     columns: Mapping[str, Mapping[str, str]],
+    sole: str | None = None,
 ) -> str:
     # Where the files lie does not change what they hold.
     rules = {part.name: repr(getattr(data, part.name)) for part in fields(data) if part.name not in ("source", "test")}
@@ -149,6 +153,8 @@ def _fingerprint(
     known: list[Any] = [layout.VERSION, rules, repr(task), stamps, tokenizer_words(tokenizer), key.digest.hex(), *classes]
     if columns:
         known.append({owner: dict(names) for owner, names in columns.items()})
+    if sole is not None:
+        known.append(["sole", sole])
     return hashlib.blake2b(json.dumps(known, sort_keys=True, default=str).encode(), digest_size=12).hexdigest()
 
 
@@ -215,9 +221,10 @@ class _Build:
         progress: Callable[[str, int], None],
         classes: tuple[str, ...],
         columns: Mapping[str, Mapping[str, str]],
+        sole: str | None = None,
     ) -> None:
         self.data, self.task, self.tokenizer, self.key, self.classes = data, task, tokenizer, key, classes
-        self.columns = columns
+        self.columns, self.sole = columns, sole
         self.folder, self.fingerprint, self.progress = folder, fingerprint, progress
         self.owners: dict[str, _Owner] = {}
         self.bad = BadRows()
@@ -265,7 +272,10 @@ class _Build:
 
     def _owners_of(self, source: Source) -> tuple[OwnerOf, OwnerOf]:
         """How to tell the owner of a training row and of a test row."""
-        partition = self.data.partition
+        partition, sole = self.data.partition, self.sole
+        if sole is not None:
+            self.check = RowCheck(self.task, sole=sole, names=self.columns)
+            return (lambda record: sole), (lambda record: sole)
         if partition is None:
             column = self.data.by or source.owner
             assert column is not None

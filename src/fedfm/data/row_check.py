@@ -23,12 +23,14 @@ class RowCheck:
         task: Says what it needs of a row.
         owner: The column that names a row's owner; ``None`` where owners are simulated.
         label: The column by whose label rows are divided; ``None`` where they are not.
+        sole: Whose all rows are, in a house of one owner.
         names: For owners who name their columns otherwise: the owner's own name of each of the task's columns.
     """
 
     task: Task
     owner: str | None = None
     label: str | None = None
+    sole: str | None = None
     names: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     @property
@@ -55,6 +57,8 @@ class RowCheck:
                 if self.owner is not None:
                     owner = name_in(row, self.owner, "owner")
                     record = self._renamed(row, owner)
+                elif self.sole is not None:
+                    owner, record = self.sole, self._renamed(row, self.sole)
                 if self.label is not None:
                     name_in(record, self.label)
                 self.task.require(record)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from fedfm.core.errors import ConfigError
+from fedfm.core.messages import Scalar
 from fedfm.core.parts import Finding, Part, Plan, refuse, warn
 from fedfm.data.partition import Partitioner
 
@@ -76,6 +77,10 @@ class Data(Part):
             raise ConfigError(f"data.delimiter is {self.delimiter!r}; it must be one character that is no quote and no line break, or tab.")
         if self.encoding is not None:
             _require_encoding(self.encoding)
+
+    def rules(self) -> dict[str, Scalar]:
+        """How rows become examples, in a house that names its own files."""
+        return {"test_fraction": self.test_fraction, "min_examples": self.min_examples, "limit": self.limit, "bad_rows": self.bad_rows}
 
     def check(self, plan: Plan) -> Iterator[Finding]:
         """Test rows must not be training rows, and what is said of csv files must have one."""

@@ -8,6 +8,7 @@ from typing import Literal
 from fedfm.client.house import House
 from fedfm.core.clock import Clock
 from fedfm.core.errors import ConfigError
+from fedfm.core.messages import ClientId
 from fedfm.core.parts import Part
 from fedfm.core.session import Session
 
@@ -26,6 +27,14 @@ class Engine(Part, ABC):
     room = "engines"
     device: str = "auto"
     bank: int | Literal["auto"] = "auto"
+
+    def members(self) -> tuple[ClientId, ...] | None:
+        """Who keeps its data on a machine of its own; ``None`` where all data is on this one.
+
+        Raises:
+            ConfigError: if that cannot be read.
+        """
+        return None
 
     @abstractmethod
     def open(self, house: House, clock: Clock | None = None) -> Session:

@@ -41,6 +41,7 @@ from fedfm.core.parts import ServerState
 from fedfm.core.plain import finite
 from fedfm.core.round import RoundRecord
 from fedfm.core.score import best
+from fedfm.engines.nats import JOB
 from fedfm.run.flat import TABLE, Table, flat
 from fedfm.run.ledger import Ledger
 from fedfm.run.log import LOG, OLD
@@ -222,7 +223,7 @@ class RunFolder:
         """Removes a run without a result: only the files that a run writes, and the folder if it is empty then."""
         for name in ("state", "clients", "logs"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in (RECIPE, JOURNAL, METRICS, TABLE, LEDGER, SPLIT, LOG, OLD, ".lock"):
+        for name in (RECIPE, JOURNAL, METRICS, TABLE, LEDGER, SPLIT, LOG, OLD, JOB, ".lock"):
             (self.path / name).unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()

@@ -21,6 +21,7 @@ import torch
 
 from fedfm.client.house import House
 from fedfm.client.requests import stays_home
+from fedfm.coordination import Coordination
 from fedfm.core import check
 from fedfm.core.errors import RunError
 from fedfm.core.journal import Journal
@@ -40,6 +41,7 @@ from fedfm.run.folder import COMPARE, MODEL, RECIPE, SPLIT, RunFolder
 from fedfm.run.ledger import Ledger
 from fedfm.run.log import logged
 from fedfm.simulation import Simulation
+from fedfm.site import Site
 from fedfm.verbs import Describe, Evaluation
 
 log = logging.getLogger(__name__)
@@ -225,20 +227,20 @@ def _go(
     with ExitStack() as stack:
         watch = _Watchers([*watchers, *(observer.open(path) for observer in federation.observers)])
         stack.callback(watch.close, None)
-        simulation = Simulation.build(federation, path, progress=watch.stage)
-        plan, house = simulation.federation, simulation.house
+        site = _site(federation, path, watch)
+        plan, house = site.federation, site.house
         watch.stage("Loading the model")
         if folder is not None:
             house.choices.update(folder.choices())
-            _note_data(folder, simulation)
+            _note_data(folder, site)
             require_base(folder.first("base"), house.foundation, folder.path)
             if folder.first("base") is None:
                 folder.note("base", **digests(house.foundation))
-        check.require(plan, len(simulation.clients))
+        check.require(plan, len(site.clients))
         watch.stage("Starting the engine")
-        session = stack.enter_context(simulation.open())
-        roster = _roster(folder, simulation, session)
-        for finding in check.require(plan, len(simulation.clients), roster):
+        session = stack.enter_context(site.open())
+        roster = _roster(folder, site, session)
+        for finding in check.require(plan, len(site.clients), roster):
             if finding.level == "warning":
                 log.warning("%s: %s", finding.where, finding.text)
         state, ledger = restored or (start(plan, house.start), Ledger())
@@ -247,7 +249,7 @@ def _go(
             session.settle()
         if folder is not None:
             _note_choices(folder, house)
-        game = _Game(simulation, session, roster, folder, watch, [] if folder is None else folder.journal.scores)
+        game = _Game(site, session, roster, folder, watch, [] if folder is None else folder.journal.scores)
         watch.start(game.info(None if restored is None else state.round))
 
         if restored is None:
@@ -259,7 +261,7 @@ def _go(
         if game.goes_on(state):
             watch.stage(f"Training round {state.round + 1}; the first round takes longer, because the data is read and memory is reserved")
         while game.goes_on(state):
-            state, record = play(plan, state, session, simulation.clients, simulation.key, partial(watch.answer, state.round + 1))
+            state, record = play(plan, state, session, site.clients, site.key, partial(watch.answer, state.round + 1))
             if state.round == plan.rounds and plan.evaluate.due(state.round, plan.rounds):
                 watch.stage(f"Evaluating after the last round, on {_tests(plan.evaluate.most(state.round, plan.rounds))}")
             record = game.evaluated(state, record)
@@ -269,6 +271,12 @@ def _go(
             watch.stage("Writing the model and the report")
             _finish(house, folder, state, ledger)
         watch.close(ledger)
+
+
+def _site(federation: Federation, path: Path | None, watch: _Watchers) -> Site:
+    """What this run is played from: the data on this machine, or the members of a consortium."""
+    members = federation.engine.members()
+    return Simulation.build(federation, path, progress=watch.stage) if members is None else Coordination.build(federation, members, path)
 
 
 def _tests(most: int | None) -> str:
@@ -289,9 +297,11 @@ class _Earlier:
             yield RoundRecord(**{**record, "cohort": tuple(record["cohort"]), "failures": failures})
 
 
-def _note_data(folder: RunFolder, simulation: Simulation) -> None:
-    """Which data the run began with; the same must be there when it goes on."""
-    owners = simulation.owners
+def _note_data(folder: RunFolder, site: Site) -> None:
+    """Which data the run began with; the same must be there when it goes on. What is elsewhere is not known here."""
+    if not isinstance(site, Simulation):
+        return
+    owners = site.owners
     before = folder.first("data")
     if before is None:
         known = {"left_out": owners.left_out, "dropped": owners.dropped, "bad_rows": owners.bad_rows.to_json(), "labels": owners.labels}
@@ -306,14 +316,14 @@ def _note_choices(folder: RunFolder, house: House) -> None:
         folder.note("plan", **house.choices)
 
 
-def _roster(folder: RunFolder | None, simulation: Simulation, session: Session) -> Roster:
+def _roster(folder: RunFolder | None, site: Site, session: Session) -> Roster:
     """What the owners tell of themselves: asked when a run begins, kept when it goes on."""
     known = None if folder is None else folder.first("roster")
     if known is not None:
         roster = Roster.from_note(known)
     else:
-        plan, labels = simulation.federation, simulation.house.labels
-        roster = Describe().roster(plan.channel, session, simulation.clients, labels, simulation.key)
+        plan, labels = site.federation, site.house.labels
+        roster = Describe().roster(plan.channel, session, site.clients, labels, site.key)
     if folder is not None:
         if known is None:
             folder.note("roster", **roster.note())
@@ -325,7 +335,7 @@ def _roster(folder: RunFolder | None, simulation: Simulation, session: Session) 
 class _Game:
     """A run that is being played."""
 
-    simulation: Simulation
+    site: Site
     session: Session
     roster: Roster
     folder: RunFolder | None
@@ -334,12 +344,12 @@ class _Game:
 
     def goes_on(self, state: ServerState) -> bool:
         """Whether another round follows."""
-        plan = self.simulation.federation
+        plan = self.site.federation
         return state.round < plan.rounds and not _is_over(plan, self.scores)
 
     def info(self, resumed_from: int | None) -> RunInfo:
         """What is known before the first round."""
-        plan, house = self.simulation.federation, self.simulation.house
+        plan, house = self.site.federation, self.site.house
         spec = house.foundation.spec
         return RunInfo(
             name=plan.name,
@@ -359,7 +369,7 @@ class _Game:
 
     def evaluated(self, state: ServerState, record: RoundRecord) -> RoundRecord:
         """The record with ``eval`` and the score among its metrics, where an evaluation is due; and with the reason, where the run ends early."""
-        plan = self.simulation.federation
+        plan = self.site.federation
         if not plan.evaluate.due(record.round, plan.rounds):
             return record
         meter = Meter(self.session)
@@ -387,12 +397,12 @@ class _Game:
         return [None if holding is None else holding.test for holding in known]
 
     def _report(self, plan: Federation, state: ServerState, meter: Meter) -> dict[str, Any]:
-        house = self.simulation.house
+        house = self.site.house
         return Evaluation().report(plan, state, meter, house.clients, house.key, max(len(house.labels), 2))
 
     def _ends_early(self, score: Score) -> dict[str, Any]:
         """Why the run ends after this round; nothing where it goes on, or would have ended anyway."""
-        plan = self.simulation.federation
+        plan = self.site.federation
         patience, min_delta = plan.evaluate.patience, plan.evaluate.min_delta
         if patience is None or score.round >= plan.rounds or waited([*self.scores, score], patience, min_delta) < patience:
             return {}
@@ -400,7 +410,7 @@ class _Game:
 
     def commit(self, state: ServerState, record: RoundRecord, ledger: Ledger) -> Ledger:
         """Makes a round last; the ledger after it."""
-        house, folder = self.simulation.house, self.folder
+        house, folder = self.site.house, self.folder
         ledger = ledger.add(record, flops_per_token(house.foundation.num_params, house.tuned.spec.size))
         if folder is not None:
             with _uninterrupted():

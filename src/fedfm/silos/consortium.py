@@ -41,7 +41,8 @@ from fedfm.silos.broker import SERVER_CERTIFICATE, SERVER_KEY, Broker, BrokerSet
 from fedfm.silos.certificates import Holder, require_host
 from fedfm.silos.invitation import Invitation
 from fedfm.silos.members import ROSTER, Invited, Members
-from fedfm.wire.identity import Identity, require_cryptography
+from fedfm.wire.identity import Card, Identity, require_cryptography
+from fedfm.wire.link import Link
 from fedfm.wire.subjects import Names, require_name
 
 SETTINGS = "consortium.yaml"
@@ -272,6 +273,22 @@ class Consortium:
             ConfigError: if its certificate is missing or damaged, or others can read its key.
         """
         return certificates.client_context(self.authority.pem, self.folder / "coordinator" / CLIENT)
+
+    def link(self) -> Link:
+        """How the coordinator reaches the members that belong now.
+
+        Raises:
+            ConfigError: if the coordinator's keys are missing or damaged, or others can read them.
+        """
+        return Link(self.names, (self.url,), self.identity, self.context, self.cards)
+
+    def cards(self) -> dict[str, Card]:
+        """The public keys of the members that belong now, by name.
+
+        Raises:
+            RunError: if the roster is damaged.
+        """
+        return {member.name: member.card for member in self.members().active(certificates.now())}
 
     @property
     def url(self) -> str:

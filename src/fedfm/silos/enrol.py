@@ -77,6 +77,10 @@ class Declined(MessageError):
         self.why = why
 
 
+class Unanswered(RunError):
+    """The coordinator did not answer in time."""
+
+
 # --- the member's half ----------------------------------------------------------------------------------------------
 
 
@@ -372,8 +376,8 @@ def enter(
         ConfigError: if the invitation and the folder do not go together.
         Declined: if the coordinator refuses.
         MessageError: if an answer is not the coordinator's.
-        RunError: if the coordinator does not answer in time, or the folder cannot be written.
-        WireError: if the broker cannot be reached or does not let the invitation in.
+        RunError: if the folder cannot be written; ``Unanswered`` if the coordinator does not answer in time.
+        WireError: if the broker cannot be reached; ``LoginRefused`` if it does not let the invitation in.
     """
     from fedfm.wire.nats import Connection
 
@@ -398,7 +402,7 @@ def enter(
             if membership is not None:
                 return membership
             if time.monotonic() >= deadline:
-                raise RunError(
+                raise Unanswered(
                     f"The coordinator of {invitation.consortium} did not answer within {patience:.0f} s. It answers while fedfm serve runs there. "
                     f"Your keys are kept in {words.clean(folder, 120)}: try again with the same invitation."
                 )

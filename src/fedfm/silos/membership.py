@@ -24,6 +24,7 @@ from fedfm.core import words
 from fedfm.core.errors import ConfigError, MessageError
 from fedfm.silos import certificates, private
 from fedfm.wire.identity import Card, Identity
+from fedfm.wire.link import Link
 from fedfm.wire.subjects import Names, require_name
 
 KIND, VERSION = "fedfm membership", 1
@@ -73,6 +74,14 @@ class Membership:
             ConfigError: if its certificate is missing or damaged, or others can read its key.
         """
         return certificates.client_context(self.authority, self.folder / CLIENT)
+
+    def link(self) -> Link:
+        """How the member reaches the coordinator.
+
+        Raises:
+            ConfigError: if the member's keys are missing or damaged, or others can read them.
+        """
+        return Link(self.names, self.urls, self.identity, self.context, lambda: {self.coordinator.name: self.coordinator})
 
     def write(self) -> None:
         """Writes ``membership.json``, with which the folder is complete.

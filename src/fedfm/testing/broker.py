@@ -51,7 +51,7 @@ class Broker:
 
     def __init__(self, folder: Path, users: Mapping[Nkey, Rights], is_secure: bool = True, sync_interval: str = "2m") -> None:
         self.folder, self._users, self._is_secure, self._sync_interval = folder, dict(users), is_secure, sync_interval
-        self._port = _free_port()
+        self._port = free_port()
         self.url = f"nats://127.0.0.1:{self._port}"
         self._process: subprocess.Popen[bytes] | None = None
         if is_secure:
@@ -142,7 +142,8 @@ class Broker:
         (self.folder / "broker.conf").write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine on which nobody listens at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -44,6 +44,10 @@ _FORBIDDEN = re.compile(r"permissions violation for (?:publish|subscription) to 
 _NANO = 10**9
 
 
+class LoginRefused(WireError):
+    """The broker does not know who connects, or does so no more."""
+
+
 def mutual_tls(authority: Path, certificate: Path, key: Path) -> ssl.SSLContext:
     """TLS 1.3 in which both sides show a certificate of the consortium's authority.
 
@@ -359,7 +363,7 @@ class Connection:
         """The connected client."""
         while self._client is None:
             if self._is_refused:
-                raise WireError(
+                raise LoginRefused(
                     f"The broker refuses this key ({self._error}). It is not a member's, or was revoked. Ask the coordinator for a new invitation."
                 )
             self._change.clear()

@@ -1,0 +1,264 @@
+"""Members in processes of their own, over a real broker: the numbers are those of the embedded engine, and nobody is counted twice."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedfm.core.errors import MissingExtra
+from fedfm.core.messages import Body, Failure, Reply, Request, pack_parts
+
+pytest.importorskip("cryptography", reason="the extra 'deploy' is not installed")
+pytest.importorskip("nats", reason="the extra 'deploy' is not installed")
+pytest.importorskip("nkeys", reason="the extra 'deploy' is not installed")
+
+from fedfm.client.memory import home
+from fedfm.client.policy import Policy
+from fedfm.coordination import Coordination
+from fedfm.core.disk import slug
+from fedfm.core.parts import ClientId
+from fedfm.core.round import play, start
+from fedfm.core.session import WrappedSession
+from fedfm.data import Data
+from fedfm.engines import Embedded, Nats
+from fedfm.engines.nats import NatsSession
+from fedfm.federation import Federation
+from fedfm.local import SGD
+from fedfm.methods import Scaffold
+from fedfm.run.folder import SPLIT
+from fedfm.run.loop import resume, run
+from fedfm.silos import certificates
+from fedfm.simulation import Simulation
+from fedfm.tasks import CausalLM
+from fedfm.testing import check_engine, tiny
+from fedfm.testing.broker import server
+from fedfm.testing.engines import ask
+from fedfm.testing.parts import same
+from fedfm.testing.silos import Silos
+from fedfm.transforms import ClipByNorm, TopK
+from fedfm.tuning import LoRA
+from fedfm.wire.envelope import Header, seal
+
+try:
+    server()
+except MissingExtra as error:
+    pytest.skip(str(error), allow_module_level=True)
+
+pytestmark = pytest.mark.slow
+OWNERS = ("anna", "bela")
+
+
+def rows(owner: str) -> list[dict[str, str]]:
+    k = OWNERS.index(owner)
+    return [{"text": f"{tiny.TEXT[(17 * i + 5 * k) % 256]} {tiny.TEXT[(i * k) % 256]}"} for i in range(5 + 2 * k)]
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    folder = tmp_path_factory.mktemp("data")
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps({"owner": owner, **row}) + "\n" for owner in OWNERS for row in rows(owner)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDFM_CACHE", str(folder / "cache"))
+        yield Federation(
+            model=tiny.spec("Llama"),
+            data=Data(str(path), by="owner", test_fraction=0.3),
+            task=CausalLM(max_length=16),
+            tuning=LoRA(r=4, dropout=0.1),
+            local=SGD(lr=0.1, steps=3, batch_size=2),
+            transforms=(TopK(fraction=0.5), ClipByNorm(max_norm=0.5)),
+            engine=Embedded(bank=1, device="cpu"),
+        )
+
+
+@pytest.fixture
+def consortium(tmp_path: Path, federation: Federation) -> Iterator[Silos]:
+    import torch
+
+    with Silos(tmp_path / "consortium", {owner: rows(owner) for owner in OWNERS}, threads=torch.get_num_threads()) as consortium:
+        yield consortium
+
+
+def test_members_give_the_numbers_of_clients_run_one_by_one(federation: Federation, consortium: Silos, tmp_path: Path) -> None:
+    """Bit for bit, with control variates, error feedback and dropout; each member has its own rows alone."""
+    consortium.start()
+    check_engine(Nats(str(consortium.home("coordinator")), device="cpu"), replace(federation, method=Scaffold()), tmp_path / "run")
+    job = json.loads((tmp_path / "run" / "job.json").read_text())
+    assert job["session"] == 2
+    for owner in OWNERS:
+        folder = home(consortium.home(owner) / "jobs" / slug(job["name"]), owner)
+        assert [path.name for path in sorted(folder.iterdir())] == [f"memory-{ticket:06d}.safetensors" for ticket in (1, 2, 3)]
+
+
+@pytest.fixture(scope="module")
+def silos(tmp_path_factory: pytest.TempPathFactory, federation: Federation) -> Iterator[Silos]:
+    """Two members that are up, and a third that works on no such task."""
+    import torch
+
+    every = {owner: rows(owner) for owner in OWNERS} | {"cleo": rows("anna")}
+    policies = {"cleo": Policy.open(tasks=("Classification",))}
+    with Silos(tmp_path_factory.mktemp("silos"), every, policies, torch.get_num_threads()) as consortium:
+        consortium.start()
+        yield consortium
+
+
+def nats(silos: Silos) -> Nats:
+    return Nats(str(silos.home("coordinator")), device="cpu")
+
+
+def opened(federation: Federation, silos: Silos) -> NatsSession:
+    site = Coordination.build(replace(federation, engine=nats(silos)), OWNERS)
+    session = site.open()
+    assert isinstance(session, NatsSession)
+    return session
+
+
+def test_a_run_begins_where_no_data_is(federation: Federation, consortium: Silos, tmp_path: Path) -> None:
+    """The coordinator's recipe names no file that exists, and its run ends with the embedded engine's weights and split."""
+    consortium.start()
+    plan = replace(federation, rounds=2)
+    *_, (expected, _) = run(plan, out=tmp_path / "embedded")
+    nowhere = replace(plan.data, source=str(tmp_path / "nowhere.jsonl"))
+    remote = replace(plan, data=nowhere, engine=nats(consortium))
+    *_, (state, record) = run(remote, out=tmp_path / "remote")
+    assert state.round == 2 and not record.failures
+    assert same(state.params, expected.params)
+    assert (tmp_path / "remote" / SPLIT).read_text() == (tmp_path / "embedded" / SPLIT).read_text()
+    assert (tmp_path / "remote" / "report.html").exists()
+    assert not list((tmp_path / "remote").glob("clients/*"))
+    # Resumed, it goes on with members that remember it.
+    *_, (further, _) = resume(tmp_path / "remote", rounds=3)
+    *_, (unbroken, _) = resume(tmp_path / "embedded", rounds=3)
+    assert same(further.params, unbroken.params)
+
+
+def test_a_policy_refuses_before_data_is_read(federation: Federation, silos: Silos) -> None:
+    with opened(federation, silos) as session:
+        answer = ask(session, {"cleo": Request.of("describe")})["cleo"]
+    assert isinstance(answer, Failure) and answer.stage == "policy" and "'tasks'" in answer.reason
+    log = [json.loads(line) for line in (home(silos.home("cleo"), "cleo") / "log.jsonl").read_text().splitlines()]
+    assert [line["event"] for line in log if line["event"] in ("request", "refusal", "release")] == ["request", "refusal"]
+
+
+def test_a_member_names_both_versions(federation: Federation, silos: Silos, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedfm.engines.nats.TALK", 7)
+    with opened(federation, silos) as session:
+        answer = ask(session, {"anna": Request.of("describe")})["anna"]
+    assert isinstance(answer, Failure) and answer.stage == "start"
+    assert "speaks version 7" in answer.reason and "speaks version 1" in answer.reason
+
+
+def test_what_nobody_asked_for_is_dropped_and_counted(federation: Federation, silos: Silos) -> None:
+    """Forged, foreign, unasked and repeated messages change no answer."""
+    up = silos.names.up("bela").message
+    with opened(federation, silos) as session, silos.connect("bela") as bela:
+        job, coordinator = session._job.name, silos.identity("coordinator").card
+
+        def publish(sender: str, job: str, sequence: int = 5, times: int = 1) -> None:
+            answer = Reply("bela", "describe", 0)
+            header = Header.now("test", job, 0, sequence, "reply")
+            data = seal(pack_parts(answer), silos.identity(sender), [coordinator], header).message()
+            for _ in range(times):
+                bela.publish(up, data)
+
+        bela.publish(up, b"no envelope")
+        publish("bela", "another-run")
+        publish("anna", job)
+        publish("bela", job)
+        answers = ask(session, dict.fromkeys(OWNERS, Request(Body("describe"))))
+        assert all(isinstance(answer, Reply) for answer in answers.values())
+        assert dict(session.dropped) == {"malformed": 1, "job": 1, "sender": 1, "late": 1}
+
+
+def test_a_member_killed_at_work_comes_back_and_is_counted_once(federation: Federation, silos: Silos) -> None:
+    plan = replace(federation, method=Scaffold())
+    reference = Simulation.build(plan)
+    with reference.open() as session:
+        expected, _ = play(
+            reference.federation, start(reference.federation, reference.house.start), session, reference.clients, reference.key
+        )
+    with opened(plan, silos) as session:
+        site = Coordination.build(plan, OWNERS)
+        silos.kill("anna")
+        began = threading.Timer(1.0, silos.start, ["anna"])
+        began.start()
+        state, record = play(site.federation, start(site.federation, site.house.start), Killing(session, silos), OWNERS, site.key)
+        began.join()
+        assert not record.failures and same(state.params, expected.params) and state.counted == expected.counted
+        assert session.receive() is None
+
+
+class Killing(WrappedSession):
+    """Kills bela, once, as soon as its work was sent to it, and starts it again."""
+
+    def __init__(self, inner: NatsSession, silos: Silos) -> None:
+        super().__init__(inner)
+        self.silos, self.killed = silos, False
+
+    def send(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> None:
+        super().send(requests, deadline)
+        if not self.killed:
+            self.killed = True
+            path = home(self.silos.home("bela"), "bela") / "log.jsonl"
+            before = path.stat().st_size
+            until = time.monotonic() + 30.0
+            # Its log tells that it has begun.
+            while path.stat().st_size == before and time.monotonic() < until:
+                time.sleep(0.005)
+            self.silos.kill("bela")
+            self.silos.start("bela")
+
+
+def test_a_broker_killed_between_question_and_answer_loses_nothing(federation: Federation, silos: Silos) -> None:
+    with opened(federation, silos) as session:
+        ask(session, dict.fromkeys(OWNERS, Request.of("describe")))
+        session.send(dict.fromkeys(OWNERS, Request.of("describe")))
+        silos.kill_broker()
+        time.sleep(0.5)
+        silos.broker.start()
+        answers = [session.receive() for _ in OWNERS]
+        assert sorted(answer.client for answer in answers if isinstance(answer, Reply)) == sorted(OWNERS)
+        assert session.receive() is None
+
+
+def test_an_answer_to_an_earlier_session_is_late(federation: Federation, silos: Silos, tmp_path: Path) -> None:
+    """A coordinator that was killed asks again; what was answered to its former self counts for nothing."""
+    site = Coordination.build(replace(federation, engine=nats(silos)), OWNERS, tmp_path)
+    with site.open() as session:
+        session.send({"anna": Request.of("describe")})
+        assert isinstance(session, NatsSession)
+        with silos.connect("coordinator") as connection:
+            until = time.monotonic() + 60.0
+            while connection.stored(silos.names.up("anna"))[0] == 0 and time.monotonic() < until:
+                time.sleep(0.05)
+    with site.open() as session:
+        answers = ask(session, {"anna": Request.of("describe")})
+        assert isinstance(answers["anna"], Reply) and isinstance(session, NatsSession)
+        assert dict(session.dropped) == {"late": 1}
+
+
+def test_who_joins_and_who_is_revoked_between_rounds_is_noticed(federation: Federation, consortium: Silos) -> None:
+    """Also while an answer is waited for; and a name that entered again with new keys is greeted anew."""
+    describe = Request.of("describe")
+    with opened(federation, consortium) as session:
+        consortium.start("anna")
+        session.send(dict.fromkeys(OWNERS, describe))
+        # bela was asked, is not there, and is put out.
+        consortium.consortium.revoke("bela", certificates.now())
+        answers = {answer.client: answer for answer in (session.receive(), session.receive()) if answer is not None}
+        assert isinstance(answers["anna"], Reply)
+        assert isinstance(bela := answers["bela"], Failure) and "does not belong" in bela.reason
+        assert isinstance(ask(session, {"bela": describe})["bela"], Failure)
+        shutil.rmtree(consortium.home("bela"))
+        for name in ("bela", "dora"):
+            consortium.add(name, rows("bela"), Policy.open())
+        consortium.start("bela", "dora")
+        again = ask(session, dict.fromkeys((*OWNERS, "dora"), describe))
+        assert all(isinstance(answer, Reply) for answer in again.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import threading
 import time
@@ -18,6 +19,7 @@ pytest.importorskip("cryptography", reason="the extra 'deploy' is not installed"
 pytest.importorskip("nats", reason="the extra 'deploy' is not installed")
 pytest.importorskip("nkeys", reason="the extra 'deploy' is not installed")
 
+from fedfm.client.asking import questions_in, read, write
 from fedfm.client.memory import home
 from fedfm.client.policy import Policy
 from fedfm.coordination import Coordination
@@ -180,7 +182,7 @@ def test_what_nobody_asked_for_is_dropped_and_counted(federation: Federation, si
 
 
 def test_a_member_killed_at_work_comes_back_and_is_counted_once(federation: Federation, silos: Consortium) -> None:
-    plan = replace(federation, method=Scaffold())
+    plan = replace(federation, method=Scaffold(), deadline=120.0)
     reference = Simulation.build(plan)
     with reference.open() as session:
         expected, _ = play(
@@ -218,16 +220,19 @@ class Killing(WrappedSession):
             self.silos.start("bela")
 
 
+# A broker that dies in the middle of a handshake leaves an asyncio transport that nats-py does not close.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_broker_killed_between_question_and_answer_loses_nothing(federation: Federation, silos: Consortium) -> None:
     with opened(federation, link_to(silos, *OWNERS)) as session:
         ask(session, dict.fromkeys(OWNERS, Request.of("describe")))
-        session.send(dict.fromkeys(OWNERS, Request.of("describe")))
+        session.send(dict.fromkeys(OWNERS, Request.of("describe")), deadline=90.0)
         silos.broker.kill()
         time.sleep(0.5)
         silos.broker.start()
         answers = [session.receive() for _ in OWNERS]
         assert sorted(answer.client for answer in answers if isinstance(answer, Reply)) == sorted(OWNERS)
         assert session.receive() is None
+    gc.collect()
 
 
 def test_an_answer_to_an_earlier_session_is_late(federation: Federation, silos: Consortium, tmp_path: Path) -> None:
@@ -244,3 +249,23 @@ def test_an_answer_to_an_earlier_session_is_late(federation: Federation, silos: 
         answers = ask(session, {"anna": Request.of("describe")})
         assert isinstance(answers["anna"], Reply) and isinstance(session, NatsSession)
         assert dict(session.dropped) == {"late": 1}
+
+
+def test_a_request_waits_until_a_person_says_yes(federation: Federation, tmp_path: Path) -> None:
+    with Consortium(tmp_path, {"anna": rows("anna")}, {"anna": Policy.open(ask="run")}) as consortium:
+        consortium.start()
+        with opened(federation, consortium.link) as session:
+            session.send({"anna": Request.of("describe")}, deadline=90.0)
+            folder, until = consortium.home("anna"), time.monotonic() + 60.0
+            while not (waiting := questions_in(folder)) and time.monotonic() < until:
+                time.sleep(0.05)
+            time.sleep(1.0)
+            assert not consortium_has_answered(consortium)
+            (path,) = waiting
+            write(path, read(path)[0], "yes")
+            assert isinstance(session.receive(), Reply)
+
+
+def consortium_has_answered(consortium: Consortium) -> bool:
+    with consortium.connect("coordinator") as connection:
+        return connection.stored(consortium.names.up("anna"))[0] > 0

@@ -43,7 +43,7 @@ from fedfm.testing.engines import ask
 from fedfm.testing.parts import same
 from fedfm.testing.silos import Consortium
 from fedfm.transforms import ClipByNorm, TopK
-from fedfm.tuning import LoRA
+from fedfm.tuning import Full, LoRA
 from fedfm.wire.envelope import Header, seal
 from fedfm.wire.link import Link
 
@@ -269,3 +269,27 @@ def test_a_request_waits_until_a_person_says_yes(federation: Federation, tmp_pat
 def consortium_has_answered(consortium: Consortium) -> bool:
     with consortium.connect("coordinator") as connection:
         return connection.stored(consortium.names.up("anna"))[0] > 0
+
+
+def test_what_is_long_travels_in_chunks_both_ways(federation: Federation, silos: Consortium) -> None:
+    """Parameters and updates of several megabytes: the body is stored once, and nothing of it is left when the round is over."""
+    plan = replace(
+        federation, model=tiny.spec("Llama", hidden_size=256, intermediate_size=512), tuning=Full(), transforms=(), deadline=120.0
+    )
+    reference = Simulation.build(plan)
+    with reference.open() as session:
+        expected, _ = play(
+            reference.federation, start(reference.federation, reference.house.start), session, reference.clients, reference.key
+        )
+    with opened(plan, link_to(silos, *OWNERS)) as session:
+        site = Coordination.build(plan, OWNERS)
+        assert isinstance(session, NatsSession)
+        state, record = play(site.federation, start(site.federation, site.house.start), session, OWNERS, site.key)
+        assert not record.failures and same(state.params, expected.params)
+        size = sum(leaf.nbytes for leaf in state.params.values())
+        with silos.connect("coordinator") as connection:
+            messages, stored = connection.stored(silos.names.bodies)
+            assert messages > 3 and size < stored < 1.1 * size + 1e5, f"two members share a body of {size} bytes, and {stored} are stored"
+            session.close()
+            assert connection.stored(silos.names.bodies)[0] == 0
+            assert all(connection.stored(silos.names.up(owner))[0] == 0 for owner in OWNERS)

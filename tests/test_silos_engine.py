@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import gc
 import json
+import math
+import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fedfm.core.errors import MissingExtra
+from fedfm.core.errors import MessageError, MissingExtra
 from fedfm.core.messages import Body, Failure, Reply, Request, pack_parts
 
 pytest.importorskip("cryptography", reason="the extra 'deploy' is not installed")
 pytest.importorskip("nats", reason="the extra 'deploy' is not installed")
 pytest.importorskip("nkeys", reason="the extra 'deploy' is not installed")
 
+from fedfm import notation
 from fedfm.client.asking import questions_in, read, write
 from fedfm.client.memory import home
 from fedfm.client.policy import Policy
@@ -29,12 +34,13 @@ from fedfm.core.round import play, start
 from fedfm.core.session import WrappedSession
 from fedfm.data import Data
 from fedfm.engines import Embedded, Nats
-from fedfm.engines.nats import NatsSession
+from fedfm.engines.nats import TALK, NatsSession
 from fedfm.federation import Federation
 from fedfm.local import SGD
 from fedfm.methods import Scaffold
 from fedfm.run.folder import SPLIT
 from fedfm.run.loop import resume, run
+from fedfm.silos.member import Greeting
 from fedfm.simulation import Simulation
 from fedfm.tasks import CausalLM
 from fedfm.testing import check_engine, tiny
@@ -293,3 +299,46 @@ def test_what_is_long_travels_in_chunks_both_ways(federation: Federation, silos:
             session.close()
             assert connection.stored(silos.names.bodies)[0] == 0
             assert all(connection.stored(silos.names.up(owner))[0] == 0 for owner in OWNERS)
+
+
+def test_a_greeting_that_is_none_is_a_message_error(federation: Federation) -> None:
+    """Whatever stands in a field: any scalar that a message can carry, or the field's own text, cut and changed."""
+    plan = federation.client_plan()
+    good: dict[str, Any] = {
+        "talk": TALK, "release": "0", "plan": notation.write(plan), "base": "0" * 32, "labels": "[]", "key": "00" * 32, "choices": "{}",
+        "num_clients": 2, "cohort_size": 2, "num_rounds": 1, "run": "r", "data_rules": json.dumps(federation.data.rules()),
+    }  # fmt: skip
+    assert Greeting.of(good).plan == plan
+    rng, outcomes = random.Random(0), Counter[str]()
+    junk = [
+        None,
+        True,
+        -1,
+        1 << 80,
+        0.5,
+        math.inf,
+        math.nan,
+        "",
+        "[",
+        "null",
+        "[[]]",
+        '{"a": "b"}',
+        "\ud800",
+        "{" * 5000,
+        "a: &x [*x]",
+        "- 1",
+    ]
+    for _ in range(1500):
+        field = rng.choice(list(good))
+        text = str(good[field])
+        cut, put = rng.randrange(len(text) + 1), rng.choice(["", "}", ": ", "\0", "é", "!!python/object:os.system", "9" * 30])
+        value = rng.choice([*junk, text[:cut] + put + text[cut + rng.randrange(4) :]])
+        try:
+            Greeting.of({**good, field: value})
+            outcomes["taken"] += 1
+        except MessageError:
+            outcomes["refused"] += 1
+    for missing in good.keys() - {"release"}:
+        with pytest.raises(MessageError):
+            Greeting.of({name: item for name, item in good.items() if name != missing})
+    assert outcomes["refused"] > 500, outcomes

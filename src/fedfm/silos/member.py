@@ -121,7 +121,7 @@ class Greeting:
                 run=str(hello["run"]),
                 data_rules=dict(rules),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, ConfigError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError, ConfigError) as error:
             raise MessageError(f"The coordinator's greeting cannot be read: {str(error)[:200] or type(error).__name__}.") from error
 
 

@@ -437,7 +437,7 @@ class NatsSession(Session):
             self._count(error)
         # A message that the broker was not told of comes again, and is a replay then.
         with suppress(WireError):
-            delivery.acknowledge()
+            delivery.acknowledge(_CLOSING)
             if header is not None and header.num_chunks > 1:
                 Stored(self._connection, delivery.branch).drop(header.id)
         return answer

@@ -23,6 +23,7 @@ import hashlib
 import json
 import logging
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,7 +34,8 @@ from typing import TYPE_CHECKING, Any
 from fedfm import notation
 from fedfm.client.plan import ClientPlan
 from fedfm.client.policy import Policy
-from fedfm.core import disk
+from fedfm.client.verb import verbs
+from fedfm.core import disk, words
 from fedfm.core.errors import ConfigError, DataError, FedfmError, MessageError, ModelError, PolicyError, RunError, WireError
 from fedfm.core.keys import Key
 from fedfm.core.messages import Body, Failure, Request, pack_parts, unpack
@@ -55,8 +57,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 # Runs whose models are held at a time, and bytes of a greeting.
 _HELD, _MAX_HELLO = 2, 2 << 20
-# Seconds: between two looks at whether to stop, between two words to the broker that work goes on, that an answer waits for the broker.
-_LOOK, _BEAT, _PATIENCE = 0.5, ACK_WAIT / 4, 3600.0
+# Seconds: between two looks at whether to stop, between two words to the broker that work goes on, that an answer waits for the broker,
+# and that the broker is asked to note that a message is done.
+_LOOK, _BEAT, _PATIENCE, _ACKNOWLEDGED = 0.5, ACK_WAIT / 4, 3600.0, 6.0
 
 
 @dataclass(frozen=True)
@@ -118,7 +121,7 @@ class Greeting:
                 run=str(hello["run"]),
                 data_rules=dict(rules),
             )
-        except (KeyError, TypeError, ValueError, AttributeError, RecursionError, ConfigError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError, ConfigError) as error:
             raise MessageError(f"The coordinator's greeting cannot be read: {str(error)[:200] or type(error).__name__}.") from error
 
 
@@ -177,7 +180,11 @@ class Member:
         header = self._work(delivery, connection)
         if header is not None:
             self.window.take(header)
-        delivery.acknowledge(_PATIENCE)
+        try:
+            # A broker that was killed may not remember that it delivered the message, and answers nothing then. It delivers it again, as a replay.
+            delivery.acknowledge(_ACKNOWLEDGED)
+        except WireError as error:
+            log.info("the broker was not told that a message is done: %s", error)
 
     def _work(self, delivery: Delivery, connection: Connection) -> Header | None:
         """The header of a message whose work is done; ``None`` where the message is dropped, and counted."""
@@ -329,18 +336,19 @@ class Member:
         """
         header = envelope.header
         body = self._fetch(header, own, connection)
-        answer = self._answer(header.job, Request(body, own.own, own.own_tensors))
+        answer = self._answer(header.job, Request(body, own.own, own.own_tensors), header.expires)
         reply = Header.now(self.link.consortium, header.job, header.round, header.sequence, REPLY)
         # The secret makes the answer to a question the same transfer after a restart, so that what the broker has is not sent again.
         secret = hashlib.blake2b(header.id.encode(), key=self._secret, digest_size=32).digest()
         sealed = seal(pack_parts(answer), self.link.me, [self._coordinator], reply, secret)
         connection.publish(self._up.message, send(sealed, Stored(connection, self._up, patience=_PATIENCE)), patience=_PATIENCE)
 
-    def _answer(self, job: str, request: Request) -> Answer:
+    def _answer(self, job: str, request: Request, until: float) -> Answer:
         stage = "start"
         try:
             runtime = self._runtime(job, request)
             stage = request.verb
+            self._wait_for_a_person(runtime, request, until)
             (answer,) = runtime.handle({self.name: request})
         except PolicyError as error:
             return Failure(self.name, "policy", str(error))
@@ -351,6 +359,22 @@ class Member:
             log.exception("%s failed", stage)
             return Failure(self.name, stage, _KEPT if self.policy.withholds("reasons") else f"{type(error).__name__}: {str(error)[:200]}")
         return answer
+
+    def _wait_for_a_person(self, runtime: Runtime, request: Request, until: float) -> None:
+        """Keeps a request until its owner has answered, or nobody waits for it any more.
+
+        Args:
+            until: Seconds since 1970.
+        """
+        house = runtime.house
+        guard, verb = house.guard(self.name), verbs().get(request.verb)
+        if guard is None or self.policy.ask == "never":
+            return
+        tells = None if verb is None else verb.tells(request, house)
+        if guard.is_waiting(request, tells):
+            log.warning("a person is asked about %s: fedfm approve %s", words.clean(house.run, 80), self.folder)
+        while guard.is_waiting(request, tells) and time.time() < until:
+            time.sleep(_LOOK)
 
     def _fetch(self, header: Header, own: Request, connection: Connection) -> Body:
         """The body that a request names, from the broker where it is not the one that was used last."""

@@ -141,7 +141,9 @@ def test_a_run_begins_where_no_data_is(federation: Federation, consortium: Silos
     assert (tmp_path / "remote" / SPLIT).read_text() == (tmp_path / "embedded" / SPLIT).read_text()
     assert (tmp_path / "remote" / "report.html").exists()
     assert not list((tmp_path / "remote").glob("clients/*"))
-    # Resumed, it goes on with members that remember it.
+    # Resumed, it goes on with the members that remember it, and without who joined since.
+    consortium.add("dora", rows("anna"), Policy.open())
+    consortium.start("dora")
     *_, (further, _) = resume(tmp_path / "remote", rounds=3)
     *_, (unbroken, _) = resume(tmp_path / "embedded", rounds=3)
     assert same(further.params, unbroken.params)

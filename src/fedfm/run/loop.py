@@ -227,7 +227,7 @@ def _go(
     with ExitStack() as stack:
         watch = _Watchers([*watchers, *(observer.open(path) for observer in federation.observers)])
         stack.callback(watch.close, None)
-        site = _site(federation, path, watch)
+        site = _site(federation, folder, watch)
         plan, house = site.federation, site.house
         watch.stage("Loading the model")
         if folder is not None:
@@ -273,9 +273,12 @@ def _go(
         watch.close(ledger)
 
 
-def _site(federation: Federation, path: Path | None, watch: _Watchers) -> Site:
-    """What this run is played from: the data on this machine, or the members of a consortium."""
-    members = federation.engine.members()
+def _site(federation: Federation, folder: RunFolder | None, watch: _Watchers) -> Site:
+    """What this run is played from: the data on this machine, or the members that a consortium had when the run began."""
+    path, members = None if folder is None else folder.path, federation.engine.members()
+    began = None if folder is None else folder.first("roster")
+    if members is not None and began is not None:
+        members = Roster.from_note(began).ids
     return Simulation.build(federation, path, progress=watch.stage) if members is None else Coordination.build(federation, members, path)
 
 

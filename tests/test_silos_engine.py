@@ -217,10 +217,10 @@ class Killing(WrappedSession):
         if not self.killed:
             self.killed = True
             path = home(self.silos.home("bela"), "bela") / "log.jsonl"
-            before = path.stat().st_size
+            before = path.stat().st_size if path.exists() else 0
             until = time.monotonic() + 30.0
             # Its log tells that it has begun.
-            while path.stat().st_size == before and time.monotonic() < until:
+            while (path.stat().st_size if path.exists() else 0) == before and time.monotonic() < until:
                 time.sleep(0.005)
             self.silos.kill("bela")
             self.silos.start("bela")

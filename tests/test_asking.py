@@ -7,6 +7,7 @@ import errno
 import gzip
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from fedfm.data import Data
 from fedfm.data.sources import open_source
 from fedfm.federation import Federation
 from fedfm.models import load
-from fedfm.run.asking import Answers, Target, evaluate, predict, renamed
+from fedfm.run.asking import Answers, Form, Target, evaluate, predict, renamed
 from fedfm.run.generation import Drawing, Generator
 from fedfm.run.loop import run
 from fedfm.run.result import Result
@@ -99,6 +100,31 @@ def answered(result: Result, source: Path, to: Path, **options: Any) -> list[dic
         with to.open(newline="") as file:
             return list(csv.DictReader(file))
     return [json.loads(line) for line in to.read_text().splitlines()]
+
+
+def test_rows_are_read_as_the_run_read_its_own(tmp_path: Path) -> None:
+    """Delimiter, encoding and what becomes of bad rows are the recipe's; options beat them."""
+    result = played(tmp_path, "classes")
+    source, plan = tmp_path / "rows.csv", result.federation
+    columns = [*plan.task.columns]
+    lines = [
+        "#".join(columns),
+        "#".join(f"the small cat{i}" if name == "text" else "a" for i, name in enumerate(columns)),
+        "one#two#three#four",
+    ]
+    source.write_text("\n".join(lines) + "\n", encoding="utf-16")
+    with pytest.raises(DataError):
+        evaluate(result, str(source))
+    data = replace(plan.data, delimiter="#", encoding="utf-16", bad_rows="skip")
+    result.federation = replace(plan, data=data)
+    assert evaluate(result, str(source))["examples"] == 1
+    answers = Answers(result)
+    predict(answers, str(source), Target(tmp_path / "out.csv"))
+    assert (answers.rows, answers.unanswered, answers.unreadable) == (1, 0, 1)
+    result.federation = replace(plan, data=replace(data, delimiter="|", bad_rows="stop"))
+    with pytest.raises(DataError, match=":3"):
+        predict(Answers(result), str(source), Target(tmp_path / "new.csv"), form=Form("#"))
+    assert not (tmp_path / "new.csv").exists()
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------

@@ -17,7 +17,9 @@ import pytest
 from test_run import small
 
 import fedfm
+import fedfm.core.errors
 import fedfm.core.version
+import fedfm.data
 from fedfm.cli import main as cli
 from fedfm.cli.parts import show_json
 from fedfm.recipe import dump, load
@@ -472,6 +474,23 @@ def test_a_pipe_is_refused_and_not_waited_for(call: Fedfm, tmp_path: Path) -> No
     os.mkfifo(tmp_path / "pipe.jsonl")
     refused(call("run", "pipe.jsonl"), "may never end")
     refused(call("run", "recipe.yaml", "data.source=pipe.jsonl"), "may never end")
+
+
+@pytest.mark.parametrize("source", ["", "~nosuchuser/x", "x" * 5000 + ".csv", "pipe.csv"])
+def test_a_source_that_is_no_file_is_refused(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedfm.data.sources import open_source
+
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo("pipe.csv")
+    with pytest.raises(fedfm.core.errors.ConfigError):
+        open_source(source)
+    with pytest.raises((fedfm.core.errors.ConfigError, fedfm.core.errors.RunError)):
+        fedfm.open_run(source)
+
+
+def test_an_empty_owner_column_is_refused() -> None:
+    with pytest.raises(fedfm.core.errors.ConfigError, match="by is empty"):
+        fedfm.data.Data("rows.csv", by="")
 
 
 def test_a_long_message_is_cut_in_its_middle(call: Fedfm) -> None:

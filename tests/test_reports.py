@@ -309,6 +309,11 @@ def test_the_comparison_as_lines() -> None:
     ]
 
 
+def test_a_federation_that_beats_pooled_data_closes_no_share_of_a_gap() -> None:
+    ways = {"before": {"loss": 4.0}, "local": {"loss": 3.0}, "federated": {"loss": 2.0}, "centralised": {"loss": 2.8}}
+    assert table.pooled_verdict({"pooled": ways}).endswith("federating does better than both.")
+
+
 def test_the_comparison_on_a_terminal_names_what_it_leaves_out() -> None:
     from rich.console import Console
 

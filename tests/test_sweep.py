@@ -312,11 +312,17 @@ def test_a_sweep_does_not_touch_what_is_not_its_own(tmp_path: Path) -> None:
         sweep(path, ["seed=0,1"], out)
     with pytest.raises(ConfigError, match="jobs is 0"):
         sweep(path, ["seed=0,1"], out, jobs=0)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.yaml").write_text("a run's")
+    with pytest.raises(RunError, match="holds a run"):
+        sweep(path, ["seed=0,1"], tmp_path / "run")
 
 
 def test_a_dry_run_lists_the_runs(call: Fedfm, tmp_path: Path) -> None:  # noqa: F811
     code, out, _ = call("sweep", "recipe.yaml", *GRID, "server=FedAvg,FedAdam", "--dry-run")
     assert code == 0 and len(out.splitlines()) == 8 and "r-3_seed-1_server-FedAdam" in out and not (tmp_path / "runs").exists()
+    code, out, _ = call("sweep", "recipe.yaml", "seed=0..1", "--dry-run", "--json")
+    assert code == 0 and json.loads(out) == [{"name": f"seed-{seed}", "values": {"seed": str(seed)}} for seed in (0, 1)]
     refused(call("sweep", "recipe.yaml", "seed=2..0"), "counts down")
     code, out, _ = call("sweep", "--help")
     assert code == 0 and "KEY=VALUE,VALUE" in out and "--jobs" in out

@@ -51,12 +51,16 @@ class Asked:
 
     Args:
         columns: ``NAME=COLUMN`` each.
+        delimiter: What stands between the values of a csv file, where that is not as in the recipe.
+        encoding: How its characters are written, likewise.
         quiet: No progress.
     """
 
     model: Model
     file: str
     columns: Sequence[str] = ()
+    delimiter: str | None = None
+    encoding: str | None = None
     quiet: bool = False
     as_json: bool = False
 
@@ -83,7 +87,7 @@ def evaluate(asked: Asked, by: str | None) -> None:
 
     columns = asked.renamed()
     with _told():
-        report = asking.evaluate(asked.model.open(), asked.file, by, columns, asked.stage())
+        report = asking.evaluate(asked.model.open(), asked.file, by, columns, asked.stage(), asking.Form(asked.delimiter, asked.encoding))
     if asked.as_json:
         show_json({"run": str(asked.model.run), "file": asked.file, **report})
     else:
@@ -92,7 +96,7 @@ def evaluate(asked: Asked, by: str | None) -> None:
 
 def predict(asked: Asked, to: Path, force: bool, probabilities: bool, prefix: str, drawing: Mapping[str, Any]) -> None:
     """``fedfm predict``."""
-    from fedfm.run.asking import Answers, Target
+    from fedfm.run.asking import Answers, Form, Target
     from fedfm.run.asking import predict as write
     from fedfm.run.generation import Drawing
 
@@ -102,7 +106,9 @@ def predict(asked: Asked, to: Path, force: bool, probabilities: bool, prefix: st
     how = Drawing(**drawing)
     with _told():
         answers = Answers(asked.model.open(), columns, probabilities, prefix, how)
-        write(answers, asked.file, target, asked.stage())
+        write(answers, asked.file, target, asked.stage(), Form(asked.delimiter, asked.encoding))
+    if answers.unreadable:
+        print(f"{answers.unreadable} lines of {words.clean(asked.file, 200)} cannot be read and are left out.", file=sys.stderr)
     if answers.unanswered:
         print(
             f"{answers.unanswered} of {answers.rows} rows have no answer; their places are empty. "
@@ -110,7 +116,12 @@ def predict(asked: Asked, to: Path, force: bool, probabilities: bool, prefix: st
             file=sys.stderr,
         )
     if asked.as_json:
-        known = {"rows": answers.rows, "unanswered": answers.unanswered, "columns": list(answers.names.values())}
+        known = {
+            "rows": answers.rows,
+            "unanswered": answers.unanswered,
+            "unreadable": answers.unreadable,
+            "columns": list(answers.names.values()),
+        }
         show_json({"run": str(asked.model.run), "file": asked.file, "to": str(to), **known})
     else:
         print(to)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import signal
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -53,7 +54,7 @@ def resume(path: Path, overrides: Sequence[str], telling: Telling) -> None:
 
 
 def _play(rounds: Iterable[object], out: Path, telling: Telling) -> None:
-    with stoppable(f"what was completed is kept. Go on with: fedfm resume {out}"):
+    with stoppable(f"what was completed is kept. Go on with: {shlex.join(['fedfm', 'resume', str(out)])}"):
         for _ in rounds:
             pass
     model, report = str(out / "model"), str(out / "report.html")
@@ -76,7 +77,7 @@ def compare(recipe: Path, overrides: Sequence[str], out: Path | None, telling: T
     out = out or Path("runs") / federation.name
     watchers = telling.watchers()
     stage = Progress(file=telling.stream, live=False).stage if watchers else _unseen
-    with stoppable(f"what was completed is kept. Go on with: fedfm compare {out}"):
+    with stoppable(f"what was completed is kept. Go on with: {shlex.join(['fedfm', 'compare', str(out)])}"):
         table = compare(federation, out, watchers=watchers, stage=stage).to_json()
     if telling.as_json:
         show_json(table)

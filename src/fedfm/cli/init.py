@@ -15,7 +15,6 @@ import typer
 
 from fedfm.core import disk, words
 from fedfm.core.errors import ConfigError, DataError
-from fedfm.core.paths import usable
 from fedfm.core.registry import suggest
 
 if TYPE_CHECKING:
@@ -135,8 +134,6 @@ def _of_rows(file: str, to: Path, given: Given) -> str:
     from fedfm.data.sources import open_source
     from fedfm.recipe import load
 
-    if not _is_named(file):
-        usable(file, "The file")
     form = Data(file, delimiter=given.delimiter, encoding=given.encoding)
     source = open_source(file, form.delimiter, form.encoding)
     seen = guess.look(source)

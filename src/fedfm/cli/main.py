@@ -77,6 +77,10 @@ Column = Annotated[
     list[str] | None,
     typer.Option("--column", metavar="NAME=COLUMN", help="The file's column for one of the task's, such as text=review. Repeat it."),
 ]
+Delimiter = Annotated[str | None, typer.Option(help="What stands between the values of a csv file, where that is not as in the recipe.")]
+Encoding = Annotated[
+    str | None, typer.Option(help="How the characters of a csv file are written, such as cp1252, where that is not as in the recipe.")
+]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1 or mps.")]
 NewTokens = Annotated[int, typer.Option(min=1, help="Largest number of tokens to generate.")]
 Temperature = Annotated[float, typer.Option(min=0.0, help="Sampling temperature; 0 takes the likeliest token.")]
@@ -273,6 +277,8 @@ def evaluate(
     file: File,
     by: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column that names a row's owner: metrics of each owner too.")] = None,
     column: Column = None,
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
     round: Round = "last",
     device: Device = "auto",
     quiet: Quiet = False,
@@ -284,7 +290,7 @@ def evaluate(
     """
     from fedfm.cli import answers
 
-    answers.evaluate(answers.Asked(answers.Model(run, round, device), file, column or [], quiet, as_json), by)
+    answers.evaluate(answers.Asked(answers.Model(run, round, device), file, column or [], delimiter, encoding, quiet, as_json), by)
 
 
 @app.command(cls=Command)
@@ -299,6 +305,8 @@ def predict(
     max_new_tokens: NewTokens = 100,
     temperature: Temperature = 0.0,
     seed: Seed = 0,
+    delimiter: Delimiter = None,
+    encoding: Encoding = None,
     round: Round = "last",
     device: Device = "auto",
     quiet: Quiet = False,
@@ -312,7 +320,12 @@ def predict(
 
     drawing = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
     answers.predict(
-        answers.Asked(answers.Model(run, round, device), file, column or [], quiet, as_json), to, force, probabilities, prefix, drawing
+        answers.Asked(answers.Model(run, round, device), file, column or [], delimiter, encoding, quiet, as_json),
+        to,
+        force,
+        probabilities,
+        prefix,
+        drawing,
     )
 
 

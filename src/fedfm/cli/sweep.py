@@ -22,8 +22,10 @@ def sweep(
 
     if dry_run:
         cells, _ = plans(recipe, overrides)
-        for cell in cells:
-            print(cell.name)
+        if telling.as_json:
+            show_json([{"name": cell.name, "values": dict(cell.values)} for cell in cells])
+        else:
+            print("\n".join(cell.name for cell in cells))
         return
     telling.watchers()  # sets up the log
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedfm.core.errors import ConfigError, DataError, MissingExtra, RowError
+from fedfm.core.paths import usable
 from fedfm.core.registry import suggest
 from fedfm.data import csv_file
 from fedfm.data.records import Record, Refuse, pieces, shown
@@ -59,7 +60,7 @@ class Source:
             empty = False
             yield row
         if empty:
-            raise DataError(f"{self.location} has no rows, so there is nothing to learn from.")
+            raise DataError(f"{self.location} has no rows.")
 
 
 def open_source(location: str, delimiter: str | None = None, encoding: str | None = None) -> Source:
@@ -71,16 +72,18 @@ def open_source(location: str, delimiter: str | None = None, encoding: str | Non
 
     Raises:
         DataError: if it does not exist.
-        ConfigError: if it is of no known kind.
+        ConfigError: if it is of no known kind, cannot be a path, or is a pipe or a device.
         MissingExtra: if reading it needs a package that is not installed.
     """
+    if not location:
+        raise ConfigError("The source of rows is empty; give a file, a folder, 'hf:name' or 'stdlib'.")
     if location == "stdlib":
         from fedfm.data import stdlib
 
         return Source(location, lambda refuse: stdlib.rows(), stamp(stdlib.files(), stdlib.root()), owner="owner")
     if location.startswith("hf:"):
         return _hub(location)
-    path = Path(location).expanduser()
+    path = usable(location, "The source of rows")
     if path.is_dir():
         if (path / "dataset_info.json").exists() or (path / "dataset_dict.json").exists():
             return _hub(f"hf:{path}")

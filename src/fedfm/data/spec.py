@@ -56,6 +56,8 @@ class Data(Part):
     def __post_init__(self) -> None:
         if not self.source:
             raise ConfigError("data.source is empty; give a file, a folder, 'hf:name' or 'stdlib'.")
+        if self.by == "":
+            raise ConfigError("data.by is empty; it must be the column that names a row's owner, or null.")
         if self.by is not None and self.partition is not None:
             raise ConfigError(
                 f"data has both by={self.by!r} and partition={self.partition!r}, but a row has one owner. "

@@ -286,8 +286,10 @@ class Table:
         """Writes ``STEM.csv`` (a line for each row) and ``STEM.html``; the table with the path of that.
 
         Raises:
-            RunError: if they cannot be written.
+            RunError: if they cannot be written, or a run is there.
         """
+        if (folder / "recipe.yaml").exists():
+            raise RunError(f"{folder} holds a run, and its folder is its own. Choose another --out.")
         rows = [row.to_json() if row.values else {"run": row.label, **row.to_json()} for row in self.rows]
         text = io.StringIO()
         writer = csv.DictWriter(text, list(rows[0]) if rows else ["run"], lineterminator="\n")

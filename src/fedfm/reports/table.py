@@ -150,7 +150,10 @@ def pooled_verdict(compare: Mapping[str, Any]) -> str:
     if not row.pays:
         return text + (": federating did not pay there." if row.loses else ".")
     closed = gap_closed(row)
-    return text + ("." if closed is None else f": federating closes {100 * closed:.0f} % of the gap.")
+    if closed is None:
+        return f"{text}."
+    # Beyond the end that it is measured against, a share says nothing.
+    return text + (": federating does better than both." if closed > 1 else f": federating closes {100 * closed:.0f} % of the gap.")
 
 
 def everybody(compare: Mapping[str, Any]) -> str:

@@ -18,13 +18,13 @@ from typing import Any, TypeVar
 import torch
 
 from fedfm.core import disk
-from fedfm.core.errors import ConfigError, DataError, RunError
+from fedfm.core.errors import ConfigError, DataError, RowError, RunError
 from fedfm.core.plain import finite
 from fedfm.core.registry import suggest
 from fedfm.core.task import RawRow, Scorer, Task, Vocabulary, Writer
 from fedfm.core.tree import Tree
 from fedfm.data import IID, Data, Held, opened, prepare
-from fedfm.data.records import Record, value_in, where
+from fedfm.data.records import Record, Refuse, value_in, where
 from fedfm.data.sources import Source, open_source
 from fedfm.models import unchanged
 from fedfm.observers.evaluate import standard_error, summary
@@ -56,8 +56,35 @@ def renamed(task: Task, columns: Mapping[str, str]) -> Task:
     return replace(task, **columns)  # type: ignore[type-var]
 
 
+@dataclass(frozen=True)
+class Form:
+    """How a file of rows is written, where that is not as the run's recipe says.
+
+    Args:
+        delimiter: What stands between the values of a csv file.
+        encoding: How its characters are written.
+    """
+
+    delimiter: str | None = None
+    encoding: str | None = None
+
+    def of(self, result: Result, source: str) -> Data:
+        """How ``source`` is read: as the run read its own rows, bad ones too.
+
+        Raises:
+            ConfigError: if a value cannot be what it says.
+        """
+        data = result.federation.data
+        return replace(data, source=source, delimiter=self.delimiter or data.delimiter, encoding=self.encoding or data.encoding)
+
+
 def evaluate(
-    result: Result, source: str, by: str | None = None, columns: Mapping[str, str] | None = None, stage: Stage | None = None
+    result: Result,
+    source: str,
+    by: str | None = None,
+    columns: Mapping[str, str] | None = None,
+    stage: Stage | None = None,
+    form: Form | None = None,
 ) -> dict[str, Any]:
     """Metrics of a run's model on all rows of a file, as the run's own evaluation makes them.
 
@@ -68,6 +95,7 @@ def evaluate(
         by: Column that names a row's owner; ``None`` takes all rows together.
         columns: For a field of the task (``text``) the column of the file, where it has another name than in the recipe.
         stage: Told what is being done and how far it is.
+        form: How the file is written, where that is not as the recipe says.
 
     Returns:
         ``headline`` (name and direction), ``pooled`` (every metric), ``error`` (standard error of the headline, ``None`` where it is not known),
@@ -83,7 +111,10 @@ def evaluate(
     if foundation.labels and any(item.name == "labels" for item in fields(task)):  # type: ignore[arg-type]
         # Classes keep the numbers that they had in training, whichever of them the file has.
         task = replace(task, labels=foundation.labels)  # type: ignore[type-var]
-    data = Data(source, by=by, partition=IID(clients=1) if by is None else None, test_fraction=0.0, min_examples=1)
+    everybody = IID(clients=1) if by is None else None
+    data = replace(
+        (form or Form()).of(result, source), by=by, partition=everybody, test=None, limit=None, test_fraction=0.0, min_examples=1
+    )
     result.warn_of_home()
 
     def read(text: str, done: int) -> None:
@@ -133,6 +164,7 @@ class Answers:
         rows: Rows so far.
         unanswered: Those of them without an answer.
         reason: Why the first of these has none.
+        unreadable: Lines of the file that could not be read, and are left out.
 
     Raises:
         ConfigError: if the task has no such column, or no classes.
@@ -147,6 +179,7 @@ class Answers:
     rows: int = 0
     unanswered: int = 0
     reason: str | None = None
+    unreadable: int = 0
 
     def __post_init__(self) -> None:
         foundation, task = self.result.foundation, renamed(self.result.federation.task, self.columns)
@@ -271,7 +304,7 @@ class Target:
         yield from (_csv([_cell(row.get(column)) for column in columns]) for row in rows)
 
 
-def predict(answers: Answers, source: str, target: Target, stage: Stage | None = None) -> None:
+def predict(answers: Answers, source: str, target: Target, stage: Stage | None = None, form: Form | None = None) -> None:
     """Writes the rows of a file with an answer beside each, in their order.
 
     The file is read twice: once for its columns and the number of its rows, and so that a row that cannot be read is known before the work
@@ -280,16 +313,20 @@ def predict(answers: Answers, source: str, target: Target, stage: Stage | None =
     Args:
         source: Whatever :class:`fedfm.data.Data` reads.
         stage: Told what is being done and how far it is.
+        form: How the file is written, where that is not as the recipe says.
 
     Raises:
-        DataError: if the file cannot be read, or no row has a column that is needed.
+        DataError: if the file cannot be read (lines that cannot be read are left out and counted where the recipe skips bad rows), or no row has a column that is needed.
         ConfigError: if it has a column of an answer's name, or ``target`` must not be written.
         RunError: if ``target`` is there already or cannot be written.
     """
     stage = stage or _unseen
     target.require(source)
-    opened_source = open_source(source)
-    columns, total, first = _surveyed(opened_source, stage)
+    data = (form or Form()).of(answers.result, source)
+    opened_source = open_source(source, data.delimiter, data.encoding)
+    refused = list[RowError]()
+    columns, total, first = _surveyed(opened_source, stage, refused.append if data.bad_rows == "skip" else None)
+    answers.unreadable = len(refused)
     for column in answers.predictor.columns:
         if column not in columns:
             value_in(first, column)
@@ -302,7 +339,7 @@ def predict(answers: Answers, source: str, target: Target, stage: Stage | None =
         waiting: deque[Record] = deque()
 
         def noted() -> Iterator[Record]:
-            for record in opened_source.rows():
+            for record in opened_source.rows(_unheard if data.bad_rows == "skip" else None):
                 waiting.append(record)
                 yield record
 
@@ -314,17 +351,18 @@ def predict(answers: Answers, source: str, target: Target, stage: Stage | None =
     disk.write_lines(target.path, target.lines(joined(), [*columns, *answers.names.values()]))
 
 
-def _surveyed(source: Source, stage: Stage) -> tuple[list[str], int, Record]:
+def _surveyed(source: Source, stage: Stage, refuse: Refuse | None) -> tuple[list[str], int, Record]:
     """All columns of a source in the order in which they appear, the number of its rows, and the first."""
     columns: dict[str, None] = {}
     first: Record | None = None
     count = 0
-    for count, record in enumerate(source.rows(), 1):
+    for count, record in enumerate(source.rows(refuse), 1):
         first = first or record
         columns.update(dict.fromkeys(record))
         if count % _REPORT == 0:
             stage("Reading", count, None)
-    assert first is not None  # a source without rows is refused
+    if first is None:
+        raise DataError(f"{source.location} has no row that can be read.")
     return list(columns), count, first
 
 
@@ -367,6 +405,10 @@ def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and not math.isfinite(value)):
         return ""
     return value if isinstance(value, str) else json.dumps(finite(value), ensure_ascii=False, default=str)
+
+
+def _unheard(error: RowError) -> None:
+    """A line that was counted before."""
 
 
 def _unseen(text: str, done: int | None = None, total: int | None = None) -> None:

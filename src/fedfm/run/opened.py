@@ -6,10 +6,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedfm.core import display, words
 from fedfm.core.errors import RunError
+from fedfm.core.paths import usable
 from fedfm.core.task import RawRow
 from fedfm.core.words import Metric
 from fedfm.federation import Federation
@@ -22,19 +23,21 @@ if TYPE_CHECKING:
     from fedfm.run.result import Result
 
 
-def open_run(path: Path | str, device: str = "cpu") -> Run:
+def open_run(path: Path | str, device: str = "cpu", round: int | Literal["last", "best"] = "last") -> Run:
     """The run in ``path``, finished or not. Reads its folder and changes nothing in it.
 
     Args:
         device: Where its model is loaded, once it is asked for: ``auto``, ``cpu``, ``cuda``, ``cuda:1`` or ``mps``.
+        round: Whose model that is: ``last``, ``best``, or the number of a round whose state is kept.
 
     Raises:
         RunError: if there is no run.
+        ConfigError: if ``path`` cannot be a path.
     """
-    folder = Path(path).expanduser()
+    folder = usable(path, "The run")
     if not (folder / RECIPE).is_file():
         raise RunError(f"{folder} holds no run (there is no {RECIPE} in it). Give the folder named by --out.")
-    return Run(folder, device)
+    return Run(folder, device, round)
 
 
 @dataclass(frozen=True, repr=False)
@@ -49,6 +52,7 @@ class Run:
 
     path: Path
     device: str = "cpu"
+    round: int | Literal["last", "best"] = "last"
 
     @cached_property
     def federation(self) -> Federation:
@@ -79,14 +83,14 @@ class Run:
 
     @cached_property
     def result(self) -> Result:
-        """The run's newest model, to export, ask and evaluate.
+        """The model of the run's last round, or of the one that was asked for, to export, ask and evaluate.
 
         Raises:
             RunError: if no round was completed, or the base has changed since.
         """
         from fedfm.run.result import Result
 
-        return Result.open(self.path, device=self.device)
+        return Result.open(self.path, self.round, self.device)
 
     @property
     def model(self) -> Any:

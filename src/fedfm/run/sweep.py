@@ -36,7 +36,7 @@ from fedfm.federation import Federation
 from fedfm.models.foundation import device_of
 from fedfm.recipe import dump, load, located, read
 from fedfm.reports.runs import Entry, Table
-from fedfm.run.folder import METRICS, is_finished
+from fedfm.run.folder import METRICS, RECIPE, is_finished
 from fedfm.run.grid import Cell, grid
 from fedfm.simulation import Simulation
 from fedfm.verbs import Describe
@@ -223,6 +223,8 @@ def _members(cells: Sequence[Cell], plans: Sequence[Federation], before: Sweep |
     Raises:
         RunError: if the folder knows runs that are not in the grid, or holds something else under a run's name.
     """
+    if (path / RECIPE).exists():
+        raise RunError(f"{path} holds a run, and its folder is its own. Choose another --out.")
     recipes = [dump(plan) for plan in plans]
     known = {} if before is None else {member.recipe: member.name for member in before.members}
     gone = [name for recipe, name in known.items() if recipe not in recipes]

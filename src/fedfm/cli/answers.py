@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 from fedfm.cli.parts import chosen_round, show_json
 from fedfm.core import words
 from fedfm.core.errors import ConfigError, DataError
+from fedfm.core.stage import Stage, unseen
 from fedfm.core.words import Metric
 
 if TYPE_CHECKING:
     from fedfm.observers.progress import Progress
-    from fedfm.run.asking import Stage
     from fedfm.run.result import Result
 
 _SHOWN = 40  # owners in the table; --json has all
@@ -135,7 +135,7 @@ def generate(model: Model, prompts: Sequence[str], file: Path | None, drawing: M
     asked = [*_given(prompts), *([] if file is None else _lines(file))]
     if not asked:
         raise ConfigError("There is no prompt. Give some as arguments, a file of them (--file), or - for standard input.")
-    stage = _unseen if quiet or len(asked) == 1 else _progress().stage
+    stage = unseen if quiet or len(asked) == 1 else _progress().stage
     with _told():
         result = model.open()
         answers = result.generate(asked, how.max_new_tokens, how.temperature, how.seed, lambda done: stage("Generating", done, len(asked)))
@@ -196,10 +196,6 @@ def _owner_lines(report: Mapping[str, Any], metric: Metric) -> list[str]:
         )
     lines += [f"left out  {words.clean(owner, 32)}: {words.clean(why)}" for owner, why in list(report["left_out"].items())[:_SHOWN]]
     return lines
-
-
-def _unseen(text: str, done: int | None = None, total: int | None = None) -> None:
-    """Nobody looks on."""
 
 
 def _progress() -> Progress:

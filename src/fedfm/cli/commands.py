@@ -22,6 +22,7 @@ from fedfm.core.bad_rows import BadRows
 from fedfm.core.errors import ConfigError
 from fedfm.core.parts import Finding, warn
 from fedfm.core.roster import Roster
+from fedfm.core.stage import unseen
 from fedfm.federation import Federation
 from fedfm.observers.base import Watcher
 from fedfm.observers.progress import Progress
@@ -76,7 +77,7 @@ def compare(recipe: Path, overrides: Sequence[str], out: Path | None, telling: T
     federation = located(read(recipe, overrides))
     out = out or Path("runs") / federation.name
     watchers = telling.watchers()
-    stage = Progress(file=telling.stream, live=False).stage if watchers else _unseen
+    stage = Progress(file=telling.stream, live=False).stage if watchers else unseen
     with stoppable(f"what was completed is kept. Go on with: {shlex.join(['fedfm', 'compare', str(out)])}"):
         table = compare(federation, out, watchers=watchers, stage=stage).to_json()
     if telling.as_json:
@@ -238,10 +239,6 @@ class Telling:
         # Ours alone: below a warning, what the libraries log is for their authors.
         logging.getLogger("fedfm").setLevel(level)
         return [] if self.quiet else [Progress(file=self.stream)]
-
-
-def _unseen(text: str, done: int | None = None, total: int | None = None) -> None:
-    """The stages of a quiet command."""
 
 
 class _Stderr(logging.Handler):

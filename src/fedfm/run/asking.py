@@ -21,6 +21,7 @@ from fedfm.core import disk
 from fedfm.core.errors import ConfigError, DataError, RowError, RunError
 from fedfm.core.plain import finite
 from fedfm.core.registry import suggest
+from fedfm.core.stage import Stage, unseen
 from fedfm.core.task import RawRow, Scorer, Task, Vocabulary, Writer
 from fedfm.core.tree import Tree
 from fedfm.data import IID, Data, Held, opened, prepare
@@ -34,7 +35,6 @@ from fedfm.run.result import Result
 log = logging.getLogger(__name__)
 
 T = TypeVar("T", bound=Sized)
-Stage = Callable[[str, int | None, int | None], None]
 _ROWS, _CHARACTERS = 256, 4_000_000  # rows that are answered together, and their characters
 _REPORT = 10_000  # rows between two reports of a file that is only read
 
@@ -106,7 +106,7 @@ def evaluate(
         DataError: if a row cannot be read, lacks a column, has a class that the model does not know, or none can be used.
         ConfigError: if the task has no such column.
     """
-    stage, foundation = stage or _unseen, result.foundation
+    stage, foundation = stage or unseen, result.foundation
     task = renamed(result.federation.task, columns or {})
     if foundation.labels and any(item.name == "labels" for item in fields(task)):  # type: ignore[arg-type]
         # Classes keep the numbers that they had in training, whichever of them the file has.
@@ -320,7 +320,7 @@ def predict(answers: Answers, source: str, target: Target, stage: Stage | None =
         ConfigError: if it has a column of an answer's name, or ``target`` must not be written.
         RunError: if ``target`` is there already or cannot be written.
     """
-    stage = stage or _unseen
+    stage = stage or unseen
     target.require(source)
     data = (form or Form()).of(answers.result, source)
     opened_source = open_source(source, data.delimiter, data.encoding)
@@ -409,7 +409,3 @@ def _cell(value: Any) -> str:
 
 def _unheard(error: RowError) -> None:
     """A line that was counted before."""
-
-
-def _unseen(text: str, done: int | None = None, total: int | None = None) -> None:
-    """Nobody looks on."""

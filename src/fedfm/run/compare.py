@@ -19,6 +19,7 @@ from fedfm.core import display
 from fedfm.core.errors import DataError
 from fedfm.core.messages import ClientId
 from fedfm.core.parts import RoundContext, Update, Work, innermost
+from fedfm.core.stage import Stage
 from fedfm.core.task import Examples, Task
 from fedfm.core.tree import Tree
 from fedfm.data import Sample
@@ -32,7 +33,6 @@ from fedfm.run.loop import resume, run
 from fedfm.server import FedAvg
 from fedfm.simulation import Simulation
 
-Stage = Callable[[str, int | None, int | None], None]
 Scores = dict[str, Any]
 TOGETHER = 512
 """Examples of everybody's test data on which each model is scored, unless ``evaluate.max_examples`` is null."""

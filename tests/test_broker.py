@@ -585,6 +585,20 @@ def test_the_harness_hears_what_it_may(world: World) -> None:
         assert "hello" in heard and "Violation" not in heard
 
 
+def test_a_member_sees_which_of_its_chunks_are_stored(world: World) -> None:
+    """NATS must not answer, in the place of the coordinator's account, that the member's has no JetStream."""
+    branch = world.consortium.names.up("alice")
+    with world.connect(world.members["alice"]) as hers:
+        for reload in (False, True):
+            if reload:
+                world.consortium.broker.reload()
+            id = f"{int(reload):032x}"
+            for index in range(3):
+                hers.publish(branch.chunk(id, index), b"piece")
+            for _ in range(20):
+                assert hers.held(branch, branch.chunks(id)) == {branch.chunk(id, index) for index in range(3)}
+
+
 def test_what_a_client_says_of_itself_changes_nothing(world: World) -> None:
     """A certificate of alice's and bob's name in every field: it is alice."""
     bob = world.members["bob"]

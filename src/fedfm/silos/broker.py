@@ -40,6 +40,8 @@ from fedfm.wire.subjects import Rights
 CONFIGURATION, ACCOUNTS, LOG, PID, LOADED = "broker.conf", "accounts.conf", "broker.log", "broker.pid", "broker.loaded"
 SERVER_CERTIFICATE, SERVER_KEY, AUTHORITY = "server.pem", "server.key", "ca.pem"
 _HEAD = "# Written by fedfm, which replaces it whenever a member comes or goes. Settings are in consortium.yaml.\n"
+# An account that imports the first is not connected to the JetStream of NATS itself. Here it gets the second, where nobody listens.
+_API, _NOTHING = "$JS.API.INFO", "fedfm.nothing"
 _READY, _RELOADED, _NOT_RELOADED = "Server is ready", "Reloaded server configuration", "Failed to reload server configuration"
 
 
@@ -182,9 +184,11 @@ class Broker:
             if user.account is None:
                 accounts[hub]["users"].append(entry)
                 continue
-            imports = [{"service": {"account": hub, "subject": subject}} for subject in user.rights.publish]
+            imports: list[dict[str, Any]] = [{"service": {"account": hub, "subject": subject}} for subject in user.rights.publish]
+            # Without this import, NATS answers STREAM.INFO a second time, and sooner: that JetStream is not enabled for this account.
+            imports.append({"service": {"account": hub, "subject": _NOTHING}, "to": _API})
             accounts[user.account] = {"users": [entry], "imports": imports}
-            for subject in user.rights.publish:
+            for subject in (*user.rights.publish, _NOTHING):
                 exports.setdefault(subject, []).append(user.account)
         accounts[hub]["exports"] = [{"service": subject, "accounts": allowed} for subject, allowed in exports.items()]
         return f"accounts: {json.dumps(accounts, indent=2)}\n"

@@ -79,7 +79,9 @@ def test_a_compiler_that_fails_leaves_the_run_eager(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager"])
+@pytest.mark.parametrize(
+    "backend", ["eager", pytest.param("inductor", marks=pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler"))]
+)
 def test_a_resumed_compiled_run_equals_an_unbroken_one(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiled, "BACKEND", backend)
     torch.compiler.reset()

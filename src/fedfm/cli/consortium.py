@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedfm.cli.group import Command
+from fedfm.cli.group import Command, usable_path
 
 consortium = typer.Typer(
     name="consortium",
@@ -19,13 +19,7 @@ consortium = typer.Typer(
 )
 
 
-def _usable(value: Path | None) -> Path | None:
-    from fedfm.core.paths import usable
-
-    return None if value is None else usable(value, "The path")
-
-
-Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The consortium's folder.", callback=_usable)]
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="The consortium's folder.", callback=usable_path)]
 Member = Annotated[str, typer.Argument(metavar="MEMBER", help="The member's name: letters a-z, digits and hyphens.")]
 Json = Annotated[bool, typer.Option("--json", help="Answer in JSON on stdout.")]
 
@@ -69,7 +63,7 @@ def init(
 def invite(
     folder: Folder,
     member: Member,
-    out: Annotated[Path | None, typer.Option(help="The file to write. Default: MEMBER.invitation.json here.", callback=_usable)] = None,
+    out: Annotated[Path | None, typer.Option(help="The file to write. Default: MEMBER.invitation.json here.", callback=usable_path)] = None,
     as_json: Json = False,
 ) -> None:
     """Write an invitation for one member; it works once, until it expires."""

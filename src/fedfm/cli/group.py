@@ -8,6 +8,7 @@ command runs. Our own commands keep their names.
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -20,6 +21,18 @@ if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
 GROUP = "fedfm.commands"
+
+
+def usable_path(value: Path | None) -> Path | None:
+    """What Typer calls with a path that was given.
+
+    Raises:
+        ConfigError: if it can be none, or is a pipe or a device.
+    """
+    # Here and not above: help needs none of it.
+    from fedfm.core.paths import usable
+
+    return None if value is None else usable(value, "The path")
 
 
 class Command(TyperCommand):

@@ -16,7 +16,7 @@ import typer
 
 from fedfm.cli import completion
 from fedfm.cli.consortium import consortium
-from fedfm.cli.group import Command, Commands
+from fedfm.cli.group import Command, Commands, usable_path
 from fedfm.core.errors import ConfigError, FedfmError
 from fedfm.core.version import VERSION
 
@@ -35,23 +35,20 @@ app = typer.Typer(
 )
 
 
-def _usable(value: Path | None) -> Path | None:
-    from fedfm.core.paths import usable
-
-    return None if value is None else usable(value, "The path")
-
-
 Recipe = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", callback=_usable, click_type=click.Path(path_type=Path))
+    Path, typer.Argument(metavar="RECIPE", help="A recipe file (YAML).", callback=usable_path, click_type=click.Path(path_type=Path))
 ]
-Run = Annotated[Path, typer.Argument(metavar="RUN", help="A run's folder.", callback=_usable, click_type=completion.Folder(path_type=Path))]
-Coordinator = Annotated[Path, typer.Argument(metavar="DIR", help="The coordinator's folder.", callback=_usable)]
+Run = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run's folder.", callback=usable_path, click_type=completion.Folder(path_type=Path))
+]
+Coordinator = Annotated[Path, typer.Argument(metavar="DIR", help="The coordinator's folder.", callback=usable_path)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Values for fields of the recipe, such as rounds=20 or tuning.LoRA.r=16."),
 ]
 Out = Annotated[
-    Path | None, typer.Option(help="The run's folder. Default: runs/NAME.", callback=_usable, click_type=completion.Folder(path_type=Path))
+    Path | None,
+    typer.Option(help="The run's folder. Default: runs/NAME.", callback=usable_path, click_type=completion.Folder(path_type=Path)),
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress; warnings and errors alone.")]
 Round = Annotated[str, typer.Option(metavar="ROUND", help="last, best, or the number of a round whose state the run has kept.")]
@@ -108,7 +105,7 @@ def run(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the plan, print the resolved recipe, and stop.")] = False,
     consortium: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Submit it to the coordinator of this folder, and show its progress.", callback=_usable),
+        typer.Option(metavar="DIR", help="Submit it to the coordinator of this folder, and show its progress.", callback=usable_path),
     ] = None,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -145,7 +142,7 @@ def compare(
         typer.Argument(
             metavar="RECIPE",
             help="A recipe file, or a run's folder; several runs are put side by side.",
-            callback=_usable,
+            callback=usable_path,
             click_type=click.Path(path_type=Path),
         ),
     ],
@@ -159,7 +156,7 @@ def compare(
         Path | None,
         typer.Option(
             help="The run's folder (default: runs/NAME); of several runs, where to write table and page.",
-            callback=_usable,
+            callback=usable_path,
             click_type=completion.Folder(path_type=Path),
         ),
     ] = None,
@@ -185,7 +182,7 @@ def sweep(
         list[str],
         typer.Argument(metavar="KEY=VALUE,VALUE...", help="Fields and their values: tuning.LoRA.r=4,16 server=FedAvg,FedAdam seed=0..2."),
     ],
-    out: Annotated[Path | None, typer.Option(help="The sweep's folder. Default: runs/NAME-sweep.", callback=_usable)] = None,
+    out: Annotated[Path | None, typer.Option(help="The sweep's folder. Default: runs/NAME-sweep.", callback=usable_path)] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Runs at a time. Default: as many as cores and total memory hold.")] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of each run. Default: the cores divided by the runs that fit.")
@@ -259,7 +256,7 @@ def export(
     to: Annotated[
         Path,
         typer.Option(
-            help="The folder to write. It must be empty or not exist.", callback=_usable, click_type=completion.Folder(path_type=Path)
+            help="The folder to write. It must be empty or not exist.", callback=usable_path, click_type=completion.Folder(path_type=Path)
         ),
     ],
     merge: Annotated[bool, typer.Option("--merge", help="Write a whole model with the tuning merged in, instead of an adapter.")] = False,
@@ -297,7 +294,9 @@ def evaluate(
 def predict(
     run: Run,
     file: File,
-    to: Annotated[Path, typer.Option(help="The file to write, .csv or .jsonl: the rows, with an answer beside each.", callback=_usable)],
+    to: Annotated[
+        Path, typer.Option(help="The file to write, .csv or .jsonl: the rows, with an answer beside each.", callback=usable_path)
+    ],
     column: Column = None,
     probabilities: Annotated[bool, typer.Option("--probabilities", help="A column for each class as well.")] = False,
     prefix: Annotated[str, typer.Option(help="What the names of the new columns begin with.")] = "",
@@ -338,7 +337,7 @@ def generate(
     ] = None,
     file: Annotated[
         Path | None,
-        typer.Option(help="A text file with a prompt on each line.", callback=_usable, click_type=click.Path(path_type=Path)),
+        typer.Option(help="A text file with a prompt on each line.", callback=usable_path, click_type=click.Path(path_type=Path)),
     ] = None,
     round: Round = "last",
     max_new_tokens: NewTokens = 100,
@@ -371,7 +370,7 @@ app.add_typer(consortium)
 
 @app.command(cls=Command)
 def log(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="An owner's log or folder, or a run's folder.", callback=_usable)],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An owner's log or folder, or a run's folder.", callback=usable_path)],
     last: Annotated[int | None, typer.Option(min=1, metavar="N", help="Only the last N lines.")] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Say whether the log is unbroken, and print its head.")] = False,
     head: Annotated[str | None, typer.Option(metavar="DIGEST", help="A head noted earlier: verify that the log still holds it.")] = None,
@@ -385,7 +384,7 @@ def log(
 
 @app.command(cls=Command)
 def approve(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="An owner's folder, or a run's folder.", callback=_usable)],
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An owner's folder, or a run's folder.", callback=usable_path)],
     question: Annotated[str | None, typer.Argument(metavar="[ID]", help="The question to say yes to. Default: list them.")] = None,
     refuse: Annotated[bool, typer.Option("--refuse", help="Say no.")] = False,
     as_json: Json = False,
@@ -402,7 +401,9 @@ def init(
         str | None,
         typer.Argument(metavar="[FILE]", help="A csv, jsonl or parquet file, or a folder of texts. Default: the quickstart's data."),
     ] = None,
-    to: Annotated[Path | None, typer.Option(help="The recipe to write. Default: FILE's name with .yaml, here.", callback=_usable)] = None,
+    to: Annotated[
+        Path | None, typer.Option(help="The recipe to write. Default: FILE's name with .yaml, here.", callback=usable_path)
+    ] = None,
     task: Annotated[str | None, typer.Option(help="Instruct, Classification or CausalLM.")] = None,
     text: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the text.")] = None,
     label: Annotated[str | None, typer.Option(metavar="COLUMN", help="Column of the class.")] = None,
@@ -437,13 +438,13 @@ def serve(folder: Coordinator, log_level: LogLevel = "warning") -> None:
 def join(
     path: Annotated[
         Path,
-        typer.Argument(metavar="INVITATION", help="The invitation file; or the folder of a member that has entered.", callback=_usable),
+        typer.Argument(metavar="INVITATION", help="The invitation file; or the folder of a member that has entered.", callback=usable_path),
     ],
     data: Annotated[str, typer.Option(metavar="FILE", help="The owner's own rows: .csv, .jsonl, .parquet or a folder of texts.")],
     test: Annotated[str | None, typer.Option(metavar="FILE", help="Rows to evaluate on. Default: some of the data are held out.")] = None,
-    policy: Annotated[Path | None, typer.Option(help="The owner's policy (YAML). Default: the strictest.", callback=_usable)] = None,
+    policy: Annotated[Path | None, typer.Option(help="The owner's policy (YAML). Default: the strictest.", callback=usable_path)] = None,
     folder: Annotated[
-        Path | None, typer.Option(help="Where the member's keys and records are. Default: the member's name, here.", callback=_usable)
+        Path | None, typer.Option(help="Where the member's keys and records are. Default: the member's name, here.", callback=usable_path)
     ] = None,
     device: Device = "auto",
     log_level: LogLevel = "warning",
@@ -476,7 +477,7 @@ def status(folder: Coordinator, as_json: Json = False) -> None:
 
 
 @app.command(cls=Command)
-def quickstart(out: Annotated[Path, typer.Option(help="The run's folder.", callback=_usable)] = Path("runs/quickstart")) -> None:
+def quickstart(out: Annotated[Path, typer.Option(help="The run's folder.", callback=usable_path)] = Path("runs/quickstart")) -> None:
     """Take the tour: offline, in a few minutes."""
     from fedfm.quickstart import main as tour
 

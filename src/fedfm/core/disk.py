@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -142,6 +143,27 @@ def sync(path: Path) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def lock(path: Path, busy: str, mode: int = 0o644) -> int:
+    """Takes a lock file against all other processes; the descriptor, which holds it until it is closed or the process ends, however it does.
+
+    Args:
+        busy: The error where another process has it.
+
+    Raises:
+        RunError: with ``busy``, or if the file cannot be written.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, mode)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        raise RunError(busy) from error
+    return descriptor
 
 
 def cannot_write(path: Path, error: Exception) -> RunError:

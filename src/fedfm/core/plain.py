@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
+
+
+def csv_line(cells: Iterable[str]) -> str:
+    """One row of a csv file, with commas and without the line's end."""
+    line = io.StringIO()
+    csv.writer(line, lineterminator="").writerow(cells)
+    return line.getvalue()
 
 
 def finite(value: Any) -> Any:

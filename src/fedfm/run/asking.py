@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import logging
 import math
@@ -19,7 +17,7 @@ import torch
 
 from fedfm.core import disk
 from fedfm.core.errors import ConfigError, DataError, RowError, RunError
-from fedfm.core.plain import finite
+from fedfm.core.plain import csv_line, finite
 from fedfm.core.registry import suggest
 from fedfm.core.stage import Stage, unseen
 from fedfm.core.task import RawRow, Scorer, Task, Vocabulary, Writer
@@ -395,9 +393,7 @@ def _json(row: Mapping[str, Any]) -> str:
 
 
 def _csv(values: Sequence[str]) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(values)
-    return line.getvalue().encode("utf-8", "replace").decode()
+    return csv_line(values).encode("utf-8", "replace").decode()
 
 
 def _cell(value: Any) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import io
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from fedfm.core import disk, words
 from fedfm.core.errors import RunError
+from fedfm.core.plain import csv_line
 
 TABLE = "metrics.csv"
 _TOTALS = ("steps", "examples", "tokens")
@@ -100,7 +100,7 @@ class Table:
             rows = list(rows)
             names = dict.fromkeys(name for row in rows for name in row)
         self.names = list(names)
-        disk.write_lines(self.path, chain([_csv(self.names)] if self.names else [], map(self._line, rows)))
+        disk.write_lines(self.path, chain([csv_line(self.names)] if self.names else [], map(self._line, rows)))
 
     def _rows(self) -> Iterator[dict[str, str]]:
         """The rows so far, as text."""
@@ -111,13 +111,7 @@ class Table:
             raise RunError(f"{self.path} cannot be read: {error.strerror}. Resume the run, which makes it again.") from error
 
     def _line(self, row: Mapping[str, Any]) -> str:
-        return _csv([_cell(row.get(name)) for name in self.names])
-
-
-def _csv(cells: Iterable[str]) -> str:
-    line = io.StringIO()
-    csv.writer(line, lineterminator="").writerow(cells)
-    return line.getvalue()
+        return csv_line([_cell(row.get(name)) for name in self.names])
 
 
 def _cell(value: Any) -> str:

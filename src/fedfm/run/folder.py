@@ -19,7 +19,6 @@ else is in the folder is brought to agree with that. A journal that is damaged, 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -172,15 +171,8 @@ class RunFolder:
         self.close()
 
     def _acquire(self) -> None:
-        try:
-            self._lock = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise disk.cannot_write(self.path / ".lock", error) from error
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self.close()
-            raise RunError(f"{self.path} is in use by another process. Wait for it to end, or stop it, then try again.") from error
+        busy = f"{self.path} is in use by another process. Wait for it to end, or stop it, then try again."
+        self._lock = disk.lock(self.path / ".lock", busy)
 
     # --- writing ---------------------------------------------------------------------------------------------------
 

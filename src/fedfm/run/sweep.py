@@ -481,14 +481,9 @@ def _locked(path: Path) -> Iterator[None]:
     lock = path / HIDDEN / "lock"
     try:
         lock.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise disk.cannot_write(lock, error) from error
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(descriptor)
-        raise RunError(f"{path} is in use by another sweep. Wait for it to end, or stop it, then try again.") from error
+    descriptor = disk.lock(lock, f"{path} is in use by another sweep. Wait for it to end, or stop it, then try again.")
     try:
         yield
     finally:

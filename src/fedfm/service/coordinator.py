@@ -19,7 +19,6 @@ into the folder may submit.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import re
@@ -306,16 +305,8 @@ def _open(hall: Hall) -> Iterator[None]:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Holds the folder's lock, which the system releases when a process ends, however it does."""
-    try:
-        fd = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o600)
-    except OSError as error:
-        raise disk.cannot_write(folder / LOCK, error) from error
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(fd)
-        raise RunError(f"Another process serves {words.clean(folder, 120)} already.") from error
+    descriptor = disk.lock(folder / LOCK, f"Another process serves {words.clean(folder, 120)} already.", 0o600)
     try:
         yield
     finally:
-        os.close(fd)
+        os.close(descriptor)

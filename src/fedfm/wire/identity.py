@@ -125,9 +125,7 @@ class Card:
 
     def __post_init__(self) -> None:
         subjects.require_name(self.name)
-        for key, length in _PUBLIC.items():
-            if len(getattr(self, key)) != length:
-                raise MessageError(f"The card of {self.name} has a key {key!r} of {len(getattr(self, key))} bytes; it has {length}.")
+        _require_lengths(self, "card", _PUBLIC)
         require_cryptography()
         from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
@@ -201,9 +199,7 @@ class Identity:
 
     def __post_init__(self) -> None:
         subjects.require_name(self.name)
-        for key, length in _PRIVATE.items():
-            if len(getattr(self, key)) != length:
-                raise MessageError(f"The identity of {self.name} has a key {key!r} of {len(getattr(self, key))} bytes; it has {length}.")
+        _require_lengths(self, "identity", _PRIVATE)
 
     @staticmethod
     def create(name: str) -> Identity:
@@ -289,6 +285,12 @@ class Identity:
 
     def __reduce__(self) -> NoReturn:
         raise TypeError("An identity is not pickled.")
+
+
+def _require_lengths(owner: Card | Identity, what: str, keys: Mapping[str, int]) -> None:
+    for key, length in keys.items():
+        if len(getattr(owner, key)) != length:
+            raise MessageError(f"The {what} of {owner.name} has a key {key!r} of {len(getattr(owner, key))} bytes; it has {length}.")
 
 
 def _json(data: bytes) -> object:

@@ -81,6 +81,8 @@ class Memory:
         if remembers:
             # A leaf may be a row of a bank that goes on changing, so it is copied out.
             self._write(client, ticket, {name: leaf.detach().to("cpu", copy=True).contiguous() for name, leaf in tree.items()})
+        elif self.folder is not None and not home(self.folder, client).exists():
+            return None
         tickets = self._tickets(client)
         before = max((known for known in tickets if counted is not None and known < counted), default=None)
         self._drop(client, set(tickets) - {ticket if remembers else None, counted, before})

@@ -19,7 +19,7 @@ import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import torch
@@ -206,21 +206,24 @@ def _blob_size(tensors: Tree) -> int:
 
 def _index(tensors: Tree) -> tuple[bytes, list[str]]:
     """The header of a safetensors file, which names the leaves in the tree's order, and the order in which they follow it."""
+    return _index_of(tuple((name, leaf.dtype, tuple(leaf.shape)) for name, leaf in tensors.items()))
+
+
+# The clients of a round answer with the same names and shapes.
+@lru_cache(maxsize=32)
+def _index_of(layout: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> tuple[bytes, list[str]]:
     # Widest type first, so that each leaf is aligned.
-    names = sorted(tensors, key=lambda name: -tensors[name].element_size())
-    index: dict[str, dict[str, Any]] = {name: {} for name in tensors}
+    in_order = sorted(layout, key=lambda entry: -entry[1].itemsize)
+    index: dict[str, dict[str, Any]] = {name: {} for name, _, _ in layout}
     start = 0
-    for name in names:
-        leaf = tensors[name]
-        if leaf.dtype not in _DTYPES:
-            raise MessageError(
-                f"Tensor {name!r} is {str(leaf.dtype)[6:]}; a message carries {', '.join(str(dtype)[6:] for dtype in _DTYPES)}."
-            )
-        end = start + leaf.numel() * leaf.element_size()
-        index[name] = {"dtype": _DTYPES[leaf.dtype], "shape": list(leaf.shape), "data_offsets": [start, end]}
+    for name, dtype, shape in in_order:
+        if dtype not in _DTYPES:
+            raise MessageError(f"Tensor {name!r} is {str(dtype)[6:]}; a message carries {', '.join(str(dtype)[6:] for dtype in _DTYPES)}.")
+        end = start + math.prod(shape) * dtype.itemsize
+        index[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         start = end
     head = json.dumps(index, separators=(",", ":"), ensure_ascii=False).encode()
-    return head.ljust(math.ceil(len(head) / 8) * 8), names
+    return head.ljust(math.ceil(len(head) / 8) * 8), [name for name, _, _ in in_order]
 
 
 def unpack(data: bytes | memoryview, max_bytes: int | None = None, max_tensors: int = MAX_TENSORS) -> Message:

@@ -184,6 +184,18 @@ COLUMNS: Mapping[str, Mapping[str, Callable[[Row], str]]] = {
         "took": _seconds("ours_s"),
         "what it says": _plain("printed"),
     },
+    "deployed": {
+        "system": _plain("system"),
+        "members": _plain("members"),
+        "payload": _size("payload"),
+        "round": _seconds("round_s"),
+        "slowest": _seconds("round_max"),
+        "MB/s": lambda row: "-" if row["rate"] is None else f"**{row['rate'] / 1e6:.0f}**",
+        "coordinator": _size("coordinator"),
+        "broker": lambda row: "-" if row["broker"] is None else words.size(row["broker"]),
+        "rounds": _plain("repetitions"),
+        "server killed": _plain("killed"),
+    },
     "wire": {
         "stage": _plain("stage"),
         "payload": _size("payload"),

@@ -1,0 +1,1 @@
+"""Members that answer with what they were sent, in Flower."""

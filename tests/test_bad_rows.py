@@ -230,6 +230,17 @@ def test_a_text_file_that_is_not_utf8_is_left_out(tmp_path: Path, prepared: Prep
     assert prepared(Data(str(folder), bad_rows="skip"), CausalLM()).ids == ("ann", "bob")
 
 
+def test_a_byte_that_is_no_text_costs_its_row_alone(tmp_path: Path, prepared: Prepared) -> None:
+    path = tmp_path / "rows.csv"
+    lines = [f"{owner},the cat saw the dög {i}".encode() for i in range(40) for owner in ("ann", "bob")]
+    lines[7] = b"bob,caf\xe9"
+    path.write_bytes(b"\n".join([b"who,text", *lines]))
+    with pytest.raises(DataError, match=r"1 that cannot be read: .*rows\.csv:9: byte 0xe9 cannot stand here in utf-8"):
+        prepared(Data(str(path), by="who"), CausalLM(max_length=16))
+    owners = prepared(Data(str(path), by="who", bad_rows="skip"), CausalLM(max_length=16))
+    assert owners.ids == ("ann", "bob") and owners.bad_rows.counts == {"unreadable": 1}
+
+
 def test_what_is_kept_quotes_no_row_and_is_read_without_trust() -> None:
     bad = BadRows(num_rows=9)
     for i in range(5):

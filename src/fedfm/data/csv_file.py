@@ -53,6 +53,11 @@ class Format:
         """``semicolon between values (found), encoding cp1252 (found: it is not UTF-8)``."""
         return f"{_name(self.delimiter)} between values ({self.why[0]}), encoding {self.encoding} ({self.why[1]})"
 
+    @property
+    def written(self) -> tuple[str, str]:
+        """How characters are written, and how that is known."""
+        return self.encoding, self.why[1]
+
 
 def find_format(path: Path, delimiter: str | None = None, encoding: str | None = None) -> Format:
     """The format of a file, from its beginning.
@@ -74,7 +79,7 @@ def find_format(path: Path, delimiter: str | None = None, encoding: str | None =
     if encoding is None:
         encoding, why_encoding = _encoding(path, sample, is_whole)
     try:
-        text = _decoded(sample, encoding, is_whole)
+        text = _decoded(sample, encoding, is_whole, _errors(encoding))
     except UnicodeError as error:
         raise _undecodable(path, encoding, why_encoding) from error
     hint = re.match(r"sep=(.)\r?(\n|$)", text.removeprefix("\ufeff"))
@@ -93,24 +98,37 @@ def read(path: Path, form: Format, refuse: Refuse) -> Iterator[Record]:
     """The rows of a file. Lines without any value are no rows.
 
     Args:
-        refuse: Called with a row that has another number of values than the header.
+        refuse: Called with a row that has another number of values than the header, or a byte that cannot stand in the file's encoding.
 
     Raises:
         DataError: naming the line that cannot be read, and what was tried.
     """
     # The module's default bound of 131,072 characters refuses ordinary documents.
     csv.field_size_limit(2**31 - 1)
-    number = 0
+    number, is_damaged = 0, False
     try:
-        with _open(path) as raw, io.TextIOWrapper(raw, encoding=_codec(form.encoding), newline="") as file:
+        with _open(path) as raw, io.TextIOWrapper(raw, encoding=_codec(form.encoding), errors=_errors(form.encoding), newline="") as file:
             for _ in range(form.skipped):
                 file.readline()
             reader = csv.reader(file, delimiter=form.delimiter, strict=True)
             header = next(reader, [])
+            if any(map(_is_escaped, header)):
+                raise _undecodable(path, *form.written)
             names = _names(path, header, form)
             for values in reader:
                 number = reader.line_num + form.skipped
                 if not any(values):
+                    continue
+                if any(map(_is_escaped, values)):
+                    place = f"{path}:{number}"
+                    # The first one says how the file was read, and what it may be instead.
+                    text = (
+                        f"{place} holds a byte that cannot stand in {form.encoding}."
+                        if is_damaged
+                        else str(_undecodable(path, *form.written))
+                    )
+                    is_damaged = True
+                    refuse(RowError(text, "unreadable", place))
                     continue
                 if len(values) != len(header):
                     place = f"{path}:{number}"
@@ -120,7 +138,7 @@ def read(path: Path, form: Format, refuse: Refuse) -> Iterator[Record]:
                 # An empty name at the end is a column that a spreadsheet once had.
                 yield Record(zip(names, values), f"{path}:{number}")
     except UnicodeError as error:
-        raise _undecodable(path, form.encoding, form.why[1]) from error
+        raise _undecodable(path, *form.written) from error
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be read beyond line {number}: {error}.") from error
     except csv.Error as error:
@@ -156,9 +174,19 @@ def _codec(encoding: str) -> str:
     return "utf-8-sig" if codecs.lookup(encoding).name == "utf-8" else encoding
 
 
-def _decoded(sample: bytes, encoding: str, is_whole: bool) -> str:
+def _errors(encoding: str) -> str:
+    """How a byte that cannot stand in an encoding is read: kept as half of a surrogate pair, which no text has. In UTF-16 the rest would be out of step."""
+    return "strict" if codecs.lookup(encoding).name.startswith(("utf-16", "utf-32")) else "surrogateescape"
+
+
+def _is_escaped(text: str) -> bool:
+    """Whether a byte was kept as half of a surrogate pair."""
+    return not text.isascii() and re.search("[\udc80-\udcff]", text) is not None
+
+
+def _decoded(sample: bytes, encoding: str, is_whole: bool, errors: str = "strict") -> str:
     """The sample as text; half a character at its end is left out where the file goes on."""
-    return codecs.getincrementaldecoder(_codec(encoding))().decode(sample, final=is_whole)
+    return codecs.getincrementaldecoder(_codec(encoding))(errors).decode(sample, final=is_whole)
 
 
 def _encoding(path: Path, sample: bytes, is_whole: bool) -> tuple[str, str]:
@@ -178,6 +206,8 @@ def _encoding(path: Path, sample: bytes, is_whole: bool) -> tuple[str, str]:
         return "utf-8", "found"
     if _reads_western(sample):
         return _WESTERN, "found: it is not UTF-8"
+    if _is_damaged(sample):
+        return "utf-8", "found, with damaged places"
     number = sample.count(b"\n", 0, not_utf8.start) + 1
     raise DataError(
         f"{path}:{number}: how characters are written cannot be told. Tried: utf-8, in which byte 0x{sample[not_utf8.start]:02x} cannot stand here; "
@@ -192,8 +222,7 @@ def _reads_western(sample: bytes) -> bool:
         text = sample.decode(_WESTERN)
     except UnicodeDecodeError:
         return False
-    # UTF-8 with a damaged place is not Western, and would read as nonsense everywhere else.
-    if sum(c > "\x7f" for c in sample.decode("utf-8", "ignore")) >= sample.decode("utf-8", "replace").count("\ufffd"):
+    if _is_damaged(sample):
         return False
     other = [c for c in text if c > "\x7f"]
     if sum(c.isalpha() or c in _SIGNS for c in other) < 0.9 * len(other):
@@ -201,6 +230,11 @@ def _reads_western(sample: bytes) -> bool:
     accented = [word for word in re.findall(r"[^\W\d_]+", text) if not word.isascii()]
     letters = sum(map(len, accented))
     return bool(sum(c > "\x7f" for word in accented for c in word) <= 0.6 * letters)
+
+
+def _is_damaged(sample: bytes) -> bool:
+    """Whether it is UTF-8 with damaged places: in another encoding it would read as nonsense everywhere else."""
+    return sum(c > "\x7f" for c in sample.decode("utf-8", "ignore")) >= sample.decode("utf-8", "replace").count("\ufffd")
 
 
 def _undecodable(path: Path, encoding: str, why: str) -> DataError:

@@ -305,7 +305,7 @@ def _opened(plans: Sequence[tuple[str, Federation]]) -> int:
 def _refused(name: str, error: FedfmError) -> FedfmError:
     # One kind of error makes its message itself.
     kind = ConfigError if isinstance(error, MissingExtra) else type(error)
-    return kind(f"The run {name} is refused, and so no run has begun. {error}")
+    return kind(f"The run {name!r} is refused, and so no run has begun. {error}")
 
 
 def _bank(plan: Federation, num_clients: int) -> int:

@@ -285,7 +285,7 @@ def test_a_sweep_that_is_ended_takes_its_runs_with_it_and_says_how_to_go_on(endi
 @pytest.mark.parametrize(
     ("overrides", "error", "told"),
     [
-        (["tuning.LoRA.r=2,0"], ConfigError, "The run r-0 is refused, and so no run has begun"),
+        (["tuning.LoRA.r=2,0"], ConfigError, "The run 'r-0' is refused, and so no run has begun"),
         (["min_clients=1,9", "sampler={Uniform: {clients: 2}}"], PlanError, "min-clients-9"),
         (["tuning.LoRA.r=2,two"], ConfigError, "a whole number"),
         (["seed=1,01"], ConfigError, "the same recipe, written in two ways"),

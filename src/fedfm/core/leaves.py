@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from fedfm.core.errors import MessageError
-from fedfm.core.tree import Spec, Tree
+from fedfm.core.tree import Spec, Tree, ends
 
 Reduce = Literal["mean", "sum", "each"]
 # What a leaf can tell of its owner that the owner may keep to itself.
@@ -80,7 +80,14 @@ class Leaf:
         Raises:
             MessageError: with the value and the bound.
         """
-        low, high = (value, value) if isinstance(value, float) else _ends(value)
+        self.require_ends(*((value, value) if isinstance(value, float) else ends({self.name: value}, self.name)), whose)
+
+    def require_ends(self, low: float, high: float, whose: str) -> None:
+        """Refuses values of which the smallest or the largest is out of bounds.
+
+        Raises:
+            MessageError: with the value and the bound.
+        """
         if self.nan and math.isnan(low):
             return
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -131,11 +138,4 @@ def require(leaves: Sequence[Leaf], tree: Tree, whose: str) -> None:
     tensors = payload(leaves)
     spec_of(tensors).require_shapes(tree, whose)
     for leaf in tensors:
-        leaf.require(tree[leaf.name], whose)
-
-
-def _ends(value: torch.Tensor) -> tuple[float, float]:
-    if not value.numel():
-        return 0.0, 0.0
-    low, high = value.aminmax()
-    return float(low), float(high)
+        leaf.require_ends(*ends(tree, leaf.name), whose)

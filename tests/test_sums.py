@@ -97,7 +97,7 @@ def test_the_mean_of_deltas_is_that_of_two_limbs_within_the_stated_grid() -> Non
             x = torch.randn(5000, generator=generator) * scale
             partial.add(str(i), {"w": x}, {}, weight)
             fine.add(x, weight)
-        assert partial._sums["mean"].limbs == 1
+        assert [part.total.limbs for part in partial._parts] == [1]
         exact = fine.value() / sum(weights)
         cut = 32 * 2.0 ** -((FLOAT_GRID if uniform else WEIGHTED_GRID) + 1) / sum(weights)
         mean = partial.mean()["w"].double()
@@ -108,7 +108,7 @@ def test_the_mean_of_deltas_is_that_of_two_limbs_within_the_stated_grid() -> Non
 
 def test_the_grid_follows_from_the_plan_alone() -> None:
     def grids(*leaves: Leaf, uniform: bool = False) -> list[int]:
-        return [part.grid for part in Partial(leaves, uniform)._sums.values()]
+        return [part.total.grid for part in Partial(leaves, uniform)._parts]
 
     half = Leaf("h", (2,), torch.bfloat16)
     counts = Leaf("c", (2,), torch.float64, "told", reduce="sum")
@@ -118,7 +118,7 @@ def test_the_grid_follows_from_the_plan_alone() -> None:
     assert grids(Leaf("w", (2,), reduce="sum")) == [FLOAT_GRID]
 
 
-def test_small_leaves_and_large_ones_are_the_vector_that_they_make() -> None:
+def test_small_leaves_and_large_ones_are_the_vector_that_they_make(monkeypatch: pytest.MonkeyPatch) -> None:
     tree = {
         name: torch.randn(shape, generator=torch.Generator().manual_seed(len(name)))
         for name, shape in {"a": (3,), "bb": (), "ccc": (PIECE + 7,), "dddd": (0,), "eeeee": (2, 5), "ffffff": (PIECE,)}.items()
@@ -128,4 +128,8 @@ def test_small_leaves_and_large_ones_are_the_vector_that_they_make() -> None:
     whole = ExactSum(spec.size, WEIGHTED_GRID)
     whole.add(spec.flatten(tree), 3.0)
     assert same(partial.mean(), spec.unflatten((whole.value() / 3.0).float()))
+    monkeypatch.setattr("fedfm.core.sums._PART", PIECE)
+    split = Partial(deltas(spec))
+    split.add("x", tree, {}, 3.0)
+    assert len(split._parts) == 4 and same(split.take_mean(), partial.mean())
     assert [piece.numel() for piece in pieces(tree, "ccc")] == [PIECE, 7] and not list(pieces(tree, "dddd"))

@@ -21,6 +21,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -38,6 +39,9 @@ _LOWEST_GRID = 24
 # Half of what a limb can hold: the other half is for what the cuts add.
 _ONE_LIMB = 2.0**62
 _CARRY_EVERY = 64
+_REDUCES: tuple[Reduce, ...] = ("mean", "sum")
+# Values of a part of a large sum, which is let go by itself.
+_PART = 1 << 20
 
 
 class ExactSum:
@@ -46,6 +50,9 @@ class ExactSum:
     Args:
         size: Of the vectors.
         grid: A unit is ``2^-grid``; from 24 to 80.
+
+    Attributes:
+        bound: No value is larger in magnitude.
 
     Example:
         >>> total = ExactSum(2)
@@ -60,7 +67,7 @@ class ExactSum:
         self._low = torch.zeros(size, dtype=torch.int64)
         self._high: torch.Tensor | None = None
         self._since_carry = 0
-        self._bound = 0.0
+        self.bound = 0.0
 
     @staticmethod
     def of_integers(limb_d: torch.Tensor, grid: int, bound: float) -> ExactSum:
@@ -118,12 +125,12 @@ class ExactSum:
         Raises:
             MessageError: if together they could reach 2^38; the sum is then what it was before.
         """
-        self.require_room(other._bound)
+        self.require_room(other.bound)
         if other.grid < self.grid:
             other = copy.deepcopy(other)
             other._refine(self.grid)
         self._refine(other.grid)
-        self._reserve(other._bound)
+        self._reserve(other.bound)
         for start, stop in _steps(self._low.numel()):
             high, low = other._limbs(start, stop)
             if self._high is None:
@@ -152,17 +159,17 @@ class ExactSum:
             MessageError: if it is not finite, or with it the sum could reach 2^38.
         """
         # NaN fails this comparison too.
-        if not self._bound + amount < LIMIT:
+        if not self.bound + amount < LIMIT:
             raise MessageError("A weighted update holds a value that is not finite or too large; sums of 2^38 and more are refused.")
 
     def _reserve(self, amount: float) -> None:
         self.require_room(amount)
-        self._bound += amount
+        self.bound += amount
         self._widen()
 
     def _widen(self) -> None:
         """Takes a second limb where one is not enough any more."""
-        if self._high is None and self._bound >= _ONE_LIMB * 2.0**-self.grid:
+        if self._high is None and self.bound >= _ONE_LIMB * 2.0**-self.grid:
             self._high = torch.zeros_like(self._low)
             self._carry()
 
@@ -188,7 +195,7 @@ class ExactSum:
         shift, self.grid = grid - self.grid, grid
         if not shift:
             return
-        if self._high is None and self._bound < _ONE_LIMB * 2.0**-grid:
+        if self._high is None and self.bound < _ONE_LIMB * 2.0**-grid:
             self._low <<= shift
             return
         if self._high is None:
@@ -250,11 +257,12 @@ class Partial:
         self.tickets: dict[ClientId, int] = {}
         self._weight = 0
         self._numbers = {leaf.name: 0 for leaf in numbers(leaves) if leaf.reduce != "each"}
-        self._parts = {reduce: tensors for reduce in ("mean", "sum") if (tensors := _of(leaves, reduce))}
-        self._sums = {
-            reduce: ExactSum(sum(leaf.size for leaf in tensors), _grid(tensors, reduce == "mean" and not uniform))
-            for reduce, tensors in self._parts.items()
-        }
+        self._parts = [
+            _Part(reduce, part, ExactSum(sum(leaf.size for leaf in part), _grid(tensors, reduce == "mean" and not uniform)))
+            for reduce in _REDUCES
+            if (tensors := [leaf for leaf in payload(leaves) if leaf.reduce == reduce])
+            for part in _split(tensors)
+        ]
 
     @staticmethod
     def of_ring(
@@ -263,15 +271,16 @@ class Partial:
         """The sum that a ring of integers holds.
 
         Args:
-            ring_d: int64; the ``mean`` tensors in their order, the ``sum`` tensors, the numbers, and last the weight; unit ``2^-grid``.
+            ring_d: int64; the ``mean`` tensors in their order, the ``sum`` tensors, the numbers, and last the weight; unit ``2^-grid``. It becomes
+                the sum's own.
             bound: No sum is larger in magnitude.
             clients: The clients whose answers it holds.
         """
         total = Partial(leaves, uniform)
         total.clients = list(clients)
-        sizes = [sum(leaf.size for leaf in tensors) for tensors in total._parts.values()]
-        *parts, rest = torch.split(ring_d, [*sizes, len(total._numbers) + 1])
-        total._sums = {reduce: ExactSum.of_integers(part, grid, bound) for reduce, part in zip(total._parts, parts, strict=True)}
+        *limbs, rest = torch.split(ring_d, [*(part.size for part in total._parts), len(total._numbers) + 1])
+        for part, limb_d in zip(total._parts, limbs, strict=True):
+            part.total = ExactSum.of_integers(limb_d, grid, bound)
         *values, weight = (value << (GRID - grid) for value in rest.tolist())
         total._numbers = dict(zip(total._numbers, values, strict=True))
         total._weight = len(total.clients) << GRID if uniform else weight
@@ -297,12 +306,12 @@ class Partial:
         weight = 1.0 if self.uniform else weight
         if not math.isfinite(weight) or not all(math.isfinite(numbers.get(name, 0.0)) for name in self._numbers):
             raise MessageError("An answer holds a number that is not finite.")
-        terms = {reduce: (_largest(tensors, part), weight if reduce == "mean" else 1.0) for reduce, part in self._parts.items()}
-        for reduce, (largest, factor) in terms.items():
+        terms = [(part, _largest(tensors, part.leaves), weight if part.reduce == "mean" else 1.0) for part in self._parts]
+        for part, largest, factor in terms:
             require_summable(largest, factor)
-            self._sums[reduce].require_room(largest * abs(factor))
-        for reduce, (largest, factor) in terms.items():
-            self._sums[reduce].add_pieces(_joined(tensors, self._parts[reduce]), largest, factor)
+            part.total.require_room(largest * abs(factor))
+        for part, largest, factor in terms:
+            part.total.add_pieces(_joined(tensors, part.leaves), largest, factor)
         factors = {leaf.name: weight if leaf.reduce == "mean" else 1.0 for leaf in self.leaves}
         for name in self._numbers:
             self._numbers[name] += _integer(numbers.get(name, 0.0) * factors[name])
@@ -318,8 +327,10 @@ class Partial:
         """
         if (self.leaves, self.uniform) != (other.leaves, other.uniform):
             raise MessageError("Two sums of different leaves cannot be added.")
-        for reduce, total in self._sums.items():
-            total.merge(other._sums[reduce])
+        for part, theirs in zip(self._parts, other._parts, strict=True):
+            part.total.require_room(theirs.total.bound)
+        for part, theirs in zip(self._parts, other._parts, strict=True):
+            part.total.merge(theirs.total)
         for name in self._numbers:
             self._numbers[name] += other._numbers[name]
         self._weight += other._weight
@@ -338,6 +349,10 @@ class Partial:
         """The aggregate of the tensors, float32 in the leaves' order: the weighted mean or the sum. Zeros where there is no client."""
         return self._tensors(self.weight, torch.float32)
 
+    def take_mean(self) -> dict[str, torch.Tensor]:
+        """:meth:`mean`, and the sum is used up: each part of it is let go as soon as its mean is made, so that a large one is not held beside it."""
+        return self._tensors(self.weight, torch.float32, is_last=True)
+
     def totals(self) -> dict[str, torch.Tensor]:
         """The sums themselves, float64, tensors and numbers."""
         return {**self._tensors(1.0, torch.float64), **{name: _scalar(value) for name, value in self._numbers.items()}}
@@ -349,16 +364,45 @@ class Partial:
         rule = {leaf.name: leaf.reduce for leaf in self.leaves}
         return {name: value / (self._weight if rule[name] == "mean" else 1 << GRID) for name, value in self._numbers.items()}
 
-    def _tensors(self, weight: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        flat: dict[str, torch.Tensor] = {}
-        for reduce, leaves in self._parts.items():
-            divisor, start = weight if reduce == "mean" and self.clients else 1.0, 0
-            for leaf in leaves:
+    def _tensors(self, weight: float, dtype: torch.dtype, is_last: bool = False) -> dict[str, torch.Tensor]:
+        values: dict[str, torch.Tensor] = {}
+        for part in self._parts:
+            divisor, start = weight if part.reduce == "mean" and self.clients else 1.0, 0
+            for leaf in part.leaves:
                 # A leaf in float64 counts beyond what float32 can.
                 wide = torch.float64 if leaf.dtype == torch.float64 else dtype
-                flat[leaf.name] = self._sums[reduce].quotient(start, start + leaf.size, divisor, wide).view(leaf.shape)
+                values[leaf.name] = part.total.quotient(start, start + leaf.size, divisor, wide).view(leaf.shape)
                 start += leaf.size
-        return {leaf.name: flat[leaf.name] for leaf in self.leaves if leaf.name in flat}
+            if is_last:
+                del part.total
+        return {leaf.name: values[leaf.name] for leaf in self.leaves if leaf.name in values}
+
+
+@dataclass
+class _Part:
+    """Some leaves that reduce alike, one after another, and their sum."""
+
+    reduce: Reduce
+    leaves: Sequence[Leaf]
+    total: ExactSum
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return sum(leaf.size for leaf in self.leaves)
+
+
+def _split(leaves: Sequence[Leaf]) -> Iterator[list[Leaf]]:
+    """The leaves in their order, in groups of at most :data:`_PART` values. A leaf is not divided."""
+    group: list[Leaf] = []
+    size = 0
+    for leaf in leaves:
+        if group and size + leaf.size > _PART:
+            yield group
+            group, size = [], 0
+        group.append(leaf)
+        size += leaf.size
+    yield group
 
 
 def require_summable(largest: float, weight: float) -> None:
@@ -373,10 +417,6 @@ def require_summable(largest: float, weight: float) -> None:
     bound = LIMIT / 256
     if not largest * abs(weight) < bound:
         raise MessageError(f"Its update reaches {largest:.3g} with weight {weight:g}; a sum takes products below {bound:.3g}.")
-
-
-def _of(leaves: Sequence[Leaf], reduce: Reduce | str) -> list[Leaf]:
-    return [leaf for leaf in payload(leaves) if leaf.reduce == reduce]
 
 
 def _grid(leaves: Iterable[Leaf], is_weighted: bool) -> int:

@@ -14,6 +14,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -91,15 +92,20 @@ def answer_all(folders: Sequence[str]) -> None:
     links = [Membership.read(Path(folder)).link() for folder in folders]
     connections = [link.connect(60.0) for link in links]
     inboxes = [connection.inbox([link.names.down(link.me.name)]) for link, connection in zip(links, connections, strict=True)]
+    answered: set[str] = set()
     while True:
         for link, connection, inbox in zip(links, connections, inboxes, strict=True):
             delivery = inbox.next(0.02)
             if delivery is not None:
-                answer(link, connection, delivery)
+                answer(link, connection, delivery, answered)
 
 
-def answer(link: Link, connection: Any, delivery: Any) -> None:
-    """What a member does with one message, up to the work itself."""
+def answer(link: Link, connection: Any, delivery: Any, answered: set[str]) -> None:
+    """What a member does with one message, up to the work itself.
+
+    Args:
+        answered: Messages that were worked on. One that waited while another member worked is delivered again.
+    """
     from fedfm.core.messages import pack_views, unpack, unpack_from
     from fedfm.engines.nats import BODY_ID, REPLY, REQUEST
     from fedfm.wire.envelope import Header, Opener, seal
@@ -109,7 +115,8 @@ def answer(link: Link, connection: Any, delivery: Any) -> None:
     (coordinator,) = link.peers().values()
     opener, names = Opener(link.me, link.peers(), link.consortium), link.names
     envelope = opener.read(delivery.data, sender=coordinator.name)
-    if envelope.header.kind == REQUEST:
+    if envelope.header.kind == REQUEST and envelope.header.id not in answered:
+        answered.add(envelope.header.id)
         own: Any = unpack(memoryview(receive_all(envelope, Stored(connection, names.down(link.me.name)))))
         data = connection.get(names.bodies, names.bodies.head(str(own.meta[BODY_ID])), 60.0)
         asked: Any = unpack_from(Spool(opener.read(data, sender=coordinator.name), Stored(connection, names.bodies)))
@@ -148,9 +155,12 @@ def row(num_members: int, size: dict[str, int]) -> Row:
         try:
             what = json.dumps({"folder": str(silos.home(COORDINATOR)), "names": names, "size": size})
             coordinator = child("--coordinate", what, stdout=subprocess.PIPE)
+            while coordinator.poll() is None and members.poll() is None:
+                time.sleep(0.2)
+            if coordinator.poll() != 0:
+                coordinator.kill()
+                raise SystemExit(f"{num_members} members: the coordinator or the members ended too soon")
             printed, _ = coordinator.communicate()
-            if coordinator.returncode:
-                raise SystemExit(f"the coordinator of {num_members} members ended with {coordinator.returncode}")
             process = silos.broker.process()
             assert process is not None
             broker = psutil.Process(process.pid)

@@ -2,7 +2,7 @@
 
 Each row is a fresh coordinator and a real nats-server on this machine, with mutual TLS, one key per member and JetStream on disk. The coordinator has opened a
 model of about 25 million parameters, all of which train, and its session; *idle* is what it holds then, with the model. Then it plays two rounds as a run
-does: the parameters go out, each member answers with a float32 update of 100 MB, the mean is taken and the step is made. *peak* is the most it held at once, and
+does: the parameters go out, each member answers with a float32 update of 100 MB, the mean is taken, the step is made, and the round is committed to disk. *peak* is the most it held at once, and
 *growth* is the peak over idle in updates. The members are real in all but their work: each has its own keys, connection and subjects, opens and checks the body that
 it is sent, and seals its own update to the coordinator; the update is drawn instead of trained. They share a process, and answer one after the other. The broker's
 memory is its largest resident set.
@@ -50,12 +50,16 @@ def coordinate(folder: str, names: Sequence[str], size: dict[str, int]) -> None:
     import gc
 
     from fedfm.coordination import Coordination
-    from fedfm.core.round import play, start
+    from fedfm.core.round import RoundRecord, play, start
     from fedfm.core.tree import num_bytes
     from fedfm.data import Data
     from fedfm.engines import Nats
     from fedfm.federation import Federation
     from fedfm.local import SGD
+    from fedfm.recipe import dump
+    from fedfm.run.folder import RunFolder
+    from fedfm.run.ledger import Ledger
+    from fedfm.run.loop import envelope
     from fedfm.tasks import CausalLM
     from fedfm.testing import tiny
     from fedfm.tuning import Full
@@ -69,9 +73,12 @@ def coordinate(folder: str, names: Sequence[str], size: dict[str, int]) -> None:
         engine=Nats(folder, device="cpu"),
         deadline=3600.0,
     )
-    site = Coordination.build(plan, names, Path(folder))
-    with site.open() as session:
-        state = start(site.federation, site.house.start)
+    run = RunFolder.create(Path(folder) / "run", dump(plan))
+    site = Coordination.build(plan, names, run.path)
+    with run, site.open() as session:
+        state, ledger = start(site.federation, site.house.start), Ledger()
+        run.note("start", **envelope(plan), recipe="-")
+        run.commit(state, RoundRecord(0, (), (), {}, {}, 0, 0), ledger)
         gc.collect()
         idle = resident()
         forget_peak()
@@ -79,6 +86,8 @@ def coordinate(folder: str, names: Sequence[str], size: dict[str, int]) -> None:
         for _ in range(ROUNDS):
             state, record = play(site.federation, state, session, tuple(names), site.key)
             assert not record.failures and record.metrics["num_clients"] == len(names), record.failures
+            ledger = ledger.add(record, 0)
+            run.commit(state, record, ledger)
             peaks.append(peak())
             seconds.append(sum(record.seconds.values()))
     update = num_bytes(state.params)

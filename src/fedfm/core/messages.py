@@ -192,8 +192,7 @@ def pack_views(message: Message) -> list[bytes | memoryview]:
     head = _header_bytes(message, len(own))
     if len(head) > MAX_HEADER:
         raise _too_long(head)
-    index, names = _index(tensors)
-    return [struct.pack("<I", len(head)) + head + own, struct.pack("<Q", len(index)) + index, *(raw(tensors[name]) for name in names)]
+    return [struct.pack("<I", len(head)) + head + own, *file_views(tensors)]
 
 
 def size(message: Message) -> int:
@@ -212,23 +211,36 @@ def _tensors(message: Message) -> Tree:
     return {} if isinstance(message, Failure) else message.tensors
 
 
+def file_views(tensors: Tree, metadata: Mapping[str, str] | None = None) -> list[bytes | memoryview]:
+    """A safetensors file in pieces that are views of the tensors, so that nothing large is copied. They must not change meanwhile.
+
+    Args:
+        metadata: Texts that go into its header.
+
+    Raises:
+        MessageError: if a tensor's type has no place in it.
+    """
+    index, names = _index(tensors, metadata)
+    return [struct.pack("<Q", len(index)) + index, *(raw(tensors[name]) for name in names)]
+
+
 def _blob(tensors: Tree) -> bytes:
     """A safetensors file."""
-    index, names = _index(tensors)
-    leaves = [raw(tensors[name]) for name in names]
-    return b"".join([struct.pack("<Q", len(index)), index, *leaves])
+    return b"".join(file_views(tensors))
 
 
 def _blob_size(tensors: Tree) -> int:
     return 8 + len(_index(tensors)[0]) + num_bytes(tensors)
 
 
-def _index(tensors: Tree) -> tuple[bytes, list[str]]:
+def _index(tensors: Tree, metadata: Mapping[str, str] | None = None) -> tuple[bytes, list[str]]:
     """The header of a safetensors file, which names the leaves in the tree's order, and the order in which they follow it."""
     # Widest type first, so that each leaf is aligned.
     by_name = Spec.of(tensors).by_name
     names = sorted(by_name, key=lambda name: -by_name[name][1].itemsize)
     index: dict[str, dict[str, Any]] = {name: {} for name in by_name}
+    if metadata is not None:
+        index = {"__metadata__": dict(metadata), **index}
     start = 0
     for name in names:
         shape, dtype = by_name[name]

@@ -19,6 +19,7 @@ import math
 import re
 import secrets
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -209,9 +210,10 @@ class _Owed:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A body that is at the broker, for these members."""
+    """A body that is at the broker, for these members. Its tensors are not kept: who asks anew brings them."""
 
-    body: Body
+    body: weakref.ref[Body]
+    round: int
     id: str
     receivers: frozenset[ClientId]
 
@@ -341,13 +343,13 @@ class NatsSession(Session):
     def _store(self, body: Body, receivers: frozenset[ClientId], lasting: float) -> _Stored:
         """The body at the broker, stored if it is not there for all of these."""
         for stored in self._bodies:
-            if stored.body is body and receivers <= stored.receivers:
+            if stored.body() is body and receivers <= stored.receivers:
                 return stored
-        self._drop(stored for stored in self._bodies if stored.body.round != body.round)
+        self._drop(stored for stored in self._bodies if stored.round != body.round)
         cards = [self._peers[client] for client in sorted(receivers)]
         id, data = self._seal(BODY, body.round, pack_views(Request(body)), cards, max(lasting, 3600.0), self._names.bodies)
         self._connection.publish(self._names.bodies.head(id), data)
-        self._bodies.append(_Stored(body, id, receivers))
+        self._bodies.append(_Stored(weakref.ref(body), body.round, id, receivers))
         return self._bodies[-1]
 
     def _post(self, client: ClientId, kind: str, round: int, payload: Payload, lasting: float) -> int:

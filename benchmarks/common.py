@@ -209,6 +209,15 @@ COLUMNS: Mapping[str, Mapping[str, Callable[[Row], str]]] = {
         "broker's memory": lambda row: "-" if row["broker"] is None else words.size(row["broker"]),
         "times": _plain("repetitions"),
     },
+    "silos-memory": {
+        "members": _plain("members"),
+        "update": _size("update"),
+        "idle": _size("idle"),
+        "peak": _size("peak"),
+        "growth in updates": lambda row: f"**{row['growth']:.2f}**",
+        "broker": _size("broker"),
+        "last round took": _seconds("ours_s"),
+    },
     "truth": {
         "command": lambda row: f"`{row['command']}`",
         "rounds": _plain("rounds"),

@@ -20,7 +20,7 @@ from safetensors.torch import save
 
 from fedfm.core.errors import MessageError
 from fedfm.core.leaves import Leaf, require
-from fedfm.core.messages import Reply, Request, pack, unpack
+from fedfm.core.messages import Reply, Request, pack, unpack, unpack_from
 
 pytest.importorskip("cryptography", reason="the extra 'deploy' is not installed")
 
@@ -29,7 +29,7 @@ from fedfm.wire import envelope as wire
 from fedfm.wire.envelope import Header, Opener, Sealed, seal
 from fedfm.wire.identity import Card, Identity
 from fedfm.wire.refusal import Refused, reason
-from fedfm.wire.transfer import Memory, receive_all, send
+from fedfm.wire.transfer import Memory, Spool, receive_all, send
 from fedfm.wire.window import Window
 
 COORDINATOR, ALICE, BOB, STRANGER = (Identity.create(name) for name in ("c0", "alice", "bob", "stranger"))
@@ -41,9 +41,10 @@ TENSORS = {"a": torch.tensor([1.0, 2.0, 3.0]), "b": torch.ones(2, 2, dtype=torch
 
 
 class Coordinator:
-    """A coordinator in round 3 of run-1, with two members."""
+    """A coordinator in round 3 of run-1, with two members. It reads what arrives as a whole, or piece by piece."""
 
-    def __init__(self, path: Path | None = None, now: float = NOW, **changes: Any) -> None:
+    def __init__(self, path: Path | None = None, now: float = NOW, in_pieces: bool = False, **changes: Any) -> None:
+        self.in_pieces = in_pieces
         self.senders: dict[str, Card] = {person.name: person.card for person in (ALICE, BOB)}
         self.opener = Opener(COORDINATOR, self.senders, "c", max_bytes=1 << 20, now=lambda: now)
         self.window, self.store = Window(path, now=lambda: now, **changes), Memory()
@@ -54,8 +55,11 @@ class Coordinator:
         try:
             envelope = self.opener.read(data, sender=member)
             self.window.check(envelope.header)
-            payload = receive_all(envelope, self.store)
-            message = unpack(payload, max_bytes=1 << 20, max_tensors=8)
+            limits = {"max_bytes": 1 << 20, "max_tensors": 8}
+            if self.in_pieces:
+                message = unpack_from(Spool(envelope, self.store), **limits)
+            else:
+                message = unpack(receive_all(envelope, self.store), **limits)
             assert isinstance(message, Reply)
             require(LEAVES, message.tensors, message.client)
         except MessageError as error:
@@ -257,9 +261,10 @@ def test_there_are_enough_cases_and_each_is_another() -> None:
     assert len(CASES) >= 60 and len({name for name, *_ in CASES}) == len({data for _, data, *_ in CASES}) == len(CASES)
 
 
+@pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "in pieces"])
 @pytest.mark.parametrize(("data", "why", "words"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
-def test_a_bad_message_is_refused_and_counted(data: bytes, why: str, words: str) -> None:
-    coordinator = Coordinator()
+def test_a_bad_message_is_refused_and_counted(data: bytes, why: str, words: str, in_pieces: bool) -> None:
+    coordinator = Coordinator(in_pieces=in_pieces)
     with pytest.raises(MessageError, match=words) as refused:
         coordinator.accept(data)
     assert reason(refused.value) == why
@@ -333,9 +338,10 @@ LISTS: list[tuple[str, Callable[[dict[str, Any]], object] | None, Callable[[list
 ]  # fmt: skip
 
 
+@pytest.mark.parametrize("in_pieces", [False, True], ids=["whole", "in pieces"])
 @pytest.mark.parametrize(("change", "digests", "why", "words"), [case[1:] for case in LISTS], ids=[case[0] for case in LISTS])
-def test_a_list_of_chunks_that_lies_is_refused(change, digests, why: str, words: str) -> None:
-    coordinator = Coordinator()
+def test_a_list_of_chunks_that_lies_is_refused(change, digests, why: str, words: str, in_pieces: bool) -> None:
+    coordinator = Coordinator(in_pieces=in_pieces)
     assert sealed(**LONG).num_chunks > 3
     data = listed(change, digests, coordinator)
     with pytest.raises(Refused, match=words) as refused:

@@ -30,7 +30,7 @@ from fedfm.models import Model
 from fedfm.observers import Evaluate
 from fedfm.observers.base import RunInfo, Watcher
 from fedfm.run.compare import compare
-from fedfm.run.folder import RunFolder, _state_bytes, latest_state, load_state, read_lines
+from fedfm.run.folder import RunFolder, _state_parts, latest_state, load_state, read_lines
 from fedfm.run.ledger import Ledger
 from fedfm.run.loop import resume, run
 from fedfm.run.result import Result
@@ -297,7 +297,7 @@ def test_a_state_comes_back_in_its_order_and_bits(
 ) -> None:
     params = {name: torch.arange(n).to(dtype) for name, dtype, n in leaves}
     path = tmp_path_factory.mktemp("state") / "s.safetensors"
-    path.write_bytes(_state_bytes(ServerState(7, params, {"server": params, "transforms.0": {}}, {"a/b": 7})))
+    path.write_bytes(b"".join(_state_parts(ServerState(7, params, {"server": params, "transforms.0": {}}, {"a/b": 7}))))
     found = load_state(path)
     assert found.round == 7 and list(found.params) == list(found.of("server")) == list(params)
     assert tree.equal(found.params, params) and tree.equal(found.of("server"), params) and found.of("transforms.0") == {}

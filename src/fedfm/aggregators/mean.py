@@ -55,14 +55,14 @@ class Mean(Aggregator):
         total: Partial | None = None
         for item in updates:
             if isinstance(item, Partial):
-                # The only sum of a round is taken as it is; a copy would hold the model twice.
+                # The only sum of a round is used up; a copy would hold the model twice.
                 total = item if total is None else _sum(total, item)
                 continue
             if total is None:
                 total = Partial(ctx.leaves or deltas(Spec.of(item.payload)), self.uniform())
             total.add(item.client or "*", item.payload, {"weight": item.weight, **item.metrics}, item.weight)
         total = total or Partial(ctx.leaves or deltas(Spec.of(ctx.params)), self.uniform())
-        return Update(total.mean(), weight=total.weight, num_clients=total.num_clients)
+        return Update(total.take_mean(), weight=total.weight, num_clients=total.num_clients)
 
 
 def _sum(x: Partial, y: Partial) -> Partial:

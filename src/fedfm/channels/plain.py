@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from fedfm.core import leaves, words
-from fedfm.core.errors import MessageError
+from fedfm.core.errors import MessageError, RunError
 from fedfm.core.leaves import Leaf
 from fedfm.core.messages import ClientId, Failure, Reply, Request
 from fedfm.core.parts import TICKET, Channel, Errand, Partial, RoundContext, Scratch, Sealed, Session, Update
@@ -59,6 +59,9 @@ def _opened(reply: Reply, errand: Errand, ctx: RoundContext) -> Update | Failure
         return errand.decoded(update, ctx)
     except MessageError as error:
         return Failure(reply.client, "decode", str(error))
+    except RunError:
+        # This machine's own disk is at fault, not a client.
+        raise
     except Exception as error:
         # A payload that no check foresaw must not end the round for everybody else.
         log.debug("an update of %r could not be decoded", reply.client, exc_info=True)

@@ -48,6 +48,15 @@ def write_atomic(path: Path, data: bytes, private: bool = False) -> None:
     _replace(path, [data], private)
 
 
+def write_parts(path: Path, parts: Iterable[bytes | memoryview]) -> None:
+    """Replaces ``path`` with these parts, one after another, durably.
+
+    Raises:
+        RunError: if the disk is full or the folder cannot be written; what was there before is untouched.
+    """
+    _replace(path, parts)
+
+
 def write_lines(path: Path, lines: Iterable[str]) -> None:
     """Replaces ``path`` with these lines, durably, holding one at a time.
 
@@ -57,7 +66,7 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     _replace(path, (line.encode() + b"\n" for line in lines))
 
 
-def _replace(path: Path, parts: Iterable[bytes], private: bool = False) -> None:
+def _replace(path: Path, parts: Iterable[bytes | memoryview], private: bool = False) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         make_folder(path.parent)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from fedfm.core.errors import MessageError
-from fedfm.core.tree import Spec, Tree
+from fedfm.core.tree import LazyTree, Spec, Tree, ends
 
 Reduce = Literal["mean", "sum", "each"]
 # What a leaf can tell of its owner that the owner may keep to itself.
@@ -82,7 +82,14 @@ class Leaf:
         Raises:
             MessageError: with the value and the bound.
         """
-        low, high = (value, value) if isinstance(value, float) else _ends(value)
+        self.require_ends(*((value, value) if isinstance(value, float) else ends({self.name: value}, self.name)), whose)
+
+    def require_ends(self, low: float, high: float, whose: str) -> None:
+        """Refuses values of which the smallest or the largest is out of bounds.
+
+        Raises:
+            MessageError: with the value and the bound.
+        """
         if self.nan and math.isnan(low):
             return
         if not (math.isfinite(low) and math.isfinite(high)):
@@ -136,21 +143,16 @@ def require(leaves: Sequence[Leaf], tree: Tree, whose: str) -> None:
     if _all_within(tensors, spec, tree):
         return
     for leaf in tensors:
-        leaf.require(tree[leaf.name], whose)
+        leaf.require_ends(*ends(tree, leaf.name), whose)
 
 
 def _all_within(tensors: Sequence[Leaf], spec: Spec, tree: Tree) -> bool:
     """Whether one look at all values shows that each is finite and within the narrowest bound; many small leaves cost as little as a large one."""
-    if not tensors or len(set(spec.dtypes)) > 1 or not spec.dtypes[0].is_floating_point or spec.size > _TOGETHER:
+    if not tensors or isinstance(tree, LazyTree) or spec.size > _TOGETHER:
         return False
-    low, high = _ends(spec.flatten(tree, spec.dtypes[0]))
+    if len(set(spec.dtypes)) > 1 or not spec.dtypes[0].is_floating_point:
+        return False
+    low, high = ends({"all": spec.flatten(tree, spec.dtypes[0])}, "all")
     least = 0.0 if any(not leaf.signed for leaf in tensors) else -math.inf
     # NaN fails each of these comparisons.
     return max(-low, high) <= min(leaf.bound for leaf in tensors) and low >= least
-
-
-def _ends(value: torch.Tensor) -> tuple[float, float]:
-    if not value.numel():
-        return 0.0, 0.0
-    low, high = value.aminmax()
-    return float(low), float(high)

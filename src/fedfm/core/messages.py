@@ -17,15 +17,15 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
 from fedfm.core.errors import MessageError
-from fedfm.core.tree import Tree, num_bytes, raw
+from fedfm.core.tree import PIECE, LazyTree, Spec, Tree, num_bytes, raw
 from fedfm.core.words import clean
 
 ClientId = str
@@ -177,8 +177,22 @@ def pack_parts(message: Message) -> list[bytes]:
     shared = message.body.blob if isinstance(message, Request) else _blob(_tensors(message))
     head = _header_bytes(message, len(own))
     if len(head) > MAX_HEADER:
-        raise MessageError(f"A message's header has {len(head)} bytes, at most {MAX_HEADER} are allowed. Send what is large as a tensor.")
+        raise _too_long(head)
     return [struct.pack("<I", len(head)) + head + own, shared]
+
+
+def pack_views(message: Message) -> list[bytes | memoryview]:
+    """:func:`pack` in pieces that are views of the message's own tensors, so that nothing large is copied. They must not change meanwhile.
+
+    Raises:
+        MessageError: as :func:`pack_parts`.
+    """
+    tensors = _tensors(message)
+    own = _blob(message.own_tensors) if isinstance(message, Request) and message.own_tensors else b""
+    head = _header_bytes(message, len(own))
+    if len(head) > MAX_HEADER:
+        raise _too_long(head)
+    return [struct.pack("<I", len(head)) + head + own, *file_views(tensors)]
 
 
 def size(message: Message) -> int:
@@ -189,41 +203,86 @@ def size(message: Message) -> int:
     return 4 + len(_header_bytes(message, own)) + own + shared
 
 
+def _too_long(head: bytes) -> MessageError:
+    return MessageError(f"A message's header has {len(head)} bytes, at most {MAX_HEADER} are allowed. Send what is large as a tensor.")
+
+
 def _tensors(message: Message) -> Tree:
     return {} if isinstance(message, Failure) else message.tensors
 
 
+def file_views(tensors: Tree, metadata: Mapping[str, str] | None = None) -> list[bytes | memoryview]:
+    """A safetensors file in pieces that are views of the tensors, so that nothing large is copied. They must not change meanwhile.
+
+    Args:
+        metadata: Texts that go into its header.
+
+    Raises:
+        MessageError: if a tensor's type has no place in it.
+    """
+    index, names = _index(tensors, metadata)
+    return [struct.pack("<Q", len(index)) + index, *(raw(tensors[name]) for name in names)]
+
+
 def _blob(tensors: Tree) -> bytes:
     """A safetensors file."""
-    index, names = _index(tensors)
-    leaves = [raw(tensors[name]) for name in names]
-    return b"".join([struct.pack("<Q", len(index)), index, *leaves])
+    return b"".join(file_views(tensors))
 
 
 def _blob_size(tensors: Tree) -> int:
     return 8 + len(_index(tensors)[0]) + num_bytes(tensors)
 
 
-def _index(tensors: Tree) -> tuple[bytes, list[str]]:
+def _index(tensors: Tree, metadata: Mapping[str, str] | None = None) -> tuple[bytes, list[str]]:
     """The header of a safetensors file, which names the leaves in the tree's order, and the order in which they follow it."""
-    return _index_of(tuple((name, leaf.dtype, tuple(leaf.shape)) for name, leaf in tensors.items()))
+    return _index_of(Spec.of(tensors), None if metadata is None else tuple(metadata.items()))
 
 
 # The clients of a round answer with the same names and shapes.
 @lru_cache(maxsize=32)
-def _index_of(layout: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]) -> tuple[bytes, list[str]]:
+def _index_of(spec: Spec, metadata: tuple[tuple[str, str], ...] | None) -> tuple[bytes, list[str]]:
+    by_name = spec.by_name
     # Widest type first, so that each leaf is aligned.
-    in_order = sorted(layout, key=lambda entry: -entry[1].itemsize)
-    index: dict[str, dict[str, Any]] = {name: {} for name, _, _ in layout}
+    names = sorted(by_name, key=lambda name: -by_name[name][1].itemsize)
+    index: dict[str, dict[str, Any]] = {name: {} for name in by_name}
+    if metadata is not None:
+        index = {"__metadata__": dict(metadata), **index}
     start = 0
-    for name, dtype, shape in in_order:
+    for name in names:
+        shape, dtype = by_name[name]
         if dtype not in _DTYPES:
             raise MessageError(f"Tensor {name!r} is {str(dtype)[6:]}; a message carries {', '.join(str(dtype)[6:] for dtype in _DTYPES)}.")
         end = start + math.prod(shape) * dtype.itemsize
         index[name] = {"dtype": _DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         start = end
     head = json.dumps(index, separators=(",", ":"), ensure_ascii=False).encode()
-    return head.ljust(math.ceil(len(head) / 8) * 8), [name for name, _, _ in in_order]
+    return head.ljust(math.ceil(len(head) / 8) * 8), names
+
+
+class Source(Protocol):
+    """Bytes that lie somewhere and are read in pieces."""
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        ...
+
+    def read(self, start: int, stop: int) -> bytes | bytearray | memoryview:
+        """Those from ``start`` to ``stop``."""
+        ...
+
+
+class _Held(NamedTuple):
+    """Bytes in memory."""
+
+    view: memoryview
+
+    @property
+    def size(self) -> int:
+        return len(self.view)
+
+    def read(self, start: int, stop: int) -> memoryview:
+        return self.view[start:stop]
 
 
 def unpack(data: bytes | memoryview, max_bytes: int | None = None, max_tensors: int = MAX_TENSORS) -> Message:
@@ -232,29 +291,33 @@ def unpack(data: bytes | memoryview, max_bytes: int | None = None, max_tensors: 
     Raises:
         MessageError: on anything that :func:`pack` could not have made, more than ``max_bytes`` of it, or more than ``max_tensors`` in it.
     """
-    view = memoryview(data).cast("B")
-    if max_bytes is not None and len(view) > max_bytes:
-        raise MessageError(f"A message of {len(view)} bytes arrived where at most {max_bytes} are allowed.")
-    if len(view) < 4:
-        raise MessageError(f"A message of {len(view)} bytes is too short to be one.")
-    (n,) = struct.unpack("<I", view[:4])
-    if n > MAX_HEADER or 4 + n > len(view):
-        raise MessageError(f"A message claims a header of {n} bytes; at most {min(MAX_HEADER, len(view) - 4)} are possible.")
-    try:
-        head = json.loads(str(view[4 : 4 + n], "utf-8"))
-        # Half of a surrogate pair is legal in JSON and can be neither written nor shown.
-        json.dumps(head, ensure_ascii=False).encode()
-    except (ValueError, RecursionError) as error:
-        raise MessageError(f"A message's header is not JSON: {error}.") from error
-    version = head.get("v") if isinstance(head, dict) else None
-    if version != VERSION:
-        raise MessageError(f"A message of version {version!r} arrived; this side speaks {VERSION}.")
+    return _unpacked(_Held(memoryview(data).cast("B")), max_bytes, max_tensors, is_lazy=False)
+
+
+def unpack_from(source: Source, max_bytes: int | None = None, max_tensors: int = MAX_TENSORS) -> Message:
+    """The message in ``source``: header and index are checked now, and its tensors are read when they are used (:class:`~fedfm.core.tree.LazyTree`).
+
+    Raises:
+        MessageError: as :func:`unpack`, where the header or the index shows it.
+    """
+    return _unpacked(source, max_bytes, max_tensors, is_lazy=True)
+
+
+def _unpacked(source: Source, max_bytes: int | None, max_tensors: int, is_lazy: bool) -> Message:
+    if max_bytes is not None and source.size > max_bytes:
+        raise MessageError(f"A message of {source.size} bytes arrived where at most {max_bytes} are allowed.")
+    if source.size < 4:
+        raise MessageError(f"A message of {source.size} bytes is too short to be one.")
+    (n,) = struct.unpack("<I", source.read(0, 4))
+    if n > MAX_HEADER or 4 + n > source.size:
+        raise MessageError(f"A message claims a header of {n} bytes; at most {min(MAX_HEADER, source.size - 4)} are possible.")
+    head, start = _head(source.read(4, 4 + n)), 4 + n
     own_bytes = head.get("own_bytes", 0)
-    if not isinstance(own_bytes, int) or isinstance(own_bytes, bool) or not 0 <= own_bytes <= len(view) - 4 - n:
+    if not isinstance(own_bytes, int) or isinstance(own_bytes, bool) or not 0 <= own_bytes <= source.size - start:
         raise MessageError(f"A message claims {own_bytes!r} bytes of its own.")
-    own_tensors = _load(view[4 + n : 4 + n + own_bytes], max_tensors) if own_bytes else {}
-    tensors = _load(view[4 + n + own_bytes :], max_tensors) if head.get("kind") != "failure" else {}
-    kind = head.get("kind")
+    own_tensors = _load(source, start, start + own_bytes, max_tensors, is_lazy=False) if own_bytes else {}
+    kind, start = head.get("kind"), start + own_bytes
+    tensors = _load(source, start, source.size, max_tensors, is_lazy) if kind != "failure" else {}
     if own_bytes and kind != "request":
         raise MessageError("Only a request has tensors of its own.")
     if kind == "failure":
@@ -270,30 +333,76 @@ def unpack(data: bytes | memoryview, max_bytes: int | None = None, max_tensors: 
     raise MessageError(f"A message of unknown kind {kind!r} arrived.")
 
 
-def _load(view: memoryview, most: int) -> Tree:
+def _head(text: bytes | bytearray | memoryview) -> dict[str, Any]:
+    try:
+        head = json.loads(str(text, "utf-8"))
+        # Half of a surrogate pair is legal in JSON and can be neither written nor shown.
+        json.dumps(head, ensure_ascii=False).encode()
+    except (ValueError, RecursionError) as error:
+        raise MessageError(f"A message's header is not JSON: {error}.") from error
+    version = head.get("v") if isinstance(head, dict) else None
+    if version != VERSION:
+        raise MessageError(f"A message of version {version!r} arrived; this side speaks {VERSION}.")
+    return head  # type: ignore[no-any-return]
+
+
+class _Place(NamedTuple):
+    """Where a tensor is: bytes ``first`` to ``last`` after the index."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    first: int
+    last: int
+
+
+class _Unread(LazyTree):
+    """The tensors of a safetensors file that is read when they are used.
+
+    Args:
+        start: Where the tensors begin in ``source``.
+    """
+
+    def __init__(self, source: Source, start: int, places: Sequence[_Place]) -> None:
+        names, shapes, dtypes = (tuple(place[i] for place in places) for i in (0, 2, 1))
+        super().__init__(Spec(names, shapes, dtypes))  # type: ignore[arg-type]
+        self._source, self._start, self._places = source, start, {place.name: place for place in places}
+
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        """The values of a leaf, read now."""
+        _, dtype, _, first, last = self._places[name]
+        step = PIECE * dtype.itemsize
+        for begin in range(first, last, step):
+            end = min(begin + step, last)
+            data = bytearray(self._source.read(self._start + begin, self._start + end))
+            yield _tensor(data, dtype, ((end - begin) // dtype.itemsize,), 0, end - begin)
+
+
+def _load(source: Source, start: int, stop: int, most: int, is_lazy: bool) -> Tree:
     """The tensors of a safetensors file as :func:`_blob` writes it. All of its index is checked before the first tensor is built."""
-    index, start = _read_index(view, most)
-    claims: list[tuple[str, torch.dtype, tuple[int, ...], int, int]] = []
-    for name, entry in index.items():
-        claims.append((name, *_claim(name, entry)))
+    index, data_start = _read_index(source, start, stop, most)
+    places = [_Place(name, *_claim(name, entry)) for name, entry in index.items()]
     end = 0
-    for name, _, _, first, last in sorted(claims, key=lambda claim: claim[3:]):
-        if first != end:
-            raise MessageError(f"A message's tensor {name!r} begins at byte {first} where {end} is next.")
-        end = last
-    if end != len(view) - start:
-        raise MessageError(f"A message's tensors claim {end} bytes and have {len(view) - start}.")
-    data = bytearray(view[start:])
-    return {name: _tensor(data, dtype, shape, first, last) for name, dtype, shape, first, last in claims}
+    for place in sorted(places, key=lambda place: (place.first, place.last)):
+        if place.first != end:
+            raise MessageError(f"A message's tensor {place.name!r} begins at byte {place.first} where {end} is next.")
+        end = place.last
+    if end != stop - data_start:
+        raise MessageError(f"A message's tensors claim {end} bytes and have {stop - data_start}.")
+    if is_lazy:
+        return _Unread(source, data_start, places)
+    data = bytearray(source.read(data_start, stop))
+    return {place.name: _tensor(data, place.dtype, place.shape, place.first, place.last) for place in places}
 
 
-def _read_index(view: memoryview, most: int) -> tuple[dict[str, Any], int]:
-    if len(view) < 8:
+def _read_index(source: Source, start: int, stop: int, most: int) -> tuple[dict[str, Any], int]:
+    """The index of a safetensors file from ``start`` to ``stop``, and where its tensors begin."""
+    if stop - start < 8:
         raise MessageError("A message's tensors are not safetensors: their index is missing.")
-    (length,) = struct.unpack("<Q", view[:8])
-    if length > min(len(view) - 8, _INDEX_BYTES * (most + 1)):
+    (length,) = struct.unpack("<Q", source.read(start, start + 8))
+    if length > min(stop - start - 8, _INDEX_BYTES * (most + 1)):
         raise MessageError(f"A message's tensors are not safetensors: an index of {length} bytes is claimed.")
-    text = bytes(view[8 : 8 + length])
+    text = bytes(source.read(start + 8, start + 8 + length))
     # Every entry names its place, and counting takes a hundredth of the time that reading takes. One tensor may have that name itself.
     if (entries := text.count(b'"data_offsets"')) > most + 1:
         raise MessageError(f"A message holds {entries} tensors where at most {most} are allowed.")
@@ -306,7 +415,7 @@ def _read_index(view: memoryview, most: int) -> tuple[dict[str, Any], int]:
         raise MessageError("A message's tensors are not safetensors: their index names nothing.")
     if len(index) > most:
         raise MessageError(f"A message holds {len(index)} tensors where at most {most} are allowed.")
-    return index, 8 + length
+    return index, start + 8 + length
 
 
 def _claim(name: str, entry: object) -> tuple[torch.dtype, tuple[int, ...], int, int]:

@@ -1,33 +1,58 @@
 """A sum that does not depend on the order in which its terms arrive.
 
-Each term is cut onto a fixed grid of 2^-80 in two signed 64-bit limbs; integers add exactly in any
-order, so any two orders give the same bits. The cut is at most 2^-81 per term, far below what a
-float32 delta can say; a sum that could reach 2^38 is refused rather than wrapped.
+Each term is cut onto a fixed grid; integers add exactly in any order, so any two orders give the same bits. The grid is part of the numbers and follows
+from the plan alone. How the integers are held is not: one signed 64-bit limb for each value while ``sum_k |weight_k| max|x_k|`` stays below 2^62 units, and a
+second one from then on. The value of a sum depends on its integers, not on its limbs.
+
+=============================  =====  ====================================================  ============================
+what                           grid   a cut, at most                                        one limb while the sum is below
+=============================  =====  ====================================================  ============================
+float32, bfloat16, float16     2^-44  2^-45: a float32 from 2^-21 on keeps all its bits     2^18
+the same, times a weight       2^-40  2^-41: so divided by the weight, 16 examples or more  2^22
+all else                       2^-80  2^-81                                                 2^-18
+=============================  =====  ====================================================  ============================
+
+A sum that could reach 2^38 is refused rather than wrapped. Where the values, the weights and the cohort have declared bounds whose product is below the last
+column, the memory of a sum is one limb whatever clients send.
 """
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
 from fedfm.core.errors import MessageError
-from fedfm.core.leaves import Leaf, Reduce, numbers, payload, spec_of
+from fedfm.core.leaves import Leaf, Reduce, numbers, payload
 from fedfm.core.messages import ClientId
-from fedfm.core.tree import Tree
+from fedfm.core.tree import PIECE, LazyTree, Tree, ends, pieces
 
-GRID = 80
+GRID, FLOAT_GRID, WEIGHTED_GRID = 80, 44, 40
 LIMIT = 2.0**38
-_HIGH_GRID = 24
-_HIGH = 2.0**_HIGH_GRID
-_LOW = 2.0**GRID
+# The low limb of two holds this many bits, and the high limb the others.
+_SPLIT = 56
+_HALF, _MASK = 1 << (_SPLIT - 1), (1 << _SPLIT) - 1
+_LOWEST_GRID = 24
+# Half of what a limb can hold: the other half is for what the cuts add.
+_ONE_LIMB = 2.0**62
 _CARRY_EVERY = 64
-_CHUNK = 1 << 16  # keeps the temporaries of a large vector in cache
+_REDUCES: tuple[Reduce, ...] = ("mean", "sum")
+# Values of a part of a large sum, which is let go by itself.
+_PART = 1 << 20
 
 
 class ExactSum:
-    """``sum_k weight_k * x_k`` over vectors of one size, exact on its grid; memory is two such vectors of int64.
+    """``sum_k weight_k * x_k`` over vectors of one size, exact on its grid; memory is one or two such vectors of int64.
+
+    Args:
+        size: Of the vectors.
+        grid: A unit is ``2^-grid``; from 24 to 80.
+
+    Attributes:
+        bound: No value is larger in magnitude.
 
     Example:
         >>> total = ExactSum(2)
@@ -36,31 +61,36 @@ class ExactSum:
         [3.0, 0.75]
     """
 
-    def __init__(self, size: int) -> None:
-        self._high = torch.zeros(size, dtype=torch.int64)
+    def __init__(self, size: int, grid: int = GRID) -> None:
+        assert _LOWEST_GRID <= grid <= GRID, grid
+        self.grid = grid
         self._low = torch.zeros(size, dtype=torch.int64)
+        self._high: torch.Tensor | None = None
         self._since_carry = 0
-        self._bound = 0.0
+        self.bound = 0.0
 
     @staticmethod
     def of_integers(limb_d: torch.Tensor, grid: int, bound: float) -> ExactSum:
-        """The sum whose value is ``limb_d * 2^-grid``, as a secure ring gives it: with a bound known beforehand one limb is enough.
+        """The sum whose value is ``limb_d * 2^-grid``, as a secure ring gives it.
 
         Args:
-            limb_d: int64 ``(size,)``.
+            limb_d: int64 ``(size,)``; it becomes the sum's own.
             grid: From 24 to 80.
             bound: No value is larger in magnitude.
 
         Raises:
             MessageError: if the bound is beyond what a sum can hold.
         """
-        assert _HIGH_GRID <= grid <= GRID and limb_d.dtype == torch.int64, (grid, limb_d.dtype)
-        total = ExactSum(limb_d.numel())
+        assert limb_d.dtype == torch.int64, limb_d.dtype
+        total = ExactSum(0, grid)
+        total._low = limb_d
         total._reserve(bound)
-        shift = grid - _HIGH_GRID
-        total._high = limb_d >> shift
-        total._low = (limb_d - (total._high << shift)) << (GRID - grid)
         return total
+
+    @property
+    def limbs(self) -> int:
+        """Vectors of int64 that it holds: 1 or 2."""
+        return 1 if self._high is None else 2
 
     def add(self, x_d: torch.Tensor, weight: float = 1.0) -> None:
         """Adds ``weight * x_d``.
@@ -68,50 +98,128 @@ class ExactSum:
         Raises:
             MessageError: if a term is not finite, or with it the sum could reach 2^38; the sum is then what it was before.
         """
-        x_d = x_d.detach().cpu()
-        self._reserve(reach(x_d) * abs(weight))
-        for x, high, low in zip(*(torch.split(v, _CHUNK) for v in (x_d, self._high, self._low)), strict=True):
-            term = x.double() * weight
-            cut = (term * _HIGH).round_()
-            high += cut.to(torch.int64)
-            low += term.sub_(cut.div_(_HIGH)).mul_(_LOW).round_().to(torch.int64)
+        self.add_pieces([x_d], reach(x_d), weight)
+
+    def add_pieces(self, x_pieces: Iterable[torch.Tensor], largest: float, weight: float = 1.0) -> None:
+        """Adds ``weight * x``, of which one piece is in memory at a time.
+
+        Args:
+            x_pieces: The values of ``x`` in their order.
+            largest: The largest magnitude among them.
+
+        Raises:
+            MessageError: as :meth:`add`.
+        """
+        self._reserve(largest * abs(weight))
+        start = 0
+        for piece in x_pieces:
+            for x_n in torch.split(piece.detach().cpu().reshape(-1), PIECE):
+                self._put(start, x_n.double() * weight)
+                start += x_n.numel()
+        assert start == self._low.numel(), (start, self._low.numel())
         self._count()
 
     def merge(self, other: ExactSum) -> None:
-        """Adds another sum.
+        """Adds another sum; the finer of the two grids holds from now on, and nothing is cut.
 
         Raises:
             MessageError: if together they could reach 2^38; the sum is then what it was before.
         """
-        other._carry()
-        self._reserve(other._bound)
-        self._high += other._high
-        self._low += other._low
+        self.require_room(other.bound)
+        if other.grid < self.grid:
+            other = copy.deepcopy(other)
+            other._refine(self.grid)
+        self._refine(other.grid)
+        self._reserve(other.bound)
+        for start, stop in _steps(self._low.numel()):
+            high, low = other._limbs(start, stop)
+            if self._high is None:
+                self._low[start:stop] += (high << _SPLIT) + low
+            else:
+                self._high[start:stop] += high
+                self._low[start:stop] += low
         self._count()
 
     def value(self) -> torch.Tensor:
         """The sum, float64 ``(size,)``."""
-        self._carry()
-        return self._high.double() / _HIGH + self._low.double() / _LOW
+        return self.quotient(0, self._low.numel())
+
+    def quotient(self, start: int, stop: int, divisor: float = 1.0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+        """The sum's values from ``start`` to ``stop``, divided in float64."""
+        out = torch.empty(stop - start, dtype=dtype)
+        for begin, end in _steps(stop - start):
+            high, low = self._limbs(start + begin, start + end)
+            out[begin:end] = (high.double() * 2.0 ** (_SPLIT - self.grid) + low.double() * 2.0**-self.grid) / divisor
+        return out
+
+    def require_room(self, amount: float) -> None:
+        """Refuses a term of which the largest product is ``amount``, where the sum could not hold it.
+
+        Raises:
+            MessageError: if it is not finite, or with it the sum could reach 2^38.
+        """
+        # NaN fails this comparison too.
+        if not self.bound + amount < LIMIT:
+            raise MessageError("A weighted update holds a value that is not finite or too large; sums of 2^38 and more are refused.")
 
     def _reserve(self, amount: float) -> None:
-        bound = self._bound + amount
-        # NaN fails this comparison too.
-        if not bound < LIMIT:
-            raise MessageError("A weighted update holds a value that is not finite or too large; sums of 2^38 and more are refused.")
-        self._bound = bound
+        self.require_room(amount)
+        self.bound += amount
+        self._widen()
+
+    def _widen(self) -> None:
+        """Takes a second limb where one is not enough any more."""
+        if self._high is None and self.bound >= _ONE_LIMB * 2.0**-self.grid:
+            self._high = torch.zeros_like(self._low)
+            self._carry()
+
+    def _put(self, start: int, term_n: torch.Tensor) -> None:
+        """Adds terms from ``start`` on; float64, and may be changed. Whether there are one or two limbs, the same integers are added."""
+        stop = start + term_n.numel()
+        if self._high is not None:
+            cut = (term_n * 2.0 ** (self.grid - _SPLIT)).round_()
+            self._high[start:stop] += cut.to(torch.int64)
+            term_n = term_n.sub_(cut.mul_(2.0 ** (_SPLIT - self.grid)))
+        self._low[start:stop] += term_n.mul_(2.0**self.grid).round_().to(torch.int64)
+
+    def _limbs(self, start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The integers from ``start`` to ``stop`` as ``high * 2^56 + low`` with ``-2^55 <= low < 2^55``, which is the same however they are held."""
+        # With a low limb that is never negative, a small negative value would be the difference of two large ones.
+        low = self._low[start:stop]
+        high = (low + _HALF) >> _SPLIT
+        low = low - (high << _SPLIT)
+        return high if self._high is None else high.add_(self._high[start:stop]), low
+
+    def _refine(self, grid: int) -> None:
+        """Goes over to a finer grid. The integers stay what they are; their unit is smaller."""
+        shift, self.grid = grid - self.grid, grid
+        if not shift:
+            return
+        if self._high is None and self.bound < _ONE_LIMB * 2.0**-grid:
+            self._low <<= shift
+            return
+        if self._high is None:
+            self._high = torch.zeros_like(self._low)
+        for start, stop in _steps(self._low.numel()):
+            high, low = self._limbs(start, stop)
+            self._high[start:stop] = (high << shift) + (low >> (_SPLIT - shift))
+            self._low[start:stop] = (low << shift) & _MASK
 
     def _count(self) -> None:
         self._since_carry += 1
-        if self._since_carry == _CARRY_EVERY:
+        if self._since_carry >= _CARRY_EVERY:
             self._carry()
 
     def _carry(self) -> None:
-        # The low limb's unit is 2^-80 and the high limb's 2^-24: 2^56 of the one make one of the other.
-        carry = self._low >> (GRID - _HIGH_GRID)
-        self._high += carry
-        self._low -= carry << (GRID - _HIGH_GRID)
+        """Moves what the low limb has too much of into the high one."""
         self._since_carry = 0
+        if self._high is not None:
+            for start, stop in _steps(self._low.numel()):
+                self._high[start:stop], self._low[start:stop] = self._limbs(start, stop)
+
+
+def _steps(size: int) -> Iterator[tuple[int, int]]:
+    return ((start, min(start + PIECE, size)) for start in range(0, size, PIECE))
 
 
 def reach(x_d: torch.Tensor) -> float:
@@ -149,8 +257,12 @@ class Partial:
         self.tickets: dict[ClientId, int] = {}
         self._weight = 0
         self._numbers = {leaf.name: 0 for leaf in numbers(leaves) if leaf.reduce != "each"}
-        self._parts = {reduce: tensors for reduce in ("mean", "sum") if (tensors := _of(leaves, reduce))}
-        self._sums = {reduce: ExactSum(sum(leaf.size for leaf in tensors)) for reduce, tensors in self._parts.items()}
+        self._parts = [
+            _Part(reduce, part, ExactSum(sum(leaf.size for leaf in part), _grid(tensors, reduce == "mean" and not uniform)))
+            for reduce in _REDUCES
+            if (tensors := [leaf for leaf in payload(leaves) if leaf.reduce == reduce])
+            for part in _split(tensors)
+        ]
 
     @staticmethod
     def of_ring(
@@ -159,15 +271,16 @@ class Partial:
         """The sum that a ring of integers holds.
 
         Args:
-            ring_d: int64; the ``mean`` tensors in their order, the ``sum`` tensors, the numbers, and last the weight; unit ``2^-grid``.
+            ring_d: int64; the ``mean`` tensors in their order, the ``sum`` tensors, the numbers, and last the weight; unit ``2^-grid``. It becomes
+                the sum's own.
             bound: No sum is larger in magnitude.
             clients: The clients whose answers it holds.
         """
         total = Partial(leaves, uniform)
         total.clients = list(clients)
-        sizes = [sum(leaf.size for leaf in tensors) for tensors in total._parts.values()]
-        *parts, rest = torch.split(ring_d, [*sizes, len(total._numbers) + 1])
-        total._sums = {reduce: ExactSum.of_integers(part, grid, bound) for reduce, part in zip(total._parts, parts, strict=True)}
+        *limbs, rest = torch.split(ring_d, [*(part.size for part in total._parts), len(total._numbers) + 1])
+        for part, limb_d in zip(total._parts, limbs, strict=True):
+            part.total = ExactSum.of_integers(limb_d, grid, bound)
         *values, weight = (value << (GRID - grid) for value in rest.tolist())
         total._numbers = dict(zip(total._numbers, values, strict=True))
         total._weight = len(total.clients) << GRID if uniform else weight
@@ -184,20 +297,21 @@ class Partial:
         return self._weight / (1 << GRID)
 
     def add(self, client: ClientId, tensors: Tree, numbers: Mapping[str, float], weight: float) -> None:
-        """Adds one client's answer; a number that its owner withholds adds nothing.
+        """Adds one client's answer; a number that its owner withholds adds nothing. Of tensors that lie elsewhere one piece is in memory at a time.
 
         Raises:
             MessageError: if a value is not finite, or the sum could become too large; the sum is then what it was before.
+            RunError: if tensors that lie elsewhere cannot be read; the sum is of no use then.
         """
         weight = 1.0 if self.uniform else weight
-        spec = {reduce: spec_of(part) for reduce, part in self._parts.items()}
-        vectors = {reduce: one.flatten(tensors, _wide(one.dtypes)) for reduce, one in spec.items()}
         if not math.isfinite(weight) or not all(math.isfinite(numbers.get(name, 0.0)) for name in self._numbers):
             raise MessageError("An answer holds a number that is not finite.")
-        for reduce, x_d in vectors.items():
-            require_summable(x_d, weight if reduce == "mean" else 1.0)
-        for reduce, x_d in vectors.items():
-            self._sums[reduce].add(x_d, weight if reduce == "mean" else 1.0)
+        terms = [(part, _largest(tensors, part.leaves), weight if part.reduce == "mean" else 1.0) for part in self._parts]
+        for part, largest, factor in terms:
+            require_summable(largest, factor)
+            part.total.require_room(largest * abs(factor))
+        for part, largest, factor in terms:
+            part.total.add_pieces(_joined(tensors, part.leaves), largest, factor)
         factors = {leaf.name: weight if leaf.reduce == "mean" else 1.0 for leaf in self.leaves}
         for name in self._numbers:
             self._numbers[name] += _integer(numbers.get(name, 0.0) * factors[name])
@@ -213,8 +327,10 @@ class Partial:
         """
         if (self.leaves, self.uniform) != (other.leaves, other.uniform):
             raise MessageError("Two sums of different leaves cannot be added.")
-        for reduce, total in self._sums.items():
-            total.merge(other._sums[reduce])
+        for part, theirs in zip(self._parts, other._parts, strict=True):
+            part.total.require_room(theirs.total.bound)
+        for part, theirs in zip(self._parts, other._parts, strict=True):
+            part.total.merge(theirs.total)
         for name in self._numbers:
             self._numbers[name] += other._numbers[name]
         self._weight += other._weight
@@ -233,6 +349,10 @@ class Partial:
         """The aggregate of the tensors, float32 in the leaves' order: the weighted mean or the sum. Zeros where there is no client."""
         return self._tensors(self.weight, torch.float32)
 
+    def take_mean(self) -> dict[str, torch.Tensor]:
+        """:meth:`mean`, and the sum is used up: each part of it is let go as soon as its mean is made, so that a large one is not held beside it."""
+        return self._tensors(self.weight, torch.float32, is_last=True)
+
     def totals(self) -> dict[str, torch.Tensor]:
         """The sums themselves, float64, tensors and numbers."""
         return {**self._tensors(1.0, torch.float64), **{name: _scalar(value) for name, value in self._numbers.items()}}
@@ -244,37 +364,90 @@ class Partial:
         rule = {leaf.name: leaf.reduce for leaf in self.leaves}
         return {name: value / (self._weight if rule[name] == "mean" else 1 << GRID) for name, value in self._numbers.items()}
 
-    def _tensors(self, weight: float, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-        flat: dict[str, torch.Tensor] = {}
-        for reduce, leaves in self._parts.items():
-            x_d = self._sums[reduce].value()
-            if reduce == "mean" and self.clients:
-                x_d = x_d / weight
-            parts = torch.split(x_d, [leaf.size for leaf in leaves])
-            # A leaf in float64 counts beyond what float32 can.
-            wide = (torch.float64 if leaf.dtype == torch.float64 else dtype for leaf in leaves)
-            flat.update({leaf.name: part.to(to).view(leaf.shape) for leaf, part, to in zip(leaves, parts, wide, strict=True)})
-        return {leaf.name: flat[leaf.name] for leaf in self.leaves if leaf.name in flat}
+    def _tensors(self, weight: float, dtype: torch.dtype, is_last: bool = False) -> dict[str, torch.Tensor]:
+        values: dict[str, torch.Tensor] = {}
+        for part in self._parts:
+            divisor, start = weight if part.reduce == "mean" and self.clients else 1.0, 0
+            for leaf in part.leaves:
+                # A leaf in float64 counts beyond what float32 can.
+                wide = torch.float64 if leaf.dtype == torch.float64 else dtype
+                values[leaf.name] = part.total.quotient(start, start + leaf.size, divisor, wide).view(leaf.shape)
+                start += leaf.size
+            if is_last:
+                del part.total
+        return {leaf.name: values[leaf.name] for leaf in self.leaves if leaf.name in values}
 
 
-def require_summable(x_d: torch.Tensor, weight: float) -> None:
+@dataclass
+class _Part:
+    """Some leaves that reduce alike, one after another, and their sum."""
+
+    reduce: Reduce
+    leaves: Sequence[Leaf]
+    total: ExactSum
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return sum(leaf.size for leaf in self.leaves)
+
+
+def _split(leaves: Sequence[Leaf]) -> Iterator[list[Leaf]]:
+    """The leaves in their order, in groups of at most :data:`_PART` values. A leaf is not divided."""
+    group: list[Leaf] = []
+    size = 0
+    for leaf in leaves:
+        if group and size + leaf.size > _PART:
+            yield group
+            group, size = [], 0
+        group.append(leaf)
+        size += leaf.size
+    yield group
+
+
+def require_summable(largest: float, weight: float) -> None:
     """Refuses a term so large that, with a few like it, no sum could hold it.
 
+    Args:
+        largest: The largest magnitude of its values.
+
     Raises:
-        MessageError: if a value times the weight reaches 1/256 of what an exact sum can hold.
+        MessageError: if that times the weight reaches 1/256 of what an exact sum can hold.
     """
-    largest, bound = reach(x_d), LIMIT / 256
+    bound = LIMIT / 256
     if not largest * abs(weight) < bound:
         raise MessageError(f"Its update reaches {largest:.3g} with weight {weight:g}; a sum takes products below {bound:.3g}.")
 
 
-def _of(leaves: Sequence[Leaf], reduce: Reduce | str) -> list[Leaf]:
-    return [leaf for leaf in payload(leaves) if leaf.reduce == reduce]
+def _grid(leaves: Iterable[Leaf], is_weighted: bool) -> int:
+    """The grid of a sum of these leaves: a property of the plan, so that every engine and every resumed run has the same."""
+    if all(leaf.dtype in (torch.float32, torch.bfloat16, torch.float16) for leaf in leaves):
+        return WEIGHTED_GRID if is_weighted else FLOAT_GRID
+    return GRID
 
 
-def _wide(dtypes: Iterable[torch.dtype]) -> torch.dtype:
-    """A type that holds all of them."""
-    return torch.float32 if all(dtype in (torch.float32, torch.bfloat16, torch.float16) for dtype in dtypes) else torch.float64
+def _largest(tensors: Tree, leaves: Sequence[Leaf]) -> float:
+    """The largest magnitude among the values of these leaves; NaN if one is NaN."""
+    if not isinstance(tensors, LazyTree):
+        reaches = [reach(piece) for piece in _joined(tensors, leaves)]
+    else:
+        reaches = [abs(end) for leaf in leaves for end in ends(tensors, leaf.name)]
+    return math.nan if any(map(math.isnan, reaches)) else max(reaches, default=0.0)
+
+
+def _joined(tensors: Tree, leaves: Sequence[Leaf]) -> Iterator[torch.Tensor]:
+    """The values of these leaves, one after another, float64 where small ones are put together: a model has many small leaves, and each step has its price."""
+    held: list[torch.Tensor] = []
+    size = 0
+    for leaf in leaves:
+        for piece in pieces(tensors, leaf.name):
+            if held and size + piece.numel() > PIECE:
+                yield held[0] if len(held) == 1 else torch.cat(held)
+                held, size = [], 0
+            held.append(piece.double())
+            size += piece.numel()
+    if held:
+        yield held[0] if len(held) == 1 else torch.cat(held)
 
 
 def _integer(value: float) -> int:

@@ -2,6 +2,8 @@
 
 A member first gets a greeting, which says what the run is; then requests. A request is a body, sealed once for all who are asked, stored once, and
 fetched by each; and a small part for one member, which names the body. Answers are sealed to the coordinator, and each is handed over as it arrives.
+A long one is checked to its last chunk first, and waits on the coordinator's disk, still encrypted; then it is read piece by piece, once to be judged
+and once to be added, so that no answer is ever in memory as a whole.
 
 Covered here: answers that are forged, of another run, late, sent twice or not asked for are dropped and counted by kind; a member that
 does not answer in time is named and left to the recipe's rule; a broker that goes away and comes back; a coordinator that starts anew, whose
@@ -17,6 +19,7 @@ import math
 import re
 import secrets
 import time
+import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -29,7 +32,7 @@ from fedfm.client.house import House
 from fedfm.core import disk
 from fedfm.core.clock import Clock, Wall
 from fedfm.core.errors import ConfigError, MessageError, RunError, WireError
-from fedfm.core.messages import Body, ClientId, Failure, Reply, Request, Scalar, pack_parts, unpack
+from fedfm.core.messages import Body, ClientId, Failure, Reply, Request, Scalar, pack_parts, pack_views, unpack, unpack_from
 from fedfm.core.session import Answer, Session
 from fedfm.core.version import VERSION as RELEASE
 from fedfm.engines.base import Engine
@@ -37,7 +40,7 @@ from fedfm.wire.envelope import MAX_LIFETIME, MAX_RECEIVERS, Header, Opener, Pay
 from fedfm.wire.link import Link
 from fedfm.wire.refusal import Refused, reason
 from fedfm.wire.stored import Stored
-from fedfm.wire.transfer import receive_all, send
+from fedfm.wire.transfer import Spool, receive_all, send
 from fedfm.wire.window import Window
 
 if TYPE_CHECKING:
@@ -135,7 +138,7 @@ class Nats(Engine):
         link, job = self._link(), Job.begin(house.folder, house.run)
         connection = link.connect()
         try:
-            return NatsSession(connection, link, job, hello, max_bytes, 3 * len(leaves) + 64, clock, self.storage)
+            return NatsSession(connection, link, job, hello, max_bytes, 3 * len(leaves) + 64, clock, self.storage, house.folder)
         except BaseException:
             connection.close()
             raise
@@ -207,9 +210,10 @@ class _Owed:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A body that is at the broker, for these members."""
+    """A body that is at the broker, for these members. Its tensors are not kept: who asks anew brings them."""
 
-    body: Body
+    body: weakref.ref[Body]
+    round: int
     id: str
     receivers: frozenset[ClientId]
 
@@ -226,6 +230,7 @@ class NatsSession(Session):
         max_tensors: Most tensors that an answer may hold.
         clock: Measures deadlines.
         storage: Gigabytes that each stream at the broker may hold.
+        folder: Where a long answer waits, encrypted and without a name, while it is read; ``None`` for the system's folder for such files.
 
     Attributes:
         dropped: Messages that were not taken, by the reason: a word of :data:`fedfm.wire.refusal.REASONS`.
@@ -241,10 +246,11 @@ class NatsSession(Session):
         max_tensors: int,
         clock: Clock | None = None,
         storage: float = 1.0,
+        folder: Path | None = None,
     ) -> None:
         self.clock = clock or Wall()
         self._link, self._job, self._hello, self._max_bytes, self._max_tensors = link, job, hello, max_bytes, max_tensors
-        self._me, self._names, self._window, self._storage = link.me, link.names, Window(), storage
+        self._me, self._names, self._window, self._storage, self._folder = link.me, link.names, Window(), storage, folder
         self._peers: dict[str, Card] = {}
         self._window.open(job.name)
         self._opener = Opener(self._me, self._peers, link.consortium, max_bytes)
@@ -337,13 +343,13 @@ class NatsSession(Session):
     def _store(self, body: Body, receivers: frozenset[ClientId], lasting: float) -> _Stored:
         """The body at the broker, stored if it is not there for all of these."""
         for stored in self._bodies:
-            if stored.body is body and receivers <= stored.receivers:
+            if stored.body() is body and receivers <= stored.receivers:
                 return stored
-        self._drop(stored for stored in self._bodies if stored.body.round != body.round)
+        self._drop(stored for stored in self._bodies if stored.round != body.round)
         cards = [self._peers[client] for client in sorted(receivers)]
-        id, data = self._seal(BODY, body.round, pack_parts(Request(body)), cards, max(lasting, 3600.0), self._names.bodies)
+        id, data = self._seal(BODY, body.round, pack_views(Request(body)), cards, max(lasting, 3600.0), self._names.bodies)
         self._connection.publish(self._names.bodies.head(id), data)
-        self._bodies.append(_Stored(body, id, receivers))
+        self._bodies.append(_Stored(weakref.ref(body), body.round, id, receivers))
         return self._bodies[-1]
 
     def _post(self, client: ClientId, kind: str, round: int, payload: Payload, lasting: float) -> int:
@@ -460,10 +466,14 @@ class NatsSession(Session):
         return owed
 
     def _answer(self, envelope: Envelope, branch: Branch, owed: _Owed) -> Answer:
-        """What a member answers; a failure where that is of no use."""
+        """What a member answers; a failure where that is of no use. The tensors of a long answer are read when they are used."""
+        store = Stored(self._connection, branch)
         try:
-            payload = receive_all(envelope, Stored(self._connection, branch))
-            return self._checked(unpack(memoryview(payload), self._max_bytes, self._max_tensors), owed)
+            if envelope.num_chunks > 1:
+                message = unpack_from(Spool(envelope, store, self._folder), self._max_bytes, self._max_tensors)
+            else:
+                message = unpack(memoryview(receive_all(envelope, store)), self._max_bytes, self._max_tensors)
+            return self._checked(message, owed)
         except MessageError as error:
             self._count(error)
             return Failure(owed.client, "exchange", str(error))

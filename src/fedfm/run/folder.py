@@ -31,11 +31,11 @@ from pathlib import Path
 from typing import Any, Literal, Self
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 from fedfm.core import disk
 from fedfm.core.errors import RunError
 from fedfm.core.journal import Journal, Mark
+from fedfm.core.messages import file_views
 from fedfm.core.parts import ServerState
 from fedfm.core.plain import finite
 from fedfm.core.round import RoundRecord
@@ -186,9 +186,11 @@ class RunFolder:
         Raises:
             RunError: if it cannot be written; the rounds before it are intact.
         """
-        data, line = _state_bytes(state), record_json(record)
-        disk.write_atomic(self._state_file(state.round), data)
-        self.note("round", round=state.round, state=_digest(data), record=line, ledger=ledger.to_json())
+        parts, line, digest = _state_parts(state), record_json(record), _new_digest()
+        for part in parts:
+            digest.update(part)
+        disk.write_parts(self._state_file(state.round), parts)
+        self.note("round", round=state.round, state=digest.hexdigest(), record=line, ledger=ledger.to_json())
         disk.append(self.path / METRICS, _json(line))
         self.table.add(flat(line))
         disk.write_atomic(self.path / LEDGER, _pretty(ledger.to_json()))
@@ -437,20 +439,15 @@ def _new_digest() -> hashlib.blake2b:
     return hashlib.blake2b(digest_size=16)
 
 
-def _digest(data: bytes) -> str:
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
-
-
-def _state_bytes(state: ServerState) -> bytes:
-    # safetensors sorts its tensors; the order of a tree is part of it and goes into the header.
+def _state_parts(state: ServerState) -> list[bytes | memoryview]:
+    """A state as a safetensors file, in views of its own tensors: a copy would hold a large model once more."""
+    # Who reads a safetensors file gets its tensors in an order of their own; that of a tree is part of it and goes into the header.
     meta = {
         "round": state.round,
         "params": list(state.params),
         "parts": {place: list(tree) for place, tree in state.parts.items()},
         "counted": dict(state.counted),
     }
-    # A file holds no tensor twice, but an optimizer's state may start as the parameters themselves.
     tensors = {f"params/{name}": leaf for name, leaf in state.params.items()}
-    tensors |= {f"parts/{place}/{name}": leaf.clone() for place, tree in state.parts.items() for name, leaf in tree.items()}
-    data: bytes = save({name: leaf.detach().cpu().contiguous() for name, leaf in tensors.items()}, {"fedfm": json.dumps(meta)})
-    return data
+    tensors |= {f"parts/{place}/{name}": leaf for place, tree in state.parts.items() for name, leaf in tree.items()}
+    return file_views(tensors, {"fedfm": json.dumps(meta)})

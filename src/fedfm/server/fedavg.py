@@ -36,4 +36,5 @@ class FedAvg(ServerOptimizer):
 
     def step(self, params: Tree, update: Update, state: Tree, ctx: RoundContext) -> tuple[Tree, Tree]:
         """One step along the delta."""
-        return {name: (w + self.lr * update.payload[name]).to(w.dtype) for name, w in params.items()}, state
+        # In place: two tensors for each leaf, one of them let go, would leave the memory of a large model full of holes.
+        return {name: (self.lr * update.payload[name]).add_(w).to(w.dtype) for name, w in params.items()}, state

@@ -53,7 +53,7 @@ MAX_CHUNK, MAX_CHUNKS, MAX_RECEIVERS, MAX_HEADER = 8 << 20, 1 << 14, 256, 1 << 1
 SKEW, MAX_LIFETIME = 120.0, 14 * 86400.0
 _MAGIC = b"fdfm"
 _PREFIX = struct.Struct("<4sHHII16s")
-_WRAP, _DIGEST, _SIGNATURE, _TAG = 1168, 32, 64, 16
+_WRAP, _DIGEST, _SIGNATURE, TAG = 1168, 32, 64, 16
 MAX_HEAD = _PREFIX.size + MAX_HEADER + MAX_RECEIVERS * _WRAP + MAX_CHUNKS * _DIGEST + _SIGNATURE
 _JOB, _KIND, _COMMIT = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}"), re.compile(r"[a-z][a-z-]{0,23}"), re.compile(r"[0-9a-f]{64}")
 _MAX_COUNT = 1 << 53
@@ -107,7 +107,7 @@ class Header:
 
     def stored(self, index: int) -> int:
         """Bytes of a chunk as it is stored."""
-        return min(self.chunk, self.size - index * self.chunk) + _TAG
+        return min(self.chunk, self.size - index * self.chunk) + TAG
 
 
 def seal(payload: Payload, sender: Identity, receivers: Sequence[Card], header: Header, secret: bytes | None = None) -> Sealed:
@@ -319,9 +319,7 @@ class Envelope:
         Raises:
             Refused: if it is not the chunk that the sender made.
         """
-        from cryptography.exceptions import InvalidTag
-
-        where = f"Chunk {index} of a message of {self.header.sender}"
+        where = self._where(index)
         if not 0 <= index < self.num_chunks:
             raise Refused("chunk", f"{where} was asked for; there are {self.num_chunks}.")
         if data is None:
@@ -330,10 +328,23 @@ class Envelope:
             raise Refused("chunk", f"{where} has {len(data)} bytes instead of {self.header.stored(index)}.")
         if not hmac.compare_digest(_digest(data), self._head.digests[index * _DIGEST : (index + 1) * _DIGEST]):
             raise Refused("chunk", f"{where} is not the one that was signed.")
+        return self.decrypt_again(index, data)
+
+    def decrypt_again(self, index: int, data: bytes | memoryview) -> bytes:
+        """As :meth:`decrypt`, of a chunk that passed it before: its signature is not checked again, its seal is.
+
+        Raises:
+            Refused: if it does not open.
+        """
+        from cryptography.exceptions import InvalidTag
+
         try:
             return self._cipher.decrypt(_nonce(self.header, index), data, bytes.fromhex(self.header.id))
         except InvalidTag as error:
-            raise Refused("chunk", f"{where} does not open.") from error
+            raise Refused("chunk", f"{self._where(index)} does not open.") from error
+
+    def _where(self, index: int) -> str:
+        return f"Chunk {index} of a message of {self.header.sender}"
 
 
 def require(header: Header) -> None:
@@ -420,8 +431,8 @@ class _Head:
 
 def _split(data: bytes) -> _Head:
     view = memoryview(data)
-    if len(view) > MAX_HEAD + MAX_CHUNK + _TAG:
-        raise Refused("oversize", f"A message of {len(view)} bytes arrived; none has more than {MAX_HEAD + MAX_CHUNK + _TAG}.")
+    if len(view) > MAX_HEAD + MAX_CHUNK + TAG:
+        raise Refused("oversize", f"A message of {len(view)} bytes arrived; none has more than {MAX_HEAD + MAX_CHUNK + TAG}.")
     if len(view) < 6 or bytes(view[:4]) != _MAGIC:
         raise Refused("malformed", f"{len(view)} bytes arrived that are no message of fedfm.")
     protocol = int.from_bytes(view[4:6], "little")

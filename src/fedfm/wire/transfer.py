@@ -4,16 +4,24 @@ The sender puts each chunk where its id and its number say, then publishes the h
 chunks are there. Both sides hold a few chunks at a time, whatever the size of the payload: the next is sealed while the last is sent, and opened
 while the next arrives.
 
+A :class:`Spool` lets a receiver read a payload several times: once to judge it, once to use it. Its first reading takes the chunks from the store and
+checks every one; so when the payload is there, nothing about it can turn out wrong any more but this machine's own disk.
+
 Covered here: a cut at any point on either side, chunks that are missing, changed, exchanged or of another transfer. Not covered: a store that keeps
 nothing; whoever asked for the payload asks again.
 """
 
 from __future__ import annotations
 
+import tempfile
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
-from fedfm.wire.envelope import Envelope, Sealed
+from fedfm.core.errors import RunError
+from fedfm.wire.envelope import TAG, Envelope, Sealed
+from fedfm.wire.refusal import Refused
 
 
 class ChunkStore(ABC):
@@ -100,12 +108,15 @@ def receive(envelope: Envelope, store: ChunkStore, first: int = 0) -> Iterator[b
     Raises:
         Refused: if a chunk is missing or is not the one that the sender made.
     """
-    if envelope.inline is not None:
-        chunks: Iterable[bytes | None] = [envelope.inline][first:]
-    else:
-        chunks = store.get_each(envelope.header.id, range(first, envelope.num_chunks))
-    for index, data in enumerate(chunks, first):
+    for index, data in enumerate(_chunks(envelope, store, first), first):
         yield envelope.decrypt(index, data)
+
+
+def _chunks(envelope: Envelope, store: ChunkStore, first: int = 0) -> Iterable[bytes | None]:
+    """The chunks as they are stored."""
+    if envelope.inline is not None:
+        return [envelope.inline][first:]
+    return store.get_each(envelope.header.id, range(first, envelope.num_chunks))
 
 
 def receive_all(envelope: Envelope, store: ChunkStore) -> bytearray:
@@ -119,3 +130,69 @@ def receive_all(envelope: Envelope, store: ChunkStore) -> bytearray:
     for index, piece in enumerate(receive(envelope, store)):
         payload[index * header.chunk : index * header.chunk + len(piece)] = piece
     return payload
+
+
+class Spool:
+    """A payload that waits on this machine's disk, encrypted as it came, to be read in pieces as often as they are asked for.
+
+    The file has no name and is gone with the spool, or with the process. In memory is one chunk.
+
+    Args:
+        envelope: Whose payload it is.
+        store: Where its chunks are; they may be dropped when this returns.
+        folder: Where the file is; ``None`` for the system's folder for such files.
+
+    Raises:
+        Refused: as :func:`receive`.
+        RunError: if the disk does not take it.
+    """
+
+    def __init__(self, envelope: Envelope, store: ChunkStore, folder: Path | None = None) -> None:
+        self.size, self._envelope, self._folder = envelope.header.size, envelope, folder
+        self._last: tuple[int, bytes] = (-1, b"")
+        try:
+            file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  it is closed with the spool
+        except OSError as error:
+            raise self._unusable(error) from error
+        self._file = file
+        self.close = weakref.finalize(self, file.close)
+        for index, data in enumerate(_chunks(envelope, store)):
+            envelope.decrypt(index, data)
+            assert data is not None, "decrypt refuses what is missing"
+            try:
+                file.write(data)
+            except OSError as error:
+                raise self._unusable(error) from error
+
+    def read(self, start: int, stop: int) -> bytearray:
+        """Bytes of the payload.
+
+        Raises:
+            RunError: if the disk does not give back what it took.
+        """
+        out, at, step = bytearray(stop - start), start, self._envelope.header.chunk
+        while at < stop:
+            index = at // step
+            part = memoryview(self._chunk(index))[at - index * step : stop - index * step]
+            if not part:
+                raise RunError(f"Bytes {start} to {stop} were asked for of a payload that has {self.size}.")
+            out[at - start : at - start + len(part)] = part
+            at += len(part)
+        return out
+
+    def _chunk(self, index: int) -> bytes:
+        if self._last[0] != index:
+            try:
+                self._file.seek(index * (self._envelope.header.chunk + TAG))
+                data = self._file.read(self._envelope.header.stored(index))
+                self._last = index, self._envelope.decrypt_again(index, data)
+            except (OSError, Refused) as error:
+                raise self._unusable(error) from error
+        return self._last[1]
+
+    def _unusable(self, error: Exception) -> RunError:
+        where = self._folder or tempfile.gettempdir()
+        return RunError(
+            f"An answer of {self._envelope.header.sender} ({self.size} bytes) cannot be kept in {where} while it is added: {error}. "
+            "Make room there, or repair the disk, and resume the run."
+        )

@@ -18,7 +18,7 @@ import re
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from fedfm.core import disk
 from fedfm.core.clock import Clock, Wall
 from fedfm.core.errors import ConfigError, MessageError, RunError, WireError
 from fedfm.core.messages import Body, ClientId, Failure, Reply, Request, Scalar, pack_parts, unpack
+from fedfm.core.parts import Finding, Plan, warn
 from fedfm.core.session import Answer, Session
 from fedfm.core.version import VERSION as RELEASE
 from fedfm.engines.base import Engine
@@ -81,6 +82,8 @@ class Nats(Engine):
         ConfigError: if a number is out of range.
     """
 
+    trusts_clients = False
+
     consortium: str = "consortium"
     device: str = "auto"
     storage: float = 1.0
@@ -88,6 +91,14 @@ class Nats(Engine):
     def __post_init__(self) -> None:
         if not (self.storage > 0 and math.isfinite(self.storage)):
             raise ConfigError(f"Nats.storage is {self.storage} GB; it must be a finite number above 0.")
+
+    def check(self, plan: Plan) -> Iterator[Finding]:
+        """Warns where one member's word decides."""
+        if plan.bounding() is None:
+            yield warn(
+                "bounds",
+                "null lets one member decide a round by a long update or a large weight. Leave it out (auto), or give it numbers of your own.",
+            )
 
     def members(self) -> tuple[ClientId, ...]:
         """Who belongs to the consortium now, sorted.

@@ -243,7 +243,7 @@ def _go(
         for finding in check.require(plan, len(site.clients), roster):
             if finding.level == "warning":
                 log.warning("%s: %s", finding.where, finding.text)
-        state, ledger = restored or (start(plan, house.start), Ledger())
+        state, ledger = restored or (start(plan, house.start, roster.sizes()), Ledger())
         if state.round < plan.rounds and not (folder is not None and _is_over(plan, folder.journal.scores)):
             watch.stage("Trying the model with a few tokens")
             session.settle()

@@ -29,6 +29,7 @@ from fedfm.client.house import House
 from fedfm.core import disk
 from fedfm.core.clock import Clock, Wall
 from fedfm.core.errors import ConfigError, MessageError, RunError, WireError
+from fedfm.core.leaves import Leaf
 from fedfm.core.messages import Body, ClientId, Failure, Reply, Request, Scalar, pack_parts, unpack
 from fedfm.core.parts import Finding, Plan, warn
 from fedfm.core.session import Answer, Session
@@ -122,8 +123,10 @@ class Nats(Engine):
             WireError: if the broker cannot be reached.
         """
         base = house.base  # before the tuning puts its own parameters into the model
-        spec = house.tuned.spec
-        leaves = house.plan.local.leaves(spec, spec)
+        leaves: tuple[Leaf, ...] = ()
+        if not house.lacks_classes:
+            spec = house.tuned.spec
+            leaves = house.plan.local.leaves(spec, spec)
         # A value and its place take at most 16 bytes, whatever a transform makes of them; the rest is for names and for what an evaluation sums.
         max_bytes = 16 * sum(leaf.size for leaf in leaves) + (16 << 20)
 

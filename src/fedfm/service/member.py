@@ -36,11 +36,12 @@ from fedfm.client.plan import ClientPlan
 from fedfm.client.policy import Policy
 from fedfm.client.verb import verbs
 from fedfm.core import disk, words
-from fedfm.core.errors import ConfigError, DataError, FedfmError, MessageError, ModelError, PolicyError, RunError, WireError
+from fedfm.core.errors import ColumnError, ConfigError, FedfmError, MessageError, ModelError, PolicyError, RunError, WireError
 from fedfm.core.keys import Key
 from fedfm.core.messages import Body, Failure, Request, pack_parts, unpack
 from fedfm.core.version import VERSION as RELEASE
 from fedfm.engines.nats import ACK_WAIT, BODY, BODY_ID, HELLO, REPLY, REQUEST, TALK
+from fedfm.service.furnish import Furniture, furnish
 from fedfm.silos.membership import Membership
 from fedfm.wire.envelope import Envelope, Header, Opener, seal
 from fedfm.wire.refusal import Refused, reason
@@ -247,15 +248,23 @@ class Member:
         while len(self._runtimes) >= _HELD:
             self._runtimes.popitem(last=False)
         runtime = Runtime(self._house(job, Greeting.of(hello.meta), request))
-        # The model is loaded now, so that a failure to load is a failure to start, not one of the first round.
-        runtime.house.bank  # noqa: B018
+        if not runtime.house.lacks_classes:
+            # The model is loaded now, so that a failure to load is a failure to start, not one of the first round.
+            runtime.house.bank  # noqa: B018
         self._runtimes[job] = runtime
         return runtime
 
     def _house(self, job: str, greeting: Greeting, request: Request) -> House:
         house = self._empty(job, greeting)
         self._admit(house, request)
-        self._furnish(house, greeting)
+        try:
+            furnish(house, Furniture(self.name, self.data, self.test, self.policy.columns), greeting.data_rules, greeting.base)
+        except FedfmError as error:
+            guard = house.guard(self.name)
+            assert guard is not None
+            guard.receive(request)
+            guard.refuse(request, Failure(self.name, "start", str(error)))
+            raise
         return house
 
     def _empty(self, job: str, greeting: Greeting) -> House:
@@ -293,38 +302,6 @@ class Member:
             guard.receive(request)
             guard.refuse(request, Failure(self.name, "policy", str(error)), error)
             raise
-
-    def _furnish(self, house: House, greeting: Greeting) -> None:
-        """Puts the owner's prepared data and the model into the house.
-
-        Raises:
-            FedfmError: if one of them cannot be used, or is not what the run is about.
-        """
-        from fedfm.data import Data, prepare
-        from fedfm.models import load_tokenizer, unchanged
-        from fedfm.models.foundation import classes_of, configured, max_context
-
-        plan, name = greeting.plan, self.name
-        tokenizer = load_tokenizer(plan.model.tokenizer or plan.model.source or "")
-        config = configured(plan.model, plan.task.head, tokenizer)
-        with unchanged(tokenizer):
-            owners = prepare(
-                Data(source=self.data, test=self.test, **_rules(greeting.data_rules)),
-                plan.task,
-                tokenizer,
-                key=greeting.key.fold("data"),
-                max_context=max_context(config),
-                classes=classes_of(config),
-                columns={name: self.policy.columns} if self.policy.columns else None,
-                sole=name,
-            )
-        if owners.labels != greeting.labels:
-            raise DataError("its classes are not those of the run, or are in another order.")
-        house.shards, house.outline = {name: owners.path(name)}, (tokenizer, config)
-        if house.base != greeting.base:
-            raise ModelError(
-                f"its base has the digest {house.base}, and the coordinator's has {greeting.base}. Both must have the same files."
-            )
 
     # --- requests ---------------------------------------------------------------------------------------------------------
 
@@ -402,27 +379,14 @@ _KEPT = "its owner's log tells why."
 
 
 def _is_public(error: FedfmError) -> bool:
-    """Whether an error says nothing of the owner's data: versions and digests of what the coordinator itself sent."""
-    return isinstance(error, MessageError | ModelError)
+    """Whether an error says nothing of the owner's data: versions, digests and names of columns that the coordinator itself sent."""
+    return isinstance(error, MessageError | ModelError | ColumnError)
 
 
 def _request(message: object) -> Request:
     if not isinstance(message, Request):
         raise MessageError(f"A {type(message).__name__} arrived where a request was expected.")
     return message
-
-
-def _rules(rules: Mapping[str, Any]) -> dict[str, Any]:
-    """What the coordinator may say of how rows are prepared; nothing else is taken from it.
-
-    Raises:
-        MessageError: if a value is of the wrong kind.
-    """
-    kinds: dict[str, Any] = {"test_fraction": float | int, "min_examples": int, "limit": int | None, "bad_rows": str}
-    for name, value in rules.items():
-        if name not in kinds or isinstance(value, bool) or not isinstance(value, kinds[name]):
-            raise MessageError(f"The rule {name!r:.40} for preparing rows is not known here, or is not of its kind.")
-    return dict(rules)
 
 
 def _secret(path: Path) -> bytes:

@@ -7,10 +7,13 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from fedfm.core.errors import ColumnError, DataError, MessageError, ModelError, RowError
+from fedfm.models.files import FileSets, base_of
+from fedfm.models.store import Fetch, ModelStore
 
 if TYPE_CHECKING:
     from fedfm.client.house import House
     from fedfm.data import Data, Owners
+    from fedfm.models import Model
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,43 @@ class Furniture:
     columns: Mapping[str, str] | None
 
 
-def furnish(house: House, owner: Furniture, rules: Mapping[str, Any], base: str) -> None:
+@dataclass(frozen=True)
+class Base:
+    """What the coordinator says of the base, and where a member has or gets it.
+
+    Args:
+        digest: Of the weights.
+        files: All that a member must have; empty where the coordinator names none.
+        store: The member's own bases.
+        fetch: Fetches what lies nowhere on this machine.
+    """
+
+    digest: str
+    files: FileSets
+    store: ModelStore
+    fetch: Fetch
+
+    def placed(self, house: House, name: str) -> Model:
+        """The plan's model with its files on this machine, held to the owner's policy before a byte is fetched.
+
+        Raises:
+            FedfmError: if the policy refuses it, or its files cannot be had.
+        """
+        guard, weights = house.guard(name), base_of(self.files)
+        assert guard is not None
+        if weights is not None:
+            if weights != self.digest:
+                raise MessageError("The files of the base that the coordinator names do not have the digest that it names.")
+            guard.admit_base(weights)
+        return self.store.placed(house.plan.model, self.files, guard.admit_bytes, self.fetch)
+
+
+def furnish(house: House, owner: Furniture, rules: Mapping[str, Any], base: Base) -> None:
     """Prepares the rows and loads the tokenizer and the config. Where nobody has named the classes yet, there is no base to compare.
 
     Args:
         rules: How rows become examples, as the coordinator says.
-        base: The digest of the coordinator's base.
+        base: The coordinator's.
 
     Raises:
         FedfmError: if data or model cannot be used, or is not what the run is about.
@@ -44,7 +78,7 @@ def furnish(house: House, owner: Furniture, rules: Mapping[str, Any], base: str)
     from fedfm.models import load_tokenizer
     from fedfm.models.foundation import configured
 
-    plan = house.plan
+    plan = house.plan = replace(house.plan, model=base.placed(house, owner.name))
     tokenizer = load_tokenizer(plan.model.tokenizer or plan.model.source or "")
     config = configured(plan.model, plan.task.head, tokenizer)
     data = Data(source=owner.data, test=owner.test, **known_rules(rules))
@@ -57,8 +91,8 @@ def furnish(house: House, owner: Furniture, rules: Mapping[str, Any], base: str)
         return
     if owners.labels != house.labels:
         raise DataError("its classes are not those of the run, or are in another order.")
-    if house.base != base:
-        raise ModelError(f"its base has the digest {house.base}, and the coordinator's has {base}. Both must have the same files.")
+    if house.base != base.digest:
+        raise ModelError(f"its base has the digest {house.base}, and the coordinator's has {base.digest}. Both must have the same files.")
 
 
 def _prepared(house: House, owner: Furniture, data: Data, tokenizer: Any, config: Any) -> Owners:

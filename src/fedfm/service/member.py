@@ -41,9 +41,12 @@ from fedfm.core.keys import Key
 from fedfm.core.messages import Body, Failure, Request, pack_parts, unpack
 from fedfm.core.version import VERSION as RELEASE
 from fedfm.engines.nats import ACK_WAIT, BODY, BODY_ID, HELLO, REPLY, REQUEST, TALK
-from fedfm.service.furnish import Furniture, furnish
+from fedfm.models.files import FileSets, ModelFile, read_sets
+from fedfm.models.store import Fetch, ModelStore
+from fedfm.service.furnish import Base, Furniture, furnish
 from fedfm.silos.membership import Membership
 from fedfm.wire.envelope import Envelope, Header, Opener, seal
+from fedfm.wire.parts import Fetcher
 from fedfm.wire.refusal import Refused, reason
 from fedfm.wire.stored import Stored
 from fedfm.wire.transfer import receive_all, send
@@ -70,6 +73,7 @@ class Greeting:
     Args:
         plan: What a client is told of the federation.
         base: Digest of the base's weights.
+        files: The files of the base.
         labels: Class names.
         key: The run's root key.
         choices: What was chosen for the whole run.
@@ -82,6 +86,7 @@ class Greeting:
 
     plan: ClientPlan
     base: str
+    files: FileSets
     labels: tuple[str, ...]
     key: Key
     choices: Mapping[str, int]
@@ -113,6 +118,7 @@ class Greeting:
             return Greeting(
                 plan=plan,
                 base=str(hello["base"]),
+                files=read_sets(str(hello["files"])),
                 labels=tuple(labels),
                 key=key,
                 choices=dict(choices),
@@ -135,18 +141,26 @@ class Member:
         policy: What the owner lets happen; ``None`` for the strictest default.
         test: The owner's own test rows; ``None`` holds out some of ``data``.
         device: Where the model runs.
+        models: A folder with bases of the owner's own, where files are looked for too.
 
     Raises:
         ConfigError: if its keys are missing or damaged, or others can read them.
     """
 
     def __init__(
-        self, membership: Membership, data: str, policy: Policy | None = None, test: str | None = None, device: str = "auto"
+        self,
+        membership: Membership,
+        data: str,
+        policy: Policy | None = None,
+        test: str | None = None,
+        device: str = "auto",
+        models: Path | None = None,
     ) -> None:
         link, folder = membership.link(), membership.folder
         self._coordinator = membership.coordinator
         self.link, self.folder, self.data, self.test, self.device = link, folder, data, test, device
         self.policy = policy or Policy()
+        self.models = ModelStore(folder / "models", models)
         self.name = link.me.name
         self.window = Window(folder / "window", any_job=True)
         self._opener = Opener(link.me, link.peers(), link.consortium)
@@ -230,7 +244,16 @@ class Member:
             disk.write_atomic(path, payload, private=True)
             self._runtimes.pop(job, None)
 
-    def _runtime(self, job: str, request: Request) -> Runtime:
+    def _fetch_by(self, header: Header, connection: Connection) -> Fetch:
+        """How files of a base are fetched while a request waits for them."""
+        fetcher = Fetcher(self.link, self._coordinator.name, header, connection, _PATIENCE)
+
+        def fetch(file: ModelFile, path: Path) -> None:
+            fetcher.fetch(file.digest, file.size, path)
+
+        return fetch
+
+    def _runtime(self, job: str, request: Request, fetch: Fetch) -> Runtime:
         """The client's side of a run; loads the model and prepares the data where that was not done yet.
 
         Raises:
@@ -247,23 +270,24 @@ class Member:
         hello = _request(unpack(path.read_bytes()))
         while len(self._runtimes) >= _HELD:
             self._runtimes.popitem(last=False)
-        runtime = Runtime(self._house(job, Greeting.of(hello.meta), request))
+        runtime = Runtime(self._house(job, Greeting.of(hello.meta), request, fetch))
         if not runtime.house.lacks_classes:
             # The model is loaded now, so that a failure to load is a failure to start, not one of the first round.
             runtime.house.bank  # noqa: B018
         self._runtimes[job] = runtime
         return runtime
 
-    def _house(self, job: str, greeting: Greeting, request: Request) -> House:
+    def _house(self, job: str, greeting: Greeting, request: Request, fetch: Fetch) -> House:
         house = self._empty(job, greeting)
         self._admit(house, request)
         try:
-            furnish(house, Furniture(self.name, self.data, self.test, self.policy.columns), greeting.data_rules, greeting.base)
+            base = Base(greeting.base, greeting.files, self.models, fetch)
+            furnish(house, Furniture(self.name, self.data, self.test, self.policy.columns), greeting.data_rules, base)
         except FedfmError as error:
             guard = house.guard(self.name)
             assert guard is not None
             guard.receive(request)
-            guard.refuse(request, Failure(self.name, "start", str(error)))
+            guard.refuse(request, Failure(self.name, "start", str(error)), error if isinstance(error, PolicyError) else None)
             raise
         return house
 
@@ -313,19 +337,19 @@ class Member:
         """
         header = envelope.header
         body = self._fetch(header, own, connection)
-        answer = self._answer(header.job, Request(body, own.own, own.own_tensors), header.expires)
+        answer = self._answer(header, Request(body, own.own, own.own_tensors), self._fetch_by(header, connection))
         reply = Header.now(self.link.consortium, header.job, header.round, header.sequence, REPLY)
         # The secret makes the answer to a question the same transfer after a restart, so that what the broker has is not sent again.
         secret = hashlib.blake2b(header.id.encode(), key=self._secret, digest_size=32).digest()
         sealed = seal(pack_parts(answer), self.link.me, [self._coordinator], reply, secret)
         connection.publish(self._up.message, send(sealed, Stored(connection, self._up, patience=_PATIENCE)), patience=_PATIENCE)
 
-    def _answer(self, job: str, request: Request, until: float) -> Answer:
+    def _answer(self, header: Header, request: Request, fetch: Fetch) -> Answer:
         stage = "start"
         try:
-            runtime = self._runtime(job, request)
+            runtime = self._runtime(header.job, request, fetch)
             stage = request.verb
-            self._wait_for_a_person(runtime, request, until)
+            self._wait_for_a_person(runtime, request, header.expires)
             (answer,) = runtime.handle({self.name: request})
         except PolicyError as error:
             return Failure(self.name, "policy", str(error))

@@ -102,7 +102,7 @@ def members(folders: list[str]) -> None:
     class Echo(Member):
         """A member that does no work."""
 
-        def _answer(self, job: str, request: Request, until: float) -> Reply:
+        def _answer(self, header: object, request: Request, fetch: object) -> Reply:
             if request.verb == "describe":
                 return Reply(self.name, request.verb, request.round, {}, {"train": 4.0, "test": 0.0, "tokens": 32.0})
             numbers = {"weight": 1.0, "loss": 1.0, "steps": 1.0, "examples": 1.0, "tokens": 8.0, "padding": 0.0}

@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "fedfm"
 # A room may import, when it is imported, what stands on a line above its own.
 LAYERS = [
     {"core"},
-    {"samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data", "reports", "wire"},
+    {"samplers", "transforms", "channels", "pacing", "bounds", "aggregators", "server", "models", "data", "reports", "wire"},
     {"silos"},
     {"tasks", "tuning"},
     {"local"},
@@ -34,7 +34,10 @@ LAYERS = [
 # Rooms that know nothing else, not even for annotations or inside a function.
 STRICT = {
     "core": set(),
-    **{room: {"core"} for room in ("samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data", "wire")},
+    **{
+        room: {"core"}
+        for room in ("samplers", "transforms", "channels", "pacing", "bounds", "aggregators", "server", "models", "data", "wire")
+    },
     "tasks": {"core", "data"},
     "tuning": {"core", "models"},
     "local": {"core", "tuning"},
@@ -43,7 +46,7 @@ STRICT = {
     "client": {"core", "data", "models", "tasks", "tuning", "local", "notation"},
     "verbs": {"core", "data", "tuning", "client", "observers"},
     "silos": {"core", "wire"},
-    "engines": {"core", "client", "notation", "wire", "silos"},
+    "engines": {"core", "client", "models", "notation", "wire", "silos"},
 }
 FILES = sorted(path for path in SOURCE.rglob("*.py") if path != SOURCE / "__init__.py")
 
@@ -100,6 +103,7 @@ def parts_in(path: Path) -> set[str]:
     nouns = {
         "Verb",
         "Pacing",
+        "Bounds",
         "Sampler",
         "Transform",
         "Channel",
@@ -121,7 +125,9 @@ def parts_in(path: Path) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("room", ["samplers", "transforms", "channels", "aggregators", "server", "local", "tasks", "tuning", "engines"])
+@pytest.mark.parametrize(
+    "room", ["samplers", "transforms", "channels", "bounds", "aggregators", "server", "local", "tasks", "tuning", "engines"]
+)
 def test_every_technique_is_exported_and_so_under_its_rooms_suite(room: str) -> None:
     written = set().union(*(parts_in(path) for path in (SOURCE / room).glob("*.py") if path.name != "base.py"))
     assert written == set(registry.entries(room)), f"add one import line per technique to {room}/__init__.py"
@@ -136,6 +142,7 @@ def test_every_technique_is_exported_and_so_under_its_rooms_suite(room: str) -> 
         ("samplers", "test_samplers.py"),
         ("transforms", "test_transforms.py"),
         ("channels", "test_channels.py"),
+        ("bounds", "test_bounds.py"),
         ("aggregators", "test_aggregators.py"),
         ("server", "test_server.py"),
         ("methods", "test_methods.py"),

@@ -325,7 +325,7 @@ def test_a_greeting_that_is_none_is_a_message_error(federation: Federation) -> N
     """Whatever stands in a field: any scalar that a message can carry, or the field's own text, cut and changed."""
     plan = federation.client_plan()
     good: dict[str, Any] = {
-        "talk": TALK, "release": "0", "plan": notation.write(plan), "base": "0" * 32, "labels": "[]", "key": "00" * 32, "choices": "{}",
+        "talk": TALK, "release": "0", "plan": notation.write(plan), "base": "0" * 32, "files": "{}", "labels": "[]", "key": "00" * 32, "choices": "{}",
         "num_clients": 2, "cohort_size": 2, "num_rounds": 1, "run": "r", "data_rules": json.dumps(federation.data.rules()),
     }  # fmt: skip
     assert Greeting.of(good).plan == plan

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Literal, Self
 
 from fedfm.aggregators import Mean
+from fedfm.bounds import MedianBounds
 from fedfm.channels import Plain
 from fedfm.client.plan import ClientPlan
 from fedfm.core import display
@@ -17,6 +18,7 @@ from fedfm.core.errors import ConfigError
 from fedfm.core.messages import ClientId
 from fedfm.core.parts import (
     Aggregator,
+    Bounds,
     Channel,
     Errand,
     LocalTrainer,
@@ -58,6 +60,7 @@ class Federation:
         min_clients: Fewest updates with which a round counts.
         on_failure: What a client's failure does: ``leave_out`` goes on without it, ``retry`` asks once more and then leaves it out, ``stop`` ends the run.
         deadline: Seconds a client has to answer; ``None`` waits.
+        bounds: What one update may reach before the server counts it; ``None`` for no bound. ``auto`` bounds what comes from machines of others.
         policies: A folder with the policies of simulated owners, a file ``OWNER.yaml`` each; an owner without one allows everything.
 
     Raises:
@@ -85,6 +88,7 @@ class Federation:
     min_clients: int = 1
     on_failure: Literal["leave_out", "retry", "stop"] = "leave_out"
     deadline: float | None = None
+    bounds: Bounds | Literal["auto"] | None = "auto"
     policies: str | None = None
 
     def __post_init__(self) -> None:
@@ -94,6 +98,8 @@ class Federation:
             raise ConfigError(f"min_clients is {self.min_clients}; it must be 1 or more.")
         if self.on_failure not in ("leave_out", "retry", "stop"):
             raise ConfigError(f"on_failure is {self.on_failure!r}; it must be leave_out, retry or stop.")
+        if isinstance(self.bounds, str) and self.bounds != "auto":
+            raise ConfigError(f"bounds is {self.bounds!r}; it must be a part (MedianBounds), auto, or null for no bound.")
         if self.deadline is not None and self.deadline <= 0:
             raise ConfigError(f"deadline is {self.deadline} seconds; it must be more than 0, or null to wait.")
 
@@ -125,6 +131,12 @@ class Federation:
         """The parameters that leave their house; the others stay at home."""
         return {name: params[name] for name in self.tuning.travels(Spec.of(params))}
 
+    def bounding(self) -> Bounds | None:
+        """What one update may reach; ``None`` for no bound."""
+        if isinstance(self.bounds, str):
+            return None if self.engine.trusts_clients else MedianBounds()
+        return self.bounds
+
     def work(self, state: ServerState, cohort: Sequence[ClientId], ctx: RoundContext) -> Errand:
         """What a cohort is asked to do in a round."""
         return Train().errand(self, state, cohort, ctx)
@@ -143,5 +155,5 @@ class Federation:
                     visit(f"{place}.{item.name}", getattr(value, item.name))
 
         for item in fields(self):
-            visit(item.name, getattr(self, item.name))
+            visit(item.name, self.bounding() if item.name == "bounds" else getattr(self, item.name))
         return by_place

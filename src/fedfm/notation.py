@@ -265,7 +265,7 @@ def _build(hint: Any, node: Node, at: str) -> Any:
     if part is Model:
         return _build_model(node, at)
     others = [option for option in _options(hint) if option not in (part, type(None)) and _many_type(option) is None]
-    if part is not None and (isinstance(node, MappingNode) or not others):
+    if part is not None and (isinstance(node, MappingNode) or not others or _names_part(part, node)):
         return _build_fields(part, _body(node, at), at) if is_dataclass(part) else _build_part(part, node, at)
     if not others:
         _refuse(node, at, hint)
@@ -275,6 +275,11 @@ def _build(hint: Any, node: Node, at: str) -> Any:
         return _adapter(reduce(or_, others)).validate_python(_frozen(_value(node)), strict=True)
     except ValidationError:
         _refuse(node, at, hint)
+
+
+def _names_part(kind: type[Part], node: Node) -> bool:
+    """Whether this is the name of a part alone, which stands for the part with its defaults."""
+    return isinstance(node, ScalarNode) and not is_dataclass(kind) and node.value in _known(kind)
 
 
 @cache

@@ -56,7 +56,7 @@ def _opened(reply: Reply, errand: Errand, ctx: RoundContext) -> Update | Failure
     except MessageError as error:
         return Failure(reply.client, "channel", str(error))
     try:
-        return errand.decoded(update, ctx)
+        update = errand.decoded(update, ctx)
     except MessageError as error:
         return Failure(reply.client, "decode", str(error))
     except RunError:
@@ -66,6 +66,11 @@ def _opened(reply: Reply, errand: Errand, ctx: RoundContext) -> Update | Failure
         # A payload that no check foresaw must not end the round for everybody else.
         log.debug("an update of %r could not be decoded", reply.client, exc_info=True)
         return Failure(reply.client, "decode", f"its payload cannot be decoded ({type(error).__name__}).")
+    try:
+        errand.judge(update)
+    except MessageError as error:
+        return Failure(reply.client, "bounds", str(error))
+    return update
 
 
 def _read(reply: Reply, errand: Errand) -> Update:

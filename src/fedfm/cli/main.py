@@ -446,13 +446,17 @@ def join(
     folder: Annotated[
         Path | None, typer.Option(help="Where the member's keys and records are. Default: the member's name, here.", callback=usable_path)
     ] = None,
+    models: Annotated[
+        Path | None,
+        typer.Option(help="A folder with base models of the owner's own; what lies in it is not fetched.", callback=usable_path),
+    ] = None,
     device: Device = "auto",
     log_level: LogLevel = "warning",
 ) -> None:
     """Enter a consortium, and answer its coordinator with the owner's own data, under the owner's policy."""
     from fedfm.cli import silos
 
-    silos.join(path, data, test, policy, folder, device, log_level)
+    silos.join(path, data, test, policy, folder, device, log_level, models)
 
 
 @app.command(cls=Command)

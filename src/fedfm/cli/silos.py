@@ -47,12 +47,21 @@ def serve(folder: Path, log_level: str) -> None:
         coordinator.serve(consortium, ready)
 
 
-def join(path: Path, data: str, test: str | None, policy: Path | None, folder: Path | None, device: str, log_level: str) -> None:
+def join(
+    path: Path,
+    data: str,
+    test: str | None,
+    policy: Path | None,
+    folder: Path | None,
+    device: str,
+    log_level: str,
+    models: Path | None = None,
+) -> None:
     """``fedfm join``."""
     Telling(quiet=True, log_level=log_level).watchers()
     rules = None if policy is None else read_policy(policy)
     with stoppable("what was asked meanwhile waits at the broker, and the same command goes on."):
-        member = Member(_membership(path, folder), data, rules, test, device)
+        member = Member(_membership(path, folder), data, rules, test, device, models)
         if policy is None:
             print("No policy: the strictest default holds, and a person is asked about every run (fedfm approve).", flush=True)
         print(

@@ -113,10 +113,8 @@ class Guard:
                     "may_leave", f"the answer to {verb} tells its {kind} ({why}), and the owner lets {_listed(policy.may_leave)} leave."
                 )
         self._require_quota(request)
-        if policy.models is not None and self.base() not in policy.models:
-            raise PolicyError(
-                "models", f"the base's weights have the digest {self.base()}, which is not among the owner's {len(policy.models)}."
-            )
+        if policy.models is not None:
+            self.admit_base(self.base())
         if policy.ask != "never":
             self._ask(request)
 
@@ -142,6 +140,31 @@ class Guard:
                 raise PolicyError(
                     "demand", f"the owner demands {demand!r} before anything leaves, and no part of this plan meets it. {_offered(demand)}"
                 )
+
+    def admit_base(self, base: str) -> None:
+        """Holds the base that the coordinator names to the rules, before a byte of it is fetched.
+
+        Raises:
+            PolicyError: if it is not among the owner's models.
+        """
+        if self.policy.models is not None and base not in self.policy.models:
+            raise PolicyError(
+                "models", f"the base's weights have the digest {base}, which is not among the owner's {len(self.policy.models)}."
+            )
+
+    def admit_bytes(self, size: int) -> None:
+        """Holds what would be fetched of a base to the rules.
+
+        Raises:
+            PolicyError: if it is more than the owner takes from the coordinator.
+        """
+        most = self.policy.model_bytes
+        if most is not None and size > most:
+            raise PolicyError(
+                "model_bytes",
+                f"this machine lacks {words.size(size)} of the base, and its owner takes {words.size(most)} from the coordinator. "
+                "Put the base's files where the plan names them, or into the folder of --models.",
+            )
 
     def is_waiting(self, request: Request, tells: Mapping[Kind, str] | None = None) -> bool:
         """Whether this request waits for a person, and for nothing else, so that an engine may keep it until it is answered."""

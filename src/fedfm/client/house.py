@@ -24,7 +24,7 @@ from fedfm.core.task import Examples
 from fedfm.core.tree import Tree
 from fedfm.data import Shard, opened
 from fedfm.models import Foundation, load
-from fedfm.models.digest import weights_digest
+from fedfm.models.digest import files_digest, plan_digest, weights_digest
 from fedfm.tuning.base import Tuned
 
 # The choice that bounds the tokens of an evaluation's batch.
@@ -38,7 +38,7 @@ class House:
     Attributes:
         plan: What it was told of the federation.
         shards: The folder of each client's prepared data, in a fixed order.
-        labels: Class names, agreed before the first round.
+        labels: Class names, agreed before the first round; empty until then.
         key: The run's root key.
         num_clients: How many clients the federation has, here and elsewhere.
         cohort_size: How many clients a usual round asks, here and elsewhere.
@@ -118,9 +118,16 @@ class House:
     def _guards(self) -> dict[ClientId, Guard]:
         return {}
 
+    @property
+    def lacks_classes(self) -> bool:
+        """Whether the task has classes that nobody has named yet. No model with a head for them can be built then."""
+        return self.plan.task.label_column is not None and not self.labels
+
     @cached_property
     def base(self) -> str:
-        """The digest of the base's weights."""
+        """The digest of the base's weights. Where they are drawn for classes that nobody has named yet, it names the plan of them."""
+        if self.lacks_classes:
+            return files_digest(self.plan.model) or plan_digest(self.plan.model)
         return weights_digest(self.foundation)
 
     @cached_property

@@ -44,6 +44,7 @@ class Policy:
             leaves), ``bounded`` (the length of an update is bounded), or the name of a channel or transform.
         may_leave: What may leave beside the update: ``counts`` (examples, tokens, steps, targets), ``labels``, ``losses`` (of training), ``evaluation``, ``reasons`` (why a
             request failed; the text may quote rows).
+        model_bytes: Most bytes of a base that are taken from the coordinator where this machine does not have it; 0 takes none.
         rounds: How many different requests of each verb are answered, and as many before the first round; the same request again costs nothing.
         hours: When requests are taken, on the house's own clock: ``mon-fri 08:00-18:00``, ``sat 10:00-12:00``, ``22:00-06:00``.
         max_bytes: Most bytes of one answer.
@@ -66,6 +67,7 @@ class Policy:
     min_cohort: int = 3
     demand: tuple[str, ...] = ()
     may_leave: tuple[Telling, ...] = ()
+    model_bytes: int | None = 20_000_000_000
     rounds: int | None = 100
     hours: tuple[str, ...] | None = None
     max_bytes: int | None = None
@@ -77,6 +79,8 @@ class Policy:
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ConfigError(f"{name} is {number}; it must be 1 or more.")
+        if self.model_bytes is not None and self.model_bytes < 0:
+            raise ConfigError(f"model_bytes is {self.model_bytes}; it must be 0 (take no base from the coordinator) or more.")
         for digest in self.models or ():
             if not re.fullmatch("[0-9a-f]{32}", digest):
                 raise ConfigError(
@@ -94,7 +98,7 @@ class Policy:
     @staticmethod
     def open(**rules: Any) -> Policy:
         """A policy that allows everything except what ``rules`` say: an owner of a simulation."""
-        free: dict[str, Any] = {"verbs": None, "min_cohort": 1, "may_leave": KINDS, "rounds": None, "ask": "never"}
+        free: dict[str, Any] = {"verbs": None, "min_cohort": 1, "may_leave": KINDS, "rounds": None, "ask": "never", "model_bytes": None}
         return Policy(**{**free, **rules})
 
     def withholds(self, kind: str) -> bool:

@@ -7,7 +7,8 @@
     │   └── PlanError              each part is fine, together they are not (``fedfm check``)
     ├── MissingExtra               an optional dependency is not installed
     ├── DataError                  a file, row, column or owner is unusable
-    │   └── RowError               one row is unusable; it may be left out and counted (``data.bad_rows``)
+    │   ├── RowError               one row is unusable; it may be left out and counted (``data.bad_rows``)
+    │   └── ColumnError            an owner's rows lack a column of the task
     ├── ModelError                 a model, tokenizer or adapter does not load or does not fit
     ├── MessageError               bytes that crossed a boundary are not a valid message
     ├── PolicyError                an owner's policy refuses what was asked, or what would leave
@@ -52,11 +53,16 @@ class RowError(DataError):
         text: What is wrong with it.
         kind: A key of :data:`fedfm.core.bad_rows.KINDS`.
         place: Where it was read (``path:line``).
+        column: The column that it lacks; ``None`` where something else is wrong.
     """
 
-    def __init__(self, text: str, kind: str, place: str) -> None:
+    def __init__(self, text: str, kind: str, place: str, column: str | None = None) -> None:
         super().__init__(text)
-        self.kind, self.place = kind, place
+        self.kind, self.place, self.column = kind, place, column
+
+
+class ColumnError(DataError):
+    """An owner's rows lack a column of the task. The text holds the task's own word for the column and nothing of the rows, so that it may leave a house."""
 
 
 class ModelError(FedfmError):

@@ -21,7 +21,7 @@ from fedfm.core.chain import Line
 from fedfm.core.errors import RunError
 from fedfm.core.score import Score
 
-_KEPT = ("start", "recipe", "base", "data", "roster")
+_KEPT = ("start", "recipe", "base", "data", "labels", "roster")
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,7 @@ EVENTS: Mapping[str, Mapping[str, Test]] = {
     "recipe": {"text": _text},
     "base": {"weights": _text, "tokenizer": _text},
     "data": {"fingerprint": _text, "left_out": _dict(_text), "dropped": _count, "labels": _list(_text)},
+    "labels": {"labels": _list(_text)},
     "roster": {"ids": _list(_text), "holdings": _dict(_HOLDING), "totals": _HOLDING},
     "plan": {},
     "round": {"round": _count, "state": lambda value: _text(value) and bool(_HEX.fullmatch(value)), "record": _RECORD, "ledger": _LEDGER},

@@ -18,6 +18,7 @@ from fedfm.core import leaves
 from fedfm.core.errors import MessageError
 from fedfm.core.keys import Key
 from fedfm.core.leaves import Leaf
+from fedfm.core.limits import Limits, Size, norms_of
 from fedfm.core.messages import Body, ClientId, Failure, Request, Scalar
 from fedfm.core.session import Session
 from fedfm.core.sums import Partial
@@ -167,6 +168,11 @@ def refuse(where: str, text: str) -> Finding:
 def warn(where: str, text: str) -> Finding:
     """A finding that does not stop the run."""
     return Finding("warning", where, text)
+
+
+def promise(where: str, text: str) -> Finding:
+    """A finding that says what the plan guarantees."""
+    return Finding("promise", where, text)
 
 
 def note(where: str, text: str) -> Finding:
@@ -473,6 +479,7 @@ class Errand:
         sums: Whether a sum of the answers is enough.
         uniform: Whether every client counts alike.
         attempt: How often it was given out before, in this round.
+        limits: What one answer may reach; ``None`` for whatever its leaves' bounds allow.
     """
 
     body: Body
@@ -486,6 +493,7 @@ class Errand:
     sums: bool = False
     uniform: bool = False
     attempt: int = 0
+    limits: Limits | None = None
 
     @property
     def id(self) -> str:
@@ -514,6 +522,15 @@ class Errand:
         expected = self.leaves if params is self.params else resized(self.leaves, params, self.params)
         leaves.require(expected, update.payload, f"update of {update.client!r}")
         return update if self.pad is None else update.with_payload(self.pad(update.payload, own))
+
+    def judge(self, update: Update) -> None:
+        """Holds one client's decoded update to the round's limits, before it counts. What streams in pieces calls ``limits.judge`` at its end.
+
+        Raises:
+            MessageError: with its size and the bound.
+        """
+        if self.limits is not None:
+            self.limits.judge(update.client or "", norms_of(self.leaves, update.payload), update.weight)
 
 
 def resized(declared: Sequence[Leaf], params: Tree, full: Iterable[str]) -> tuple[Leaf, ...]:
@@ -606,6 +623,36 @@ class Pacing(Part, ABC):
         """
 
 
+class Bounds(Part, ABC):
+    """What one update may reach before the server counts it. Known before a round begins, so that updates are judged one by one."""
+
+    room = "bounds"
+
+    def init(self, sizes: Iterable[int] = ()) -> Tree:
+        """Its state before the first round.
+
+        Args:
+            sizes: Numbers of training examples, of the owners who tell them.
+        """
+        return {}
+
+    @abstractmethod
+    def limits(self, state: Tree, uniform: bool) -> Limits:
+        """The bounds of a round.
+
+        Args:
+            uniform: Whether all clients count alike.
+        """
+
+    @abstractmethod
+    def learn(self, state: Tree, sizes: Iterable[Size]) -> Tree:
+        """The state after a round, whose size does not grow with the number of rounds or clients.
+
+        Args:
+            sizes: Of the updates that count, in any order.
+        """
+
+
 P = TypeVar("P", bound="Plan")
 
 
@@ -645,6 +692,10 @@ class Plan(Protocol):
     @property
     def pacing(self) -> Pacing:
         """When a round has enough answers."""
+        ...
+
+    def bounding(self) -> Bounds | None:
+        """What one update may reach; ``None`` for no bound."""
         ...
 
     @property
@@ -695,7 +746,7 @@ class Plan(Protocol):
 
 
 __all__ = [
-    "COUNTED", "ERRAND", "TICKET", "Aggregator", "Channel", "ClientId", "Cohort", "Errand", "Finding", "GradientTrainer", "Leaf", "LocalTrainer",
+    "COUNTED", "ERRAND", "TICKET", "Aggregator", "Bounds", "Channel", "ClientId", "Cohort", "Errand", "Finding", "GradientTrainer", "Leaf", "LocalTrainer",
     "Method", "Objective", "P", "Pacing", "Part", "Partial", "Plan", "RoundContext", "Sampler", "Scratch", "Sealed", "ServerOptimizer", "ServerState", "Session", "Spec",
-    "Spent", "Traits", "Transform", "Tree", "Update", "Work", "WrappedTrainer", "errand_id", "innermost", "note", "refuse", "traits", "warn",
+    "Spent", "Traits", "Transform", "Tree", "Update", "Work", "WrappedTrainer", "errand_id", "innermost", "note", "promise", "refuse", "traits", "warn",
 ]  # fmt: skip

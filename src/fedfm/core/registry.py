@@ -32,6 +32,7 @@ ROOMS: dict[str, str] = {
     "transforms": "on an update in flight",
     "channels": "how updates reach the aggregator",
     "pacing": "when a round has enough answers",
+    "bounds": "what one update may reach before the server counts it",
     "aggregators": "many updates become one",
     "server": "the global step",
     "methods": "papers made of several parts",

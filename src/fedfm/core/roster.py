@@ -45,6 +45,10 @@ class Roster:
     holdings: Mapping[ClientId, Holding] = field(default_factory=dict)
     totals: Holding = field(default_factory=Holding)
 
+    def sizes(self) -> list[int]:
+        """Training examples of each owner who tells them."""
+        return [holding.train for holding in self.holdings.values() if holding.train is not None]
+
     def withholds(self, what: str) -> list[ClientId]:
         """Owners who do not tell their ``counts`` or ``labels``, though the channel would show them."""
         name = {"counts": "train", "labels": "labels"}[what]

@@ -7,12 +7,13 @@ Updates stream: the server holds the aggregate and one update, never a cohort (r
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from fedfm.core import leaves, messages
 from fedfm.core.keys import Key
+from fedfm.core.limits import Size
 from fedfm.core.messages import ClientId, Failure, Reply, Request
 from fedfm.core.parts import Errand, Plan, RoundContext, ServerState, Session, Update, transform_place
 from fedfm.core.session import Answer, WrappedSession
@@ -46,10 +47,17 @@ class RoundRecord:
     seconds: Mapping[str, float] = field(default_factory=dict)
 
 
-def start(plan: Plan, params: Tree) -> ServerState:
-    """The state before the first round."""
-    travelling = plan.travelling(params)
-    parts = {"sampler": plan.sampler.init(), "server": plan.server.init(travelling)}
+_BOUNDS = "bounds"
+
+
+def start(plan: Plan, params: Tree, sizes: Iterable[int] = ()) -> ServerState:
+    """The state before the first round.
+
+    Args:
+        sizes: Numbers of training examples, of the owners who tell them.
+    """
+    travelling, bounds = plan.travelling(params), plan.bounding()
+    parts = {"sampler": plan.sampler.init(), "server": plan.server.init(travelling), _BOUNDS: {} if bounds is None else bounds.init(sizes)}
     parts |= {transform_place(i): transform.init(travelling) for i, transform in enumerate(plan.transforms)}
     return ServerState(0, dict(params), {place: state for place, state in parts.items() if state})
 
@@ -104,14 +112,17 @@ def play(
     ctx = RoundContext(state.round + 1, key, state.params, len(clients))
     meter = Meter(session, watch)
     cohort, sampler = plan.sampler.sample(clients, state.of("sampler"), ctx)
-    errand = plan.work(state, cohort, ctx)
+    errand, bounds = plan.work(state, cohort, ctx), plan.bounding()
+    if bounds is not None:
+        errand = replace(errand, limits=bounds.limits(state.of(_BOUNDS), errand.uniform))
     ctx = replace(ctx, params=errand.params, leaves=errand.leaves)
     arrivals = Arrivals(errand)
     aggregate = plan.aggregator(arrivals.of(plan.pacing.gather(plan, meter, errand, cohort, ctx)), ctx)
     aggregate, finished = finish(plan, replace(aggregate, metrics=arrivals.numbers.mean_numbers()), state, errand, ctx)
     stepped, server = plan.server.step(errand.params, aggregate, state.of("server"), ctx)
     Spec.of(errand.params).require(stepped, f"Round {ctx.round}, parameters after the server step")
-    parts = {place: tree for place, tree in {"sampler": sampler, "server": server, **finished}.items() if tree}
+    learned = {} if bounds is None else bounds.learn(state.of(_BOUNDS), arrivals.sizes())
+    parts = {place: tree for place, tree in {"sampler": sampler, "server": server, _BOUNDS: learned, **finished}.items() if tree}
     after = ServerState(ctx.round, {**state.params, **stepped}, parts, {**state.counted, **arrivals.tickets})
     record = RoundRecord(
         round=ctx.round,
@@ -138,6 +149,7 @@ class Arrivals:
 
     def __init__(self, errand: Errand) -> None:
         self.failures: list[Failure] = []
+        self.limits = errand.limits
         self.by_client: dict[ClientId, Mapping[str, float]] = {}
         self.tickets: dict[ClientId, int] = {}
         # A number that may be withheld has no sum.
@@ -159,6 +171,11 @@ class Arrivals:
                 self.tickets |= {} if item.ticket is None else {client: item.ticket}
                 self.numbers.add(client, {}, {"weight": item.weight, **item.metrics}, item.weight)
             yield item
+
+    def sizes(self) -> list[Size]:
+        """The sizes of the updates that count, as far as they were judged."""
+        sizes = {} if self.limits is None else self.limits.sizes
+        return [sizes[client] for client in self.by_client if client in sizes]
 
 
 def finish(plan: Plan, aggregate: Update, state: ServerState, errand: Errand, ctx: RoundContext) -> tuple[Update, dict[str, Tree]]:

@@ -12,7 +12,7 @@ import json
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal, Protocol, Self
 
 import numpy as np
@@ -215,6 +215,11 @@ class Task(Part, ABC):
     def label_column(self) -> str | None:
         """The column that holds a row's class, for tasks and partitioners that need one."""
         return None
+
+    def with_labels(self, labels: Sequence[str]) -> Self:
+        """The task with its classes named, in the order of their indices; itself where it has none to name."""
+        named = self.label_column is not None and any(item.name == "labels" for item in fields(self))  # type: ignore[arg-type]
+        return replace(self, labels=tuple(labels)) if named and labels else self  # type: ignore[type-var]
 
     def require(self, row: RawRow) -> None:
         """Refuses a row that this task cannot use. Asked of each row before its owner gets it, so that ``data.bad_rows`` can count it.

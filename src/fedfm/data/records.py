@@ -42,7 +42,7 @@ def value_in(row: RawRow, column: str, kind: str = "column") -> Any:
         return row[column]
     except KeyError:
         raise RowError(
-            f"{where(row)} has no column {column!r}.{suggest(column, row)} Its columns: {', '.join(row)}.", kind, where(row)
+            f"{where(row)} has no column {column!r}.{suggest(column, row)} Its columns: {', '.join(row)}.", kind, where(row), column
         ) from None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fedfm.client.house import House
 from fedfm.core.clock import Clock
@@ -20,11 +20,13 @@ class Engine(Part, ABC):
     """Where the clients run: opens a session that sends them requests and receives their answers.
 
     Attributes:
+        trusts_clients: Whether clients run our code on a machine of ours; else what they send is bounded unless the recipe says otherwise.
         device: Where the model runs.
         bank: Clients that share a batch, where the engine lets them.
     """
 
     room = "engines"
+    trusts_clients: ClassVar[bool] = True
     device: str = "auto"
     bank: int | Literal["auto"] = "auto"
 

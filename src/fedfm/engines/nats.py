@@ -21,7 +21,7 @@ import secrets
 import time
 import weakref
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,12 +32,16 @@ from fedfm.client.house import House
 from fedfm.core import disk
 from fedfm.core.clock import Clock, Wall
 from fedfm.core.errors import ConfigError, MessageError, RunError, WireError
+from fedfm.core.leaves import Leaf
 from fedfm.core.messages import Body, ClientId, Failure, Reply, Request, Scalar, pack_parts, pack_views, unpack, unpack_from
+from fedfm.core.parts import Finding, Plan, warn
 from fedfm.core.session import Answer, Session
 from fedfm.core.version import VERSION as RELEASE
 from fedfm.engines.base import Engine
+from fedfm.models.files import paths_of, sets_of, write_sets
 from fedfm.wire.envelope import MAX_LIFETIME, MAX_RECEIVERS, Header, Opener, Payload, seal
 from fedfm.wire.link import Link
+from fedfm.wire.parts import ASK, PART, HandOut
 from fedfm.wire.refusal import Refused, reason
 from fedfm.wire.stored import Stored
 from fedfm.wire.transfer import Spool, receive_all, send
@@ -84,6 +88,8 @@ class Nats(Engine):
         ConfigError: if a number is out of range.
     """
 
+    trusts_clients = False
+
     consortium: str = "consortium"
     device: str = "auto"
     storage: float = 1.0
@@ -91,6 +97,14 @@ class Nats(Engine):
     def __post_init__(self) -> None:
         if not (self.storage > 0 and math.isfinite(self.storage)):
             raise ConfigError(f"Nats.storage is {self.storage} GB; it must be a finite number above 0.")
+
+    def check(self, plan: Plan) -> Iterator[Finding]:
+        """Warns where one member's word decides."""
+        if plan.bounding() is None:
+            yield warn(
+                "bounds",
+                "null lets one member decide a round by a long update or a large weight. Leave it out (auto), or give it numbers of your own.",
+            )
 
     def members(self) -> tuple[ClientId, ...]:
         """Who belongs to the consortium now, sorted.
@@ -114,8 +128,10 @@ class Nats(Engine):
             WireError: if the broker cannot be reached.
         """
         base = house.base  # before the tuning puts its own parameters into the model
-        spec = house.tuned.spec
-        leaves = house.plan.local.leaves(spec, spec)
+        leaves: tuple[Leaf, ...] = ()
+        if not house.lacks_classes:
+            spec = house.tuned.spec
+            leaves = house.plan.local.leaves(spec, spec)
         # A value and its place take at most 16 bytes, whatever a transform makes of them; the rest is for names and for what an evaluation sums.
         max_bytes = 16 * sum(leaf.size for leaf in leaves) + (16 << 20)
 
@@ -125,6 +141,7 @@ class Nats(Engine):
                 "release": RELEASE,
                 "plan": notation.write(house.plan),
                 "base": base,
+                "files": write_sets(files),
                 "labels": json.dumps(house.labels),
                 "key": house.key.digest.hex(),
                 "choices": json.dumps(house.choices),
@@ -135,10 +152,14 @@ class Nats(Engine):
                 "data_rules": json.dumps(dict(house.data_rules)),
             }
 
+        paths = paths_of(house.plan.model)
+        files = sets_of(paths)
         link, job = self._link(), Job.begin(house.folder, house.run)
         connection = link.connect()
         try:
-            return NatsSession(connection, link, job, hello, max_bytes, 3 * len(leaves) + 64, clock, self.storage, house.folder)
+            session = NatsSession(connection, link, job, hello, max_bytes, 3 * len(leaves) + 64, clock, self.storage, house.folder)
+            session.hand_out({file.digest: paths[name][file.name] for name, one in files.items() for file in one})
+            return session
         except BaseException:
             connection.close()
             raise
@@ -262,6 +283,8 @@ class NatsSession(Session):
         self._given: float | None = None
         self._is_closed = False
         self._connection = connection
+        self._parts: dict[str, str] = {}
+        self.hand_out({})
         self._members: dict[Branch, str] = {}
         self._inbox = connection.inbox()
         self._follow()
@@ -392,6 +415,32 @@ class NatsSession(Session):
         self._given = self.clock.now()
         return self._arrived.popleft()
 
+    def hand_out(self, paths: Mapping[str, Path]) -> None:
+        """Lets members ask for files, by their digests."""
+        self._files = HandOut(paths, self._store_part, self._free_part)
+
+    def _store_part(self, id: str, payload: Payload) -> frozenset[ClientId]:
+        """Stores a part of a file for all who belong, under a name that they can compute; who can read it."""
+        names = sorted(self._peers)[:MAX_RECEIVERS]
+        own, data = self._seal(PART, 0, payload, [self._peers[name] for name in names], _LASTING, self._names.bodies)
+        self._parts[id] = own
+        self._connection.publish(self._names.bodies.head(id), data)
+        return frozenset(names)
+
+    def _free_part(self, id: str) -> None:
+        with suppress(WireError):
+            self._connection.purge(self._names.bodies, self._names.bodies.head(id), _CLOSING)
+            self._connection.purge(self._names.bodies, self._names.bodies.chunks(self._parts.pop(id)), _CLOSING)
+
+    def _give_part(self, envelope: Envelope) -> None:
+        """What a member asks for while it makes itself ready; the time that it takes is nobody's."""
+        began, header = self.clock.now(), envelope.header
+        if envelope.inline is None:
+            raise MessageError(f"{header.sender} asks for a part of a file in {header.size} bytes.")
+        self._files.answer(self._job.name, header.sender, envelope.decrypt(0, envelope.inline))
+        for owed in self._owed.values():
+            owed.expires += self.clock.now() - began
+
     def abandon(self) -> None:
         """Waits no longer; answers that come are late."""
         self._owed.clear()
@@ -404,6 +453,7 @@ class NatsSession(Session):
             return
         self._is_closed = True
         self.abandon()
+        self._files.close()
         self._drop(self._bodies)
         self._connection.close()
 
@@ -431,7 +481,9 @@ class NatsSession(Session):
             sender = self._members.get(delivery.branch, "")
             envelope = self._opener.read(delivery.data, sender=sender, max_bytes=self._max_bytes)
             header = envelope.header
-            owed = self._expected(header)
+            owed = None if header.kind == ASK else self._expected(header)
+            if header.kind == ASK and header.job == self._job.name:
+                self._give_part(envelope)
             if owed is not None:
                 answer = self._answer(envelope, delivery.branch, owed)
                 del self._owed[header.sequence]

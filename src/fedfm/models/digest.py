@@ -29,20 +29,35 @@ def weights_digest(foundation: Foundation) -> str:
     Raises:
         ModelError: if a file cannot be read.
     """
-    known = []
-    for path in weight_files(foundation.spec):
-        try:
-            state = path.stat()
-            known.append([path.name, file_digest(path, state.st_size, state.st_mtime_ns)])
-        except OSError as error:
-            raise ModelError(f"{path} cannot be read: {error.strerror}.") from error
-    if known:
-        return hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest()
+    of_files = files_digest(foundation.spec)
+    if of_files is not None:
+        return of_files
     digest = hashlib.blake2b(digest_size=16)
     for name, leaf in sorted(foundation.model.state_dict().items()):
         digest.update(json.dumps([name, str(leaf.dtype), list(leaf.shape)]).encode())
         digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def files_digest(spec: Model) -> str | None:
+    """Of the files that a model's weights are loaded from, every byte; ``None`` where none are on this machine.
+
+    Raises:
+        ModelError: if a file cannot be read.
+    """
+    known = []
+    for path in weight_files(spec):
+        try:
+            state = path.stat()
+            known.append([path.name, file_digest(path, state.st_size, state.st_mtime_ns)])
+        except OSError as error:
+            raise ModelError(f"{path} cannot be read: {error.strerror}.") from error
+    return hashlib.blake2b(json.dumps(known).encode(), digest_size=16).hexdigest() if known else None
+
+
+def plan_digest(spec: Model) -> str:
+    """Of a base whose weights are not drawn yet: it names the recipe's words, and is no digest of any weights."""
+    return hashlib.blake2b(repr(spec).encode(), digest_size=16).hexdigest()
 
 
 def weight_files(spec: Model) -> list[Path]:

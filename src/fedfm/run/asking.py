@@ -106,9 +106,8 @@ def evaluate(
     """
     stage, foundation = stage or unseen, result.foundation
     task = renamed(result.federation.task, columns or {})
-    if foundation.labels and any(item.name == "labels" for item in fields(task)):  # type: ignore[arg-type]
-        # Classes keep the numbers that they had in training, whichever of them the file has.
-        task = replace(task, labels=foundation.labels)  # type: ignore[type-var]
+    # Classes keep the numbers that they had in training, whichever of them the file has.
+    task = task.with_labels(foundation.labels)
     everybody = IID(clients=1) if by is None else None
     data = replace(
         (form or Form()).of(result, source), by=by, partition=everybody, test=None, limit=None, test_fraction=0.0, min_examples=1

@@ -31,7 +31,7 @@ from fedfm.core.roster import Roster
 from fedfm.core.round import Meter, RoundRecord, play, start
 from fedfm.core.score import EARLY, SCORE, Score, has_ended_early, waited
 from fedfm.core.version import VERSION
-from fedfm.core.words import Metric
+from fedfm.core.words import Metric, clean
 from fedfm.federation import Federation
 from fedfm.models.foundation import device_of, flops_per_token
 from fedfm.observers.base import RunInfo, Watcher
@@ -228,6 +228,8 @@ def _go(
         watch = _Watchers([*watchers, *(observer.open(path) for observer in federation.observers)])
         stack.callback(watch.close, None)
         site = _site(federation, folder, watch)
+        if isinstance(site, Coordination):
+            site = _named(site, folder, watch)
         plan, house = site.federation, site.house
         watch.stage("Loading the model")
         if folder is not None:
@@ -243,7 +245,7 @@ def _go(
         for finding in check.require(plan, len(site.clients), roster):
             if finding.level == "warning":
                 log.warning("%s: %s", finding.where, finding.text)
-        state, ledger = restored or (start(plan, house.start), Ledger())
+        state, ledger = restored or (start(plan, house.start, roster.sizes()), Ledger())
         if state.round < plan.rounds and not (folder is not None and _is_over(plan, folder.journal.scores)):
             watch.stage("Trying the model with a few tokens")
             session.settle()
@@ -280,6 +282,20 @@ def _site(federation: Federation, folder: RunFolder | None, watch: _Watchers) ->
     if members is not None and began is not None:
         members = Roster.from_note(began).ids
     return Simulation.build(federation, path, progress=watch.stage) if members is None else Coordination.build(federation, members, path)
+
+
+def _named(site: Coordination, folder: RunFolder | None, watch: _Watchers) -> Coordination:
+    """The site with the classes that the run began with: the recipe's, the base's, or those that the members tell when it begins."""
+    known = None if folder is None else folder.first("labels")
+    if known is not None:
+        return site.with_classes(known["labels"])
+    if site.house.lacks_classes:
+        watch.stage("Asking the members which classes their rows have")
+        site = site.with_classes(site.ask_classes())
+        log.info("the members' rows have the classes %s", ", ".join(clean(label, 80) for label in site.house.labels[:40]))
+    if folder is not None and site.house.labels:
+        folder.note("labels", labels=list(site.house.labels))
+    return site
 
 
 def _tests(most: int | None) -> str:

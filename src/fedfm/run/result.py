@@ -75,7 +75,7 @@ class Result:
         state = state_after(path, round)
         federation = read(path / RECIPE).resolved()
         known = read_journal(path).first
-        labels, key = known.get("data", {}).get("labels", ()), Key.root(federation.seed)
+        labels, key = tuple((known.get("data") or known.get("labels") or {}).get("labels", ())), Key.root(federation.seed)
         foundation = load(federation.model, federation.task.head, labels, device, key)
         require_base(known.get("base"), foundation, path)
         return Result(federation, foundation, state)

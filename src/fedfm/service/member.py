@@ -36,13 +36,17 @@ from fedfm.client.plan import ClientPlan
 from fedfm.client.policy import Policy
 from fedfm.client.verb import verbs
 from fedfm.core import disk, words
-from fedfm.core.errors import ConfigError, DataError, FedfmError, MessageError, ModelError, PolicyError, RunError, WireError
+from fedfm.core.errors import ColumnError, ConfigError, FedfmError, MessageError, ModelError, PolicyError, RunError, WireError
 from fedfm.core.keys import Key
 from fedfm.core.messages import Body, Failure, Request, pack_parts, unpack
 from fedfm.core.version import VERSION as RELEASE
 from fedfm.engines.nats import ACK_WAIT, BODY, BODY_ID, HELLO, REPLY, REQUEST, TALK
+from fedfm.models.files import FileSets, ModelFile, read_sets
+from fedfm.models.store import Fetch, ModelStore
+from fedfm.service.furnish import Base, Furniture, furnish
 from fedfm.silos.membership import Membership
 from fedfm.wire.envelope import Envelope, Header, Opener, seal
+from fedfm.wire.parts import Fetcher
 from fedfm.wire.refusal import Refused, reason
 from fedfm.wire.stored import Stored
 from fedfm.wire.transfer import receive_all, send
@@ -69,6 +73,7 @@ class Greeting:
     Args:
         plan: What a client is told of the federation.
         base: Digest of the base's weights.
+        files: The files of the base.
         labels: Class names.
         key: The run's root key.
         choices: What was chosen for the whole run.
@@ -81,6 +86,7 @@ class Greeting:
 
     plan: ClientPlan
     base: str
+    files: FileSets
     labels: tuple[str, ...]
     key: Key
     choices: Mapping[str, int]
@@ -112,6 +118,7 @@ class Greeting:
             return Greeting(
                 plan=plan,
                 base=str(hello["base"]),
+                files=read_sets(str(hello["files"])),
                 labels=tuple(labels),
                 key=key,
                 choices=dict(choices),
@@ -134,18 +141,26 @@ class Member:
         policy: What the owner lets happen; ``None`` for the strictest default.
         test: The owner's own test rows; ``None`` holds out some of ``data``.
         device: Where the model runs.
+        models: A folder with bases of the owner's own, where files are looked for too.
 
     Raises:
         ConfigError: if its keys are missing or damaged, or others can read them.
     """
 
     def __init__(
-        self, membership: Membership, data: str, policy: Policy | None = None, test: str | None = None, device: str = "auto"
+        self,
+        membership: Membership,
+        data: str,
+        policy: Policy | None = None,
+        test: str | None = None,
+        device: str = "auto",
+        models: Path | None = None,
     ) -> None:
         link, folder = membership.link(), membership.folder
         self._coordinator = membership.coordinator
         self.link, self.folder, self.data, self.test, self.device = link, folder, data, test, device
         self.policy = policy or Policy()
+        self.models = ModelStore(folder / "models", models)
         self.name = link.me.name
         self.window = Window(folder / "window", any_job=True)
         self._opener = Opener(link.me, link.peers(), link.consortium)
@@ -229,7 +244,16 @@ class Member:
             disk.write_atomic(path, payload, private=True)
             self._runtimes.pop(job, None)
 
-    def _runtime(self, job: str, request: Request) -> Runtime:
+    def _fetch_by(self, header: Header, connection: Connection) -> Fetch:
+        """How files of a base are fetched while a request waits for them."""
+        fetcher = Fetcher(self.link, self._coordinator.name, header, connection, _PATIENCE)
+
+        def fetch(file: ModelFile, path: Path) -> None:
+            fetcher.fetch(file.digest, file.size, path)
+
+        return fetch
+
+    def _runtime(self, job: str, request: Request, fetch: Fetch) -> Runtime:
         """The client's side of a run; loads the model and prepares the data where that was not done yet.
 
         Raises:
@@ -246,16 +270,25 @@ class Member:
         hello = _request(unpack(path.read_bytes()))
         while len(self._runtimes) >= _HELD:
             self._runtimes.popitem(last=False)
-        runtime = Runtime(self._house(job, Greeting.of(hello.meta), request))
-        # The model is loaded now, so that a failure to load is a failure to start, not one of the first round.
-        runtime.house.bank  # noqa: B018
+        runtime = Runtime(self._house(job, Greeting.of(hello.meta), request, fetch))
+        if not runtime.house.lacks_classes:
+            # The model is loaded now, so that a failure to load is a failure to start, not one of the first round.
+            runtime.house.bank  # noqa: B018
         self._runtimes[job] = runtime
         return runtime
 
-    def _house(self, job: str, greeting: Greeting, request: Request) -> House:
+    def _house(self, job: str, greeting: Greeting, request: Request, fetch: Fetch) -> House:
         house = self._empty(job, greeting)
         self._admit(house, request)
-        self._furnish(house, greeting)
+        try:
+            base = Base(greeting.base, greeting.files, self.models, fetch)
+            furnish(house, Furniture(self.name, self.data, self.test, self.policy.columns), greeting.data_rules, base)
+        except FedfmError as error:
+            guard = house.guard(self.name)
+            assert guard is not None
+            guard.receive(request)
+            guard.refuse(request, Failure(self.name, "start", str(error)), error if isinstance(error, PolicyError) else None)
+            raise
         return house
 
     def _empty(self, job: str, greeting: Greeting) -> House:
@@ -294,38 +327,6 @@ class Member:
             guard.refuse(request, Failure(self.name, "policy", str(error)), error)
             raise
 
-    def _furnish(self, house: House, greeting: Greeting) -> None:
-        """Puts the owner's prepared data and the model into the house.
-
-        Raises:
-            FedfmError: if one of them cannot be used, or is not what the run is about.
-        """
-        from fedfm.data import Data, prepare
-        from fedfm.models import load_tokenizer, unchanged
-        from fedfm.models.foundation import classes_of, configured, max_context
-
-        plan, name = greeting.plan, self.name
-        tokenizer = load_tokenizer(plan.model.tokenizer or plan.model.source or "")
-        config = configured(plan.model, plan.task.head, tokenizer)
-        with unchanged(tokenizer):
-            owners = prepare(
-                Data(source=self.data, test=self.test, **_rules(greeting.data_rules)),
-                plan.task,
-                tokenizer,
-                key=greeting.key.fold("data"),
-                max_context=max_context(config),
-                classes=classes_of(config),
-                columns={name: self.policy.columns} if self.policy.columns else None,
-                sole=name,
-            )
-        if owners.labels != greeting.labels:
-            raise DataError("its classes are not those of the run, or are in another order.")
-        house.shards, house.outline = {name: owners.path(name)}, (tokenizer, config)
-        if house.base != greeting.base:
-            raise ModelError(
-                f"its base has the digest {house.base}, and the coordinator's has {greeting.base}. Both must have the same files."
-            )
-
     # --- requests ---------------------------------------------------------------------------------------------------------
 
     def _respond(self, envelope: Envelope, own: Request, connection: Connection) -> None:
@@ -336,19 +337,19 @@ class Member:
         """
         header = envelope.header
         body = self._fetch(header, own, connection)
-        answer = self._answer(header.job, Request(body, own.own, own.own_tensors), header.expires)
+        answer = self._answer(header, Request(body, own.own, own.own_tensors), self._fetch_by(header, connection))
         reply = Header.now(self.link.consortium, header.job, header.round, header.sequence, REPLY)
         # The secret makes the answer to a question the same transfer after a restart, so that what the broker has is not sent again.
         secret = hashlib.blake2b(header.id.encode(), key=self._secret, digest_size=32).digest()
         sealed = seal(pack_parts(answer), self.link.me, [self._coordinator], reply, secret)
         connection.publish(self._up.message, send(sealed, Stored(connection, self._up, patience=_PATIENCE)), patience=_PATIENCE)
 
-    def _answer(self, job: str, request: Request, until: float) -> Answer:
+    def _answer(self, header: Header, request: Request, fetch: Fetch) -> Answer:
         stage = "start"
         try:
-            runtime = self._runtime(job, request)
+            runtime = self._runtime(header.job, request, fetch)
             stage = request.verb
-            self._wait_for_a_person(runtime, request, until)
+            self._wait_for_a_person(runtime, request, header.expires)
             (answer,) = runtime.handle({self.name: request})
         except PolicyError as error:
             return Failure(self.name, "policy", str(error))
@@ -402,27 +403,14 @@ _KEPT = "its owner's log tells why."
 
 
 def _is_public(error: FedfmError) -> bool:
-    """Whether an error says nothing of the owner's data: versions and digests of what the coordinator itself sent."""
-    return isinstance(error, MessageError | ModelError)
+    """Whether an error says nothing of the owner's data: versions, digests and names of columns that the coordinator itself sent."""
+    return isinstance(error, MessageError | ModelError | ColumnError)
 
 
 def _request(message: object) -> Request:
     if not isinstance(message, Request):
         raise MessageError(f"A {type(message).__name__} arrived where a request was expected.")
     return message
-
-
-def _rules(rules: Mapping[str, Any]) -> dict[str, Any]:
-    """What the coordinator may say of how rows are prepared; nothing else is taken from it.
-
-    Raises:
-        MessageError: if a value is of the wrong kind.
-    """
-    kinds: dict[str, Any] = {"test_fraction": float | int, "min_examples": int, "limit": int | None, "bad_rows": str}
-    for name, value in rules.items():
-        if name not in kinds or isinstance(value, bool) or not isinstance(value, kinds[name]):
-            raise MessageError(f"The rule {name!r:.40} for preparing rows is not known here, or is not of its kind.")
-    return dict(rules)
 
 
 def _secret(path: Path) -> bytes:

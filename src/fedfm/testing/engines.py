@@ -30,6 +30,8 @@ def check_engine(engine: Engine, federation: Federation, folder: Path, exact: bo
         AssertionError: naming the law that is broken.
     """
     check_part(engine)
+    # What an engine bounds by itself is a part of the recipe.
+    federation = replace(federation, bounds=replace(federation, engine=engine).bounding())
     name = type(engine).__name__
     reference = Simulation.build(replace(federation, engine=Embedded(bank=1)))
     plan = reference.federation

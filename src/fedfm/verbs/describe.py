@@ -1,17 +1,21 @@
-"""Asks what an owner has: numbers of examples and tokens, and how many examples of each class. The roster is made from the answers."""
+"""Asks what an owner has: numbers of examples and tokens, and how many examples of each class. The roster is made from the answers.
+
+Where nobody has named the classes, owners are asked before for the names that occur in their rows, as a list in JSON.
+"""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from fedfm.client.house import House
 from fedfm.client.verb import Contribution, Verb
-from fedfm.core import leaves
-from fedfm.core.errors import DataError, FedfmError
+from fedfm.core import leaves, words
+from fedfm.core.errors import ConfigError, DataError, FedfmError
 from fedfm.core.keys import Key
 from fedfm.core.leaves import Kind, Leaf
 from fedfm.core.messages import Body, ClientId, Failure, Request
@@ -20,6 +24,10 @@ from fedfm.core.roster import Holding, Roster, count, total_of
 
 _COUNTS = ("train", "test", "tokens")
 _LABELS = "labels"
+# In the body of a request for names of classes; the leaf that holds them, and its bytes, padded with zeros.
+_WHAT, _CLASSES, _BYTES = "what", "classes", 1 << 16
+_NAMES = (Leaf(_CLASSES, (_BYTES,), torch.uint8, "told", 255.0, "each", signed=False, kinds=("labels",)),)
+_REMEDY = "Name all classes in the recipe, task: {Classification: {labels: [ONE, OTHER, ...]}}, and nobody is asked"
 
 
 @dataclass(frozen=True)
@@ -40,20 +48,44 @@ class Describe(Verb):
         """Asks everyone, through the channel that all answers pass.
 
         Raises:
-            DataError: naming an owner that does not answer.
+            DataError: naming each owner that does not answer, and why.
         """
         errand, ctx = self.errand(labels), RoundContext(0, key, {}, len(clients))
         holdings: dict[ClientId, Holding] = {}
         totals: Holding | None = None
-        for item in channel.collect(session, errand, clients, None, ctx):
-            if isinstance(item, Failure):
-                raise DataError(f"{item.client} does not say what it has ({item.stage}): {item.reason}")
+        for item in _answers(channel.collect(session, errand, clients, None, ctx)):
             if isinstance(item, Partial):
                 totals = _holding(item.totals(), labels)
             elif item.client is not None:
                 holdings[item.client] = _holding({**item.payload, **item.metrics}, labels)
         ordered = {client: holdings[client] for client in clients if client in holdings}
         return Roster(tuple(clients), ordered, totals or total_of(ordered.values()))
+
+    def classes(self, channel: Channel, session: Session, clients: Sequence[ClientId], key: Key) -> tuple[str, ...]:
+        """The classes that occur in anybody's rows, sorted.
+
+        Raises:
+            ConfigError: naming owners who withhold theirs, or if the channel cannot carry names, or fewer than two occur.
+            DataError: naming each owner that does not answer, and why.
+        """
+        if "single-updates" in channel.traits().hides:
+            raise ConfigError(f"{type(channel).__name__} shows sums alone, and names of classes cannot be added. {_REMEDY}.")
+        errand, ctx = Errand(Body(self.name, meta={_WHAT: _CLASSES}), _NAMES, uniform=True), RoundContext(0, key, {}, len(clients))
+        known: set[str] = set()
+        silent: list[ClientId] = []
+        for item in _answers(channel.collect(session, errand, clients, None, ctx)):
+            assert isinstance(item, Update) and item.client is not None
+            names = _names(item.payload[_CLASSES], item.client)
+            known.update(names)
+            silent += [] if names else [item.client]
+        if silent:
+            raise ConfigError(
+                f"Nobody has named the classes, and {words.listed(sorted(silent), 8)} may not tell those of its rows (rule 'may_leave' of its owner's policy). "
+                f"{_REMEDY}; or ask these owners to let 'labels' leave."
+            )
+        if len(known) < 2:
+            raise ConfigError(f"All rows of all owners have the same class ({words.listed(sorted(known))}). {_REMEDY}.")
+        return tuple(sorted(known))
 
     def tells(self, request: Request, house: House) -> Mapping[Kind, str]:
         """Everything, where a sum of all would miss it; else a number that is withheld is NaN."""
@@ -65,12 +97,61 @@ class Describe(Verb):
 
     def answer(self, requests: Mapping[ClientId, Request], house: House) -> Iterator[Contribution | Failure]:
         """What each owner has, as far as its policy lets it."""
-        declared = _declared(len(house.labels))
+        names = next(iter(requests.values())).meta.get(_WHAT) == _CLASSES
+        declared, answer = (_NAMES, _own_names) if names else (_declared(len(house.labels)), _answer)
         for client in requests:
             try:
-                yield Contribution(_answer(client, house), declared)
+                yield Contribution(answer(client, house), declared)
             except FedfmError as error:
                 yield Failure(client, self.name, str(error))
+
+
+def _answers(outcomes: Iterable[Update | Partial | Failure]) -> Iterator[Update | Partial]:
+    """What was answered.
+
+    Raises:
+        DataError: in the end, naming each owner that does not answer, and why.
+    """
+    failures: list[Failure] = []
+    for item in outcomes:
+        if isinstance(item, Failure):
+            failures.append(item)
+        else:
+            yield item
+    if failures:
+        reasons = sorted(f"{failure.client} does not say what it has ({failure.stage}): {failure.reason}" for failure in failures)
+        more = f" {len(reasons) - 8} more owners do not either." if len(reasons) > 8 else ""
+        raise DataError(" ".join(reasons[:8]) + more)
+
+
+def _own_names(client: ClientId, house: House) -> Update:
+    """The classes of one owner's rows; zeros where it withholds them."""
+    bytes_n = torch.zeros(_BYTES, dtype=torch.uint8)
+    if not house.policy(client).withholds("labels"):
+        text = json.dumps(sorted(house.shard(client).labels)).encode()
+        if len(text) > _BYTES:
+            raise DataError(f"the names of its classes take {len(text)} bytes, and at most {_BYTES} are asked for. {_REMEDY}.")
+        bytes_n[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    return Update({_CLASSES: bytes_n}, client=client)
+
+
+def _names(bytes_n: torch.Tensor, client: ClientId) -> tuple[str, ...]:
+    """What an owner said; empty where it withholds it.
+
+    Raises:
+        DataError: if that is no list of names.
+    """
+    text = bytes_n.numpy().tobytes().rstrip(b"\0")
+    if not text:
+        return ()
+    try:
+        names = json.loads(text)
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) and name for name in names):
+            raise ValueError("it is no list of names")
+        "".join(names).encode()
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{client} does not say which classes its rows have: {words.clean(error, 200)}.") from error
+    return tuple(names)
 
 
 def _declared(num_labels: int) -> tuple[Leaf, ...]:

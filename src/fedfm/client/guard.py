@@ -65,6 +65,7 @@ class Guard:
         base: The digest of the base's weights; called only where a rule or a question needs it.
         now: The house's clock.
         door: Answers questions to a person.
+        paused: Since when the owner has paused the house; ``None`` where it is open.
     """
 
     client: ClientId
@@ -76,6 +77,7 @@ class Guard:
     base: Callable[[], str]
     now: Callable[[], datetime]
     door: Door
+    paused: Callable[[], datetime | None] = lambda: None
 
     # --- requests ---------------------------------------------------------------------------------------------------------
 
@@ -127,6 +129,7 @@ class Guard:
             PolicyError: naming the rule that refuses.
         """
         policy, plan = self.policy, self.plan
+        self._require_no_pause()
         _require_in("coordinators", policy.coordinators, self.asker.coordinator, "the coordinator is")
         _require_in("tasks", policy.tasks, type(plan.task).__name__, "the task is")
         if policy.columns is not None:
@@ -142,6 +145,13 @@ class Guard:
                 raise PolicyError(
                     "demand", f"the owner demands {demand!r} before anything leaves, and no part of this plan meets it. {_offered(demand)}"
                 )
+
+    def _require_no_pause(self) -> None:
+        since = self.paused()
+        if since is not None:
+            raise PolicyError(
+                "pause", f"its owner paused it on {since:%Y-%m-%d at %H:%M %Z}".rstrip() + ", and nothing leaves until that ends."
+            )
 
     def is_waiting(self, request: Request, tells: Mapping[Kind, str] | None = None) -> bool:
         """Whether this request waits for a person, and for nothing else, so that an engine may keep it until it is answered."""
@@ -237,6 +247,7 @@ class Guard:
             PolicyError: if it is longer than the owner allows.
             RunError: if the account or the log cannot be written.
         """
+        self._require_no_pause()
         parts = messages.pack_parts(reply)
         size, most, total = sum(map(len, parts)), self.policy.max_bytes, self.policy.total_bytes
         if most is not None and size > most:

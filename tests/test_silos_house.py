@@ -85,7 +85,8 @@ def test_a_member_pauses_and_leaves_and_runs_go_on(tmp_path: Path, plan: Federat
     recipe.write_text(dump(replace(plan, rounds=1)))
 
     def submitted() -> list[Failure]:
-        told = json.loads(ended(fedfm("run", str(recipe), "--consortium", str(consortium), "--json", "--quiet")))
+        text = ended(fedfm("run", str(recipe), "--consortium", str(consortium), "--json", "--quiet"))
+        told = json.loads(text[text.index("{") :])
         (*_, last) = (Path(told["run"]) / "metrics.jsonl").read_text().splitlines()
         return [Failure(failure["client"], failure["stage"], failure["reason"]) for failure in json.loads(last)["failures"]]
 
@@ -100,7 +101,7 @@ def test_a_member_pauses_and_leaves_and_runs_go_on(tmp_path: Path, plan: Federat
         assert "nothing leaves" in ended(fedfm("pause", str(homes["anna"])))
         until(lambda: states(consortium) == {"anna": "paused", "bela": "here"})
         (failure,) = submitted()
-        assert (failure.client, failure.stage) == ("anna", "policy") and "rule 'pause'" in failure.reason
+        assert (failure.client, failure.stage) == ("anna", "pause") and "rule 'pause'" in failure.reason
         names = [line["event"] for line in events(homes["anna"])]
         assert "pause" in names and "release" not in names
         assert "answers again" in ended(fedfm("pause", str(homes["anna"]), "--resume"))
@@ -198,6 +199,7 @@ def test_a_killed_coordinators_broker_is_taken_over_and_stopped_in_the_end(conso
         stop(served)
         assert broker.process() is not None
     finally:
+        broker.stop()
         served.kill()
         served.communicate()
 
@@ -268,7 +270,7 @@ def test_who_was_too_late_is_told_so_and_works_on_nothing_that_is_over(plan: Fed
         assert isinstance(session.receive(), Reply)
         assert not session.dropped
     told = [line for line in events(silos.home("anna")) if line["event"] == "late"]
-    assert [(line["round"], line["run"]) for line in told] == [(0, "run"), (3, "run")]
+    assert [(line["round"], line["run"]) for line in told] == [(0, plan.name), (3, plan.name)]
     assert all("started anew" in line["why"] or "is over as well" in line["why"] for line in told)
     assert "before this member was ready" in told[0]["why"]
     # Neither was worked on: the log of requests has the last one alone.

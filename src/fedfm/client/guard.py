@@ -25,7 +25,7 @@ from fedfm.client.plan import ClientPlan
 from fedfm.client.policy import BOUNDED, PRIVATE, SUMS, Policy
 from fedfm.client.spent import SpentStore
 from fedfm.core import messages, registry, words
-from fedfm.core.errors import FedfmError, PolicyError, RunError
+from fedfm.core.errors import PAUSE, FedfmError, PolicyError, RunError
 from fedfm.core.leaves import Kind
 from fedfm.core.messages import ClientId, Failure, Reply, Request
 from fedfm.core.parts import Channel, Transform, errand_id
@@ -150,7 +150,7 @@ class Guard:
         since = self.paused()
         if since is not None:
             raise PolicyError(
-                "pause", f"its owner paused it on {since:%Y-%m-%d at %H:%M %Z}".rstrip() + ", and nothing leaves until that ends."
+                PAUSE, f"its owner paused it on {since:%Y-%m-%d at %H:%M %Z}".rstrip() + ", and nothing leaves until that ends."
             )
 
     def is_waiting(self, request: Request, tells: Mapping[Kind, str] | None = None) -> bool:

@@ -387,7 +387,7 @@ class Member:
             guard.admit_plan()
         except PolicyError as error:
             guard.receive(request)
-            guard.refuse(request, Failure(self.name, "policy", str(error)), error)
+            guard.refuse(request, Failure(self.name, error.stage, str(error)), error)
             raise
 
     def _furnish(self, house: House, greeting: Greeting) -> None:
@@ -455,7 +455,7 @@ class Member:
             self._wait_for_a_person(runtime, request, until)
             (answer,) = runtime.handle({self.name: request})
         except PolicyError as error:
-            return Failure(self.name, "policy", str(error))
+            return Failure(self.name, error.stage, str(error))
         except FedfmError as error:
             log.warning("%s failed: %s", stage, error)
             return Failure(self.name, stage, str(error) if not self.policy.withholds("reasons") or _is_public(error) else _KEPT)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,13 +12,14 @@ import torch
 from fedfm.client.house import House
 from fedfm.client.verb import Contribution, Verb
 from fedfm.core import leaves
-from fedfm.core.errors import DataError, FedfmError
+from fedfm.core.errors import PAUSE, DataError, FedfmError
 from fedfm.core.keys import Key
 from fedfm.core.leaves import Kind, Leaf
 from fedfm.core.messages import Body, ClientId, Failure, Request
 from fedfm.core.parts import Channel, Errand, Partial, RoundContext, Session, Update
 from fedfm.core.roster import Holding, Roster, count, total_of
 
+log = logging.getLogger(__name__)
 _COUNTS = ("train", "test", "tokens")
 _LABELS = "labels"
 
@@ -39,14 +41,21 @@ class Describe(Verb):
     def roster(self, channel: Channel, session: Session, clients: Sequence[ClientId], labels: Sequence[str], key: Key) -> Roster:
         """Asks everyone, through the channel that all answers pass.
 
+        Of an owner that has paused its house, nothing is known, and the others go on.
+
         Raises:
             DataError: naming an owner that does not answer.
         """
         errand, ctx = self.errand(labels), RoundContext(0, key, {}, len(clients))
         holdings: dict[ClientId, Holding] = {}
         totals: Holding | None = None
+        paused = 0
         for item in channel.collect(session, errand, clients, None, ctx):
             if isinstance(item, Failure):
+                paused += item.stage == PAUSE
+                if item.stage == PAUSE and paused < len(clients):
+                    log.warning("%s does not say what it has: %s", item.client, item.reason)
+                    continue
                 raise DataError(f"{item.client} does not say what it has ({item.stage}): {item.reason}")
             if isinstance(item, Partial):
                 totals = _holding(item.totals(), labels)

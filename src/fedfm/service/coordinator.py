@@ -27,7 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -139,7 +139,7 @@ def _broker(consortium: Consortium) -> Iterator[bool]:
     """The broker while it runs, and whether we started it; then it is stopped in the end."""
     consortium.renew(certificates.now())
     running = consortium.broker.process()
-    is_ours = consortium.settings.broker == "own" and (running is None or _started(consortium) == _mark(running))
+    is_ours = consortium.settings.broker == "own" and (running is None or _is_started_by_us(consortium, running))
     if is_ours:
         _start_broker(consortium)
     try:
@@ -150,36 +150,29 @@ def _broker(consortium: Consortium) -> Iterator[bool]:
             (consortium.broker.folder / STARTED).unlink(missing_ok=True)
 
 
-@dataclass(frozen=True, eq=False)
-class _Mark:
-    """Which process it is: numbers are used again, so it is named by its beginning too."""
-
-    pid: int
-    began: float
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Mark) and self.pid == other.pid and abs(self.began - other.began) < _SAME
-
-
-def _mark(process: psutil.Process) -> _Mark:
-    return _Mark(process.pid, process.create_time())
-
-
-def _started(consortium: Consortium) -> _Mark | None:
-    """The broker that a coordinator of this folder has started."""
+def _is_started_by_us(consortium: Consortium, process: psutil.Process) -> bool:
+    """Whether a coordinator of this folder has started this broker. Numbers of processes are used again, so its beginning counts too."""
     try:
         known = json.loads((consortium.broker.folder / STARTED).read_text(encoding="utf-8"))
-        return _Mark(int(known["pid"]), float(known["began"]))
+        pid, began = int(known["pid"]), float(known["began"])
     except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return False
+    after = process.create_time() - began
+    # Without a number, the coordinator was killed while it started the broker.
+    return abs(after) < _SAME if pid == process.pid else pid == 0 and -_SAME < after < consortium.broker.patience
 
 
 def _start_broker(consortium: Consortium) -> None:
     """Starts the broker, unless it runs, and writes down that it is ours."""
+
+    def note(pid: int, began: float) -> None:
+        disk.write_atomic(consortium.broker.folder / STARTED, json.dumps({"pid": pid, "began": began}).encode(), private=True)
+
+    note(0, time.time())
     consortium.broker.start()
     process = consortium.broker.process()
     if process is not None:
-        disk.write_atomic(consortium.broker.folder / STARTED, json.dumps(vars(_mark(process))).encode(), private=True)
+        note(process.pid, process.create_time())
 
 
 class Hall:

@@ -15,6 +15,8 @@ from fedfm.core.errors import ConfigError, RunError
 from fedfm.core.journal import JOURNAL, RECIPE, Journal
 
 JOBS, RUNS, LOCK = "jobs", "runs", "serve.lock"
+# Runs that are over stay so; their journals may be long.
+_ended: set[Path] = set()
 State = Literal["queued", "running", "finished", "failed"]
 
 
@@ -68,7 +70,12 @@ class Job:
             return "failed"
         if not (self.run / RECIPE).is_file():
             return "queued"
-        return "finished" if Journal.read(self.run / JOURNAL).ended else "running"
+        if self.run in _ended:
+            return "finished"
+        if not Journal.read(self.run / JOURNAL).ended:
+            return "running"
+        _ended.add(self.run)
+        return "finished"
 
     @property
     def rounds(self) -> tuple[int, int]:

@@ -54,9 +54,8 @@ class Players:
         ready = [name for name in waiting if name not in self._processes and time.monotonic() >= self._again.get(name, 0.0)]
         for name in ready[: self._most - len(self._processes)]:
             command = [sys.executable, "-P", "-m", "fedfm.service.side_by_side", str(self._folder), name, self._log_level]
-            env = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
             # A session of its own: Ctrl-C is for the coordinator, which ends it in good order.
-            self._processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, env=env, start_new_session=True)
+            self._processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
     def close(self) -> None:
         """Ends all of them; what was completed is kept."""

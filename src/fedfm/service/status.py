@@ -23,6 +23,8 @@ from fedfm.wire import traffic
 
 # Rounds over which seconds are averaged, and bytes of the end of the metrics that are read for them.
 _ROUNDS, _TAIL = 5, 8 << 20
+# Runs that are over and shown to a person.
+_OVER = 3
 
 
 def look(folder: Path) -> dict[str, Any]:
@@ -144,7 +146,11 @@ def in_words(status: Mapping[str, Any]) -> list[str]:
     lines = [f"{status['consortium']}: the coordinator is {'up' if status['serving'] else 'down'}{broker}.", ""]
     lines += [f"{'member':<24}{'state':<14}{'last seen':<18}{'version':<10}works on"] if status["members"] else ["Nobody has entered yet."]
     lines += [_member_line(member) for member in status["members"]]
-    for job in status["jobs"]:
+    over = [job for job in status["jobs"] if job["state"] in ("finished", "failed")]
+    shown = [job for job in status["jobs"] if job not in over[:-_OVER]]
+    if len(shown) < len(status["jobs"]):
+        lines += ["", f"{len(status['jobs']) - len(shown)} earlier runs are over (--json shows them)."]
+    for job in shown:
         lines += ["", *_job_lines(job)]
     if status["dropped"]:
         lines += ["", "Messages that were dropped: " + ", ".join(f"{why} {number}" for why, number in status["dropped"].items())]

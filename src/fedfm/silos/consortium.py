@@ -397,7 +397,8 @@ class Consortium:
             if not belongs and invited is None:
                 # The broker may not have heard of it the last time.
                 self.apply(now, members)
-                was = f"was revoked on {known.revoked:%Y-%m-%d}" if known is not None else "was never invited, or its invitation is void"
+                how = "left" if known is not None and known.left else "was revoked"
+                was = f"{how} on {known.revoked:%Y-%m-%d}" if known is not None else "was never invited, or its invitation is void"
                 raise ConfigError(f"{member} {was}. fedfm consortium list shows who is there.")
             members.add("revoked", now, member=member)
             self.apply(now, members)

@@ -1,6 +1,6 @@
 """Several runs at a time: each is played by a process of its own, so that nothing but the machine and the broker is shared, and its numbers are those of a run alone.
 
-A process that plays a run ends with the coordinator, however that ends: it holds a pipe to it, and the system tells it when that closes.
+A process that plays a run (``service/player.py``) ends with the coordinator, however that ends: it holds a pipe to it, and the system tells it when that closes.
 
 Covered here: a coordinator that is killed and started again while such a process still ends (the run waits for its folder). Not covered: memory; each run
 holds a copy of its own of the model.
@@ -9,11 +9,9 @@ holds a copy of its own of the model.
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -53,7 +51,7 @@ class Players:
             self._again[name] = time.monotonic() + _AGAIN
         ready = [name for name in waiting if name not in self._processes and time.monotonic() >= self._again.get(name, 0.0)]
         for name in ready[: self._most - len(self._processes)]:
-            command = [sys.executable, "-P", "-m", "fedfm.service.side_by_side", str(self._folder), name, self._log_level]
+            command = [sys.executable, "-P", "-m", "fedfm.service.player", str(self._folder), name, self._log_level]
             # A session of its own: Ctrl-C is for the coordinator, which ends it in good order.
             self._processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
 
@@ -75,34 +73,3 @@ class Players:
 def _close(process: subprocess.Popen[bytes]) -> None:
     if process.stdin is not None:
         process.stdin.close()
-
-
-def _end_with_parent() -> None:
-    """Ends this process when the one that started it is gone."""
-
-    def wait() -> None:
-        while os.read(0, 4096):
-            pass
-        os._exit(1)
-
-    threading.Thread(target=wait, name="fedfm-parent", daemon=True).start()
-
-
-def main(folder: str, name: str, log_level: str) -> None:
-    """Plays one job of a coordinator's folder."""
-    from fedfm.service.coordinator import play
-    from fedfm.service.jobs import job
-
-    _end_with_parent()
-    logging.basicConfig(level=logging.WARNING, format=f"{name}: %(levelname)s: %(message)s")
-    logging.getLogger("fedfm").setLevel(log_level.upper())
-    # So that the run ends in good order: its session is closed, and the round in flight is dropped.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        play(job(Path(folder), name))
-    except KeyboardInterrupt:
-        sys.exit(0)
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])

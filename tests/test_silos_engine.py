@@ -167,9 +167,9 @@ def test_a_member_names_both_versions(federation: Federation, silos: Silos, monk
 
 def test_what_nobody_asked_for_is_dropped_and_counted(federation: Federation, silos: Silos) -> None:
     """Forged, foreign, unasked and repeated messages change no answer."""
-    up = silos.names.up("bela").message
     with opened(federation, silos) as session, silos.connect("bela") as bela:
         job, coordinator = session._job.name, silos.identity("coordinator").card
+        up = silos.names.up("bela").of(job).message
 
         def publish(sender: str, job: str, sequence: int = 5, times: int = 1) -> None:
             answer = Reply("bela", "describe", 0)

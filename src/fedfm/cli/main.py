@@ -1,5 +1,5 @@
 """``fedfm``: init, run, resume, compare, sweep, check, list, show, report, export, evaluate, predict, generate, cache, log, approve,
-consortium, serve, join, attach, status, quickstart, completion, and commands of other packages.
+consortium, serve, join, attach, status, pause, leave, quickstart, completion, and commands of other packages.
 
 Only what ``--help`` needs is imported here; a command imports the rest when it runs.
 """
@@ -42,6 +42,7 @@ Run = Annotated[
     Path, typer.Argument(metavar="RUN", help="A run's folder.", callback=usable_path, click_type=completion.Folder(path_type=Path))
 ]
 Coordinator = Annotated[Path, typer.Argument(metavar="DIR", help="The coordinator's folder.", callback=usable_path)]
+OwnFolder = Annotated[Path, typer.Argument(metavar="[FOLDER]", help="The member's folder. Default: here.", callback=usable_path)]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Values for fields of the recipe, such as rounds=20 or tuning.LoRA.r=16."),
@@ -427,11 +428,18 @@ def init(
 
 
 @app.command(cls=Command)
-def serve(folder: Coordinator, log_level: LogLevel = "warning") -> None:
-    """Coordinate a consortium: let members enter, and run what is submitted, one run after the other."""
+def serve(
+    folder: Coordinator,
+    at_once: Annotated[
+        int,
+        typer.Option("--at-once", min=1, metavar="N", help="Runs that are played at a time; further ones wait. Each needs its own memory."),
+    ] = 1,
+    log_level: LogLevel = "warning",
+) -> None:
+    """Coordinate a consortium: let members enter, and run what is submitted, one run after the other or N side by side."""
     from fedfm.cli import silos
 
-    silos.serve(folder, log_level)
+    silos.serve(folder, at_once, log_level)
 
 
 @app.command(cls=Command)
@@ -473,11 +481,45 @@ def attach(
 
 
 @app.command(cls=Command)
-def status(folder: Coordinator, as_json: Json = False) -> None:
-    """Show a consortium's members, what runs, and which round."""
-    from fedfm.cli import silos
+def status(
+    folder: Coordinator,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it again every 2 seconds, until Ctrl-C; with --json a line for each look.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Show who of a consortium is there, what runs, which round, and how fast."""
+    from fedfm.cli import status as shown
 
-    silos.status(folder, as_json)
+    shown.status(folder, watch, as_json)
+
+
+@app.command(cls=Command)
+def pause(
+    folder: OwnFolder = Path(),
+    resume: Annotated[bool, typer.Option("--resume", help="End the pause.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Pause a member: nothing leaves, and the coordinator is told so when it asks, until --resume."""
+    from fedfm.cli import house
+
+    house.pause(folder, resume, as_json)
+
+
+@app.command(cls=Command)
+def leave(
+    folder: OwnFolder = Path(),
+    delete: Annotated[
+        bool,
+        typer.Option("--delete", help="Delete its keys, what it remembers of runs, and its copies of rows; asks first. The log stays."),
+    ] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Leave a consortium: the coordinator takes the member off its roster and the broker; runs go on without it."""
+    from fedfm.cli import house
+
+    house.leave(folder, delete, yes, as_json)
 
 
 @app.command(cls=Command)

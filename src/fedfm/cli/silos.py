@@ -1,4 +1,4 @@
-"""``fedfm serve``, ``join``, ``attach``, ``status``, and ``run --consortium``: a run across organisations."""
+"""``fedfm serve``, ``join``, ``attach``, and ``run --consortium``: a run across organisations."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from fedfm.core import words
 from fedfm.core.errors import ConfigError, RunError, WireError
 from fedfm.recipe import read
 from fedfm.run.log import LOG
-from fedfm.service import coordinator
-from fedfm.service.coordinator import Job
+from fedfm.service import coordinator, jobs
+from fedfm.service.home import has_left, stay
+from fedfm.service.jobs import Job
 from fedfm.service.member import Member
 from fedfm.silos.certificates import now
 from fedfm.silos.consortium import Consortium
@@ -31,7 +32,7 @@ from fedfm.wire.nats import LoginRefused
 _LOOK, _PATIENCE, _AGAIN = 0.3, 10.0, 2.0
 
 
-def serve(folder: Path, log_level: str) -> None:
+def serve(folder: Path, at_once: int, log_level: str) -> None:
     """``fedfm serve``."""
     Telling(quiet=True, log_level=log_level).watchers()
     consortium = Consortium.open(folder)
@@ -44,7 +45,7 @@ def serve(folder: Path, log_level: str) -> None:
         )
 
     with stoppable(f"the next fedfm serve {folder} goes on."):
-        coordinator.serve(consortium, ready)
+        coordinator.serve(consortium, ready, at_once, log_level)
 
 
 def join(
@@ -61,14 +62,25 @@ def join(
     Telling(quiet=True, log_level=log_level).watchers()
     rules = None if policy is None else read_policy(policy)
     with stoppable("what was asked meanwhile waits at the broker, and the same command goes on."):
-        member = Member(_membership(path, folder), data, rules, test, device, models)
+        membership = _membership(path, folder)
+        if has_left(membership.folder):
+            raise ConfigError(
+                f"{membership.member} has left {membership.consortium}. To come back, ask its coordinator for a new invitation."
+            )
+        member = Member(membership, data, rules, test, device, models)
         if policy is None:
             print("No policy: the strictest default holds, and a person is asked about every run (fedfm approve).", flush=True)
         print(
             f"{member.name} waits for what {member.link.consortium} asks. Ctrl-C ends it; fedfm log {member.folder} shows what left.",
             flush=True,
         )
-        member.serve()
+        try:
+            member.serve()
+        except LoginRefused:
+            if not has_left(member.folder):
+                raise
+        if has_left(member.folder):
+            print(f"{member.name} has left {member.link.consortium}. Its log stays: fedfm log {member.folder}", flush=True)
 
 
 def _membership(path: Path, folder: Path | None) -> Membership:
@@ -91,6 +103,7 @@ def _membership(path: Path, folder: Path | None) -> Membership:
     if membership is not None:
         return membership
     membership = _enter(Invitation.read(path, now()), home)
+    stay(home)
     print(f"Entered {membership.consortium} as {membership.member}; keys and certificate are in {home}.")
     print(f"coordinator  {membership.coordinator.short}   (compare it with the coordinator on the telephone)")
     print(f"your keys    {membership.identity.card.short}   (fedfm consortium list shows them there)", flush=True)
@@ -118,7 +131,7 @@ def submit(folder: Path, recipe: Path, overrides: Sequence[str], telling: Tellin
     """``fedfm run --consortium``."""
     job = coordinator.submit(folder, read(recipe, overrides))
     print(f"Submitted as {job.name}.", file=telling.stream, flush=True)
-    if not coordinator.is_served(folder):
+    if not jobs.is_served(folder):
         print(f"No coordinator is up; it begins with: fedfm serve {folder}", file=telling.stream, flush=True)
     _follow(job, telling)
 
@@ -126,18 +139,7 @@ def submit(folder: Path, recipe: Path, overrides: Sequence[str], telling: Tellin
 def attach(folder: Path, name: str | None, telling: Telling) -> None:
     """``fedfm attach``."""
     Consortium.open(folder)
-    _follow(coordinator.job(folder, name), telling)
-
-
-def status(folder: Path, as_json: bool) -> None:
-    """``fedfm status``."""
-    told = coordinator.status(folder)
-    if as_json:
-        show_json(told)
-        return
-    print(f"{told['consortium']}: the coordinator is {'up' if told['serving'] else 'down'}. Members: {', '.join(told['members'])}.")
-    for job in told["jobs"]:
-        print(f"{job['name']}  {job['state']:<8}  round {job['round']} of {job['rounds']}  {job['failure'][:200]}".rstrip())
+    _follow(jobs.job(folder, name), telling)
 
 
 def _follow(job: Job, telling: Telling) -> None:

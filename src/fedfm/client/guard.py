@@ -25,7 +25,7 @@ from fedfm.client.plan import ClientPlan
 from fedfm.client.policy import BOUNDED, PRIVATE, SUMS, Policy
 from fedfm.client.spent import SpentStore
 from fedfm.core import messages, registry, words
-from fedfm.core.errors import FedfmError, PolicyError, RunError
+from fedfm.core.errors import PAUSE, FedfmError, PolicyError, RunError
 from fedfm.core.leaves import Kind
 from fedfm.core.messages import ClientId, Failure, Reply, Request
 from fedfm.core.parts import Channel, Transform, errand_id
@@ -65,6 +65,7 @@ class Guard:
         base: The digest of the base's weights; called only where a rule or a question needs it.
         now: The house's clock.
         door: Answers questions to a person.
+        paused: Since when the owner has paused the house; ``None`` where it is open.
     """
 
     client: ClientId
@@ -76,6 +77,7 @@ class Guard:
     base: Callable[[], str]
     now: Callable[[], datetime]
     door: Door
+    paused: Callable[[], datetime | None] = lambda: None
 
     # --- requests ---------------------------------------------------------------------------------------------------------
 
@@ -125,6 +127,7 @@ class Guard:
             PolicyError: naming the rule that refuses.
         """
         policy, plan = self.policy, self.plan
+        self._require_no_pause()
         _require_in("coordinators", policy.coordinators, self.asker.coordinator, "the coordinator is")
         _require_in("tasks", policy.tasks, type(plan.task).__name__, "the task is")
         if policy.columns is not None:
@@ -164,6 +167,13 @@ class Guard:
                 "model_bytes",
                 f"this machine lacks {words.size(size)} of the base, and its owner takes {words.size(most)} from the coordinator. "
                 "Put the base's files where the plan names them, or into the folder of --models.",
+            )
+
+    def _require_no_pause(self) -> None:
+        since = self.paused()
+        if since is not None:
+            raise PolicyError(
+                PAUSE, f"its owner paused it on {since:%Y-%m-%d at %H:%M %Z}".rstrip() + ", and nothing leaves until that ends."
             )
 
     def is_waiting(self, request: Request, tells: Mapping[Kind, str] | None = None) -> bool:
@@ -260,6 +270,7 @@ class Guard:
             PolicyError: if it is longer than the owner allows.
             RunError: if the account or the log cannot be written.
         """
+        self._require_no_pause()
         parts = messages.pack_parts(reply)
         size, most, total = sum(map(len, parts)), self.policy.max_bytes, self.policy.total_bytes
         if most is not None and size > most:

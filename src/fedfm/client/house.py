@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from fedfm.client import pause
 from fedfm.client.asking import Door, file_door
 from fedfm.client.bank import Bank
 from fedfm.client.guard import Asker, Guard
@@ -111,6 +112,7 @@ class House:
                 base=lambda: self.base,
                 now=self.now,
                 door=self.door or file_door(folder),
+                paused=lambda: pause.since(self.records),
             )
         return self._guards.get(client)
 

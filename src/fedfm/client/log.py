@@ -9,6 +9,8 @@ On disk it is ``<folder>/clients/<slug>/log.jsonl``, a chain of lines (:mod:`fed
 ``refusal``    the rule of the policy that refused, and why
 ``failure``    a request that was not answered for another reason, and what the coordinator is told of it
 ``question``   a person is asked; ``answer``: what the person said
+``late``       a request that was over before it was worked on, or before its answer left; nothing left for it
+``pause``      the owner paused the house; ``resume``: it answers again; ``leave``: it leaves the consortium
 =============  =====================================================================================================
 
 Covered here: lines that were changed, moved, put in or taken out from among others; a line that a crash cut short is dropped, and nothing left on its
@@ -79,6 +81,30 @@ class OwnerLog:
         if answer is not None and self._known.answers[question.id] != answer:
             self.add("answer", time, id=question.id, answer=answer)
 
+    def note_pause(self, time: datetime, since: datetime | None) -> None:
+        """Writes down that a pause began or ended, once.
+
+        Args:
+            since: When the pause began; ``None`` where there is none.
+
+        Raises:
+            RunError: as :meth:`add`.
+        """
+        known = self._known.paused
+        if since is not None and not known:
+            self.add("pause", time, since=since.isoformat(timespec="seconds"))
+        elif since is None and known:
+            self.add("resume", time, since=known)
+
+    def note_leave(self, time: datetime, consortium: str) -> None:
+        """Writes down that the owner leaves a consortium, unless that is the last line.
+
+        Raises:
+            RunError: as :meth:`add`.
+        """
+        if self._known.event != "leave":
+            self.add("leave", time, consortium=words.clean(consortium, 80))
+
     @cached_property
     def _known(self) -> _Known:
         known = _Known()
@@ -97,13 +123,18 @@ class OwnerLog:
 
 @dataclass
 class _Known:
-    """What a house needs of its log to go on: the rules that were written last, and what was asked and answered."""
+    """What a house needs of its log to go on: the rules that were written last, what was asked and answered, since when it is paused, the last event."""
 
     rules: Mapping[str, Any] = field(default_factory=dict)
     answers: dict[str, str | None] = field(default_factory=dict)
+    paused: str = ""
+    event: str = ""
 
     def take(self, line: Line) -> None:
-        if line.event == "policy":
+        self.event = line.event
+        if line.event in ("pause", "resume"):
+            self.paused = str(line.what["since"]) if line.event == "pause" else ""
+        elif line.event == "policy":
             self.rules = line.what["rules"]
         elif line.event in ("question", "answer"):
             self.answers[line.what["id"]] = line.what.get("answer")
@@ -151,6 +182,10 @@ def in_words(line: Line) -> str:
         "failure": lambda what: f"failed    {_asked(what)}: {_text(what, 'why')} The coordinator is told: {_text(what, 'told')}",
         "question": lambda what: f"question  a person is asked ({_text(what, 'id')}): {_text(what, 'text')}",
         "answer": lambda what: f"answer    a person said {_text(what, 'answer')} ({_text(what, 'id')})",
+        "late": lambda what: f"late      {_asked(what)}, for run {_text(what, 'run')}: {_text(what, 'why')}. Nothing left for it.",
+        "pause": lambda what: "paused    nothing leaves this house until its owner ends the pause",
+        "resume": lambda what: f"resumed   requests are answered again; it was paused since {_text(what, 'since')}",
+        "leave": lambda what: f"leaves    the consortium {_text(what, 'consortium')}; no request is answered any more",
     }
     sentence = tell[event](what) if event in tell else words.clean(f"{event}  {dict(what)}", 400)
     return f"{_text(what, 'time')}  {sentence}"

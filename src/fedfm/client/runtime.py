@@ -72,7 +72,7 @@ class Runtime:
             if guard is not None:
                 guard.admit(request, None if verb is None else verb.tells(request, self.house))
         except PolicyError as error:
-            return self._failed(request, Failure(client, "policy", str(error)), error)
+            return self._failed(request, Failure(client, error.stage, str(error)), error)
         except FedfmError as error:
             return self._failed(request, Failure(client, "exchange", str(error)))
         except Exception as error:
@@ -139,7 +139,7 @@ class Runtime:
             if guard is not None:
                 guard.release(request, reply, contribution)
         except PolicyError as error:
-            return self._failed(request, Failure(client, "policy", str(error)), error)
+            return self._failed(request, Failure(client, error.stage, str(error)), error)
         except FedfmError as error:
             return self._failed(request, Failure(client, "channel", str(error)))
         return reply

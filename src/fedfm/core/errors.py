@@ -73,6 +73,10 @@ class MessageError(FedfmError):
     """Bytes that crossed a boundary are not a valid message."""
 
 
+PAUSE = "pause"
+"""The rule, and the stage of a failure, of an owner that has paused its house."""
+
+
 class PolicyError(FedfmError):
     """An owner's policy refuses what was asked, or what would leave.
 
@@ -84,6 +88,11 @@ class PolicyError(FedfmError):
     def __init__(self, rule: str, why: str) -> None:
         super().__init__(f"its owner's policy refuses (rule {rule!r}): {why}")
         self.rule, self.why = rule, why
+
+    @property
+    def stage(self) -> str:
+        """The stage at which a client fails that is refused so: ``pause`` where it will answer later, else ``policy``."""
+        return PAUSE if self.rule == PAUSE else "policy"
 
 
 class WireError(FedfmError):

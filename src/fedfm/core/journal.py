@@ -21,6 +21,8 @@ from fedfm.core.chain import Line
 from fedfm.core.errors import RunError
 from fedfm.core.score import Score
 
+RECIPE, JOURNAL, METRICS = "recipe.yaml", "journal.jsonl", "metrics.jsonl"
+"""Names in a run's folder: what ran, what happened, and the numbers of each round."""
 _KEPT = ("start", "recipe", "base", "data", "labels", "roster")
 
 

@@ -7,8 +7,8 @@ and once to be added, so that no answer is ever in memory as a whole.
 
 Covered here: answers that are forged, of another run, late, sent twice or not asked for are dropped and counted by kind; a member that
 does not answer in time is named and left to the recipe's rule; a broker that goes away and comes back; a coordinator that starts anew, whose
-earlier questions nobody's answer is taken for. Not covered: two runs at a time over one link (each takes the other's answers for answers of another
-run); a member's word about its own data.
+earlier questions nobody's answer is taken for; several runs at a time, each of which takes its own answers alone; a member that comes back after its
+deadline, which is told so before it works. Not covered: a member's word about its own data.
 """
 
 from __future__ import annotations
@@ -33,17 +33,19 @@ from fedfm.core import disk
 from fedfm.core.clock import Clock, Wall
 from fedfm.core.errors import ConfigError, MessageError, RunError, WireError
 from fedfm.core.leaves import Leaf
-from fedfm.core.messages import Body, ClientId, Failure, Reply, Request, Scalar, pack_parts, pack_views, unpack, unpack_from
+from fedfm.core.messages import Body, ClientId, Failure, Reply, Request, Scalar, pack_parts, pack_views, size, unpack, unpack_from
 from fedfm.core.parts import Finding, Plan, warn
 from fedfm.core.session import Answer, Session
 from fedfm.core.version import VERSION as RELEASE
 from fedfm.engines.base import Engine
+from fedfm.engines.over import OVER, Over, over_id
 from fedfm.models.files import paths_of, sets_of, write_sets
 from fedfm.wire.envelope import MAX_LIFETIME, MAX_RECEIVERS, Header, Opener, Payload, seal
 from fedfm.wire.link import Link
 from fedfm.wire.parts import ASK, PART, HandOut
 from fedfm.wire.refusal import Refused, reason
 from fedfm.wire.stored import Stored
+from fedfm.wire.traffic import TRAFFIC, Traffic
 from fedfm.wire.transfer import Spool, receive_all, send
 from fedfm.wire.window import Window
 
@@ -67,6 +69,8 @@ JOB = "job.json"
 _SESSION_BITS = 28
 # Seconds: between two looks at the clock while nothing arrives, that a question without a deadline is meant to last, that closing may take.
 _LOOK, _LASTING, _CLOSING = 0.25, 7 * 86400.0, 3.0
+# Bytes of what members say of themselves: a few kilobytes each.
+_PRESENCES = 64 << 20
 # Seconds between two looks at who belongs, while answers are waited for.
 _FOLLOW = 2.0
 _OUT = "it does not belong to the consortium, or does no more."
@@ -157,7 +161,8 @@ class Nats(Engine):
         link, job = self._link(), Job.begin(house.folder, house.run)
         connection = link.connect()
         try:
-            session = NatsSession(connection, link, job, hello, max_bytes, 3 * len(leaves) + 64, clock, self.storage, house.folder)
+            traffic = Traffic(None if house.folder is None else house.folder / TRAFFIC)
+            session = NatsSession(connection, link, job, hello, max_bytes, 3 * len(leaves) + 64, clock, self.storage, house.folder, traffic)
             session.hand_out({file.digest: paths[name][file.name] for name, one in files.items() for file in one})
             return session
         except BaseException:
@@ -176,10 +181,31 @@ def make_streams(connection: Connection, names: Names, members: Iterable[str], s
     """
     max_bytes = int(storage * 1e9)
     connection.make_stream(names.bodies, max_bytes)
+    connection.make_stream(names.presences, _PRESENCES, max_age=MAX_LIFETIME, is_board=True)
     for name in members:
         for branch in (names.down(name), names.up(name)):
             connection.make_stream(branch, max_bytes)
-            connection.make_consumer(branch, ack_wait=ACK_WAIT)
+        connection.make_consumer(names.down(name), ack_wait=ACK_WAIT)
+
+
+def end_job(link: Link, folder: Path) -> None:
+    """Deletes what the broker still holds of a run that is over: answers that came too late for it, and who would take them.
+
+    Args:
+        folder: The run's folder.
+
+    Raises:
+        RunError: if its name cannot be read.
+        WireError: if the broker cannot be used.
+    """
+    job = Job.read(folder)
+    if job is None:
+        return
+    with link.connect() as connection:
+        for name in link.peers():
+            branch = link.names.up(name).of(job.name)
+            connection.purge(branch, branch.all)
+            connection.delete_consumer(branch)
 
 
 @dataclass(frozen=True)
@@ -207,17 +233,29 @@ class Job:
         job = Job(f"{re.sub('[^a-z0-9]+', '-', run.lower()).strip('-')[:40] or 'run'}-{secrets.token_hex(6)}", 1)
         if folder is None:
             return job
-        path = folder / JOB
-        if path.exists():
-            try:
-                known = json.loads(path.read_text(encoding="utf-8"))
-                job = Job(str(known["name"]), int(known["session"]) + 1)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                raise RunError(
-                    f"{path} cannot be read ({error}). It names this run to its members. Restore it from a copy, or start a new run."
-                ) from error
-        disk.write_atomic(path, json.dumps(vars(job)).encode())
+        known = Job.read(folder)
+        if known is not None:
+            job = replace(known, session=known.session + 1)
+        disk.write_atomic(folder / JOB, json.dumps(vars(job)).encode())
         return job
+
+    @staticmethod
+    def read(folder: Path) -> Job | None:
+        """The job of the run in a folder as it was begun last; ``None`` where it was not.
+
+        Raises:
+            RunError: if it cannot be read.
+        """
+        path = folder / JOB
+        if not path.exists():
+            return None
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            return Job(str(known["name"]), int(known["session"]))
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{path} cannot be read ({error}). It names this run to its members. Restore it from a copy, or start a new run."
+            ) from error
 
 
 @dataclass
@@ -252,6 +290,7 @@ class NatsSession(Session):
         clock: Measures deadlines.
         storage: Gigabytes that each stream at the broker may hold.
         folder: Where a long answer waits, encrypted and without a name, while it is read; ``None`` for the system's folder for such files.
+        traffic: Where it is noted who was asked and has answered.
 
     Attributes:
         dropped: Messages that were not taken, by the reason: a word of :data:`fedfm.wire.refusal.REASONS`.
@@ -268,8 +307,9 @@ class NatsSession(Session):
         clock: Clock | None = None,
         storage: float = 1.0,
         folder: Path | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
-        self.clock = clock or Wall()
+        self.clock, self._traffic = clock or Wall(), traffic or Traffic(None)
         self._link, self._job, self._hello, self._max_bytes, self._max_tensors = link, job, hello, max_bytes, max_tensors
         self._me, self._names, self._window, self._storage, self._folder = link.me, link.names, Window(), storage, folder
         self._peers: dict[str, Card] = {}
@@ -277,6 +317,7 @@ class NatsSession(Session):
         self._opener = Opener(self._me, self._peers, link.consortium, max_bytes)
         self._sequence = job.session << _SESSION_BITS
         self._greeted: set[ClientId] = set()
+        self._ended: dict[ClientId, int] = {}
         self._owed: dict[int, _Owed] = {}
         self._arrived: deque[Answer] = deque()
         self._bodies: list[_Stored] = []
@@ -307,7 +348,7 @@ class NatsSession(Session):
         gone = [name for name in self._peers if name not in peers]
         new = [name for name, card in peers.items() if self._peers.get(name) != card]
         for name in gone:
-            branch = self._names.up(name)
+            branch = self._up(name)
             self._inbox.remove(branch)
             self._members.pop(branch, None)
         # Other keys are another member, even under the same name: it knows nothing of this run, and reads no body that was sealed before.
@@ -320,9 +361,14 @@ class NatsSession(Session):
         self._peers.clear()
         self._peers.update(peers)
         for name in new:
-            branch = self._names.up(name)
+            branch = self._up(name)
+            self._connection.make_consumer(branch, ack_wait=ACK_WAIT, lasting=_LASTING)
             self._members[branch] = name
             self._inbox.add(branch)
+
+    def _up(self, name: str) -> Branch:
+        """Where a member answers in this run."""
+        return self._names.up(name).of(self._job.name)
 
     # --- questions --------------------------------------------------------------------------------------------------------
 
@@ -355,11 +401,15 @@ class NatsSession(Session):
         for client, request in requests.items():
             try:
                 if client not in self._greeted:
+                    if self._job.session > 1:
+                        # What a session that was killed has asked, nobody waits for any more.
+                        self._end(client, (self._job.session << _SESSION_BITS) - 1, Over.session(request.round))
                     self._post(client, HELLO, 0, pack_parts(Request(Body(HELLO, meta=self._hello()))), _LASTING)
                     self._greeted.add(client)
                 own = Request(Body(request.verb, request.round, meta={BODY_ID: stored.id}), request.own, request.own_tensors)
                 sequence = self._post(client, REQUEST, request.round, pack_parts(own), lasting)
                 self._owed[sequence] = _Owed(client, request, expires)
+                self._traffic.asked(client, request.verb, request.round, size(request))
             except WireError as error:
                 self._arrived.append(Failure(client, "exchange", str(error)))
 
@@ -389,6 +439,17 @@ class NatsSession(Session):
         sealed = seal(payload, self._me, cards, header)
         return sealed.header.id, send(sealed, Stored(self._connection, branch))
 
+    def _end(self, client: ClientId, sequence: int, over: Over) -> None:
+        """Leaves word for a member that its requests up to this one are over, which it reads before it works on one."""
+        # A member that does not learn of it works for nothing, and its answer is late.
+        if sequence <= self._ended.get(client, 0) or client not in self._peers or not self._connection.is_connected:
+            return
+        self._ended[client] = sequence
+        header = Header.now(self._link.consortium, self._job.name, over.round, sequence, OVER, _LASTING)
+        note = seal(over.pack(), self._me, [self._peers[client]], header).message()
+        with suppress(WireError):
+            self._connection.publish(self._names.down(client).head(over_id(self._job.name)), note, patience=_CLOSING)
+
     def _drop(self, bodies: Iterable[_Stored]) -> None:
         """Deletes bodies that nobody is asked about any more."""
         for stored in list(bodies):
@@ -410,6 +471,7 @@ class NatsSession(Session):
             self._given = None
         while not self._arrived and self._owed:
             self._listen()
+        self._traffic.write(self.dropped)
         if not self._arrived:
             return None
         self._given = self.clock.now()
@@ -443,6 +505,8 @@ class NatsSession(Session):
 
     def abandon(self) -> None:
         """Waits no longer; answers that come are late."""
+        for sequence, owed in self._owed.items():
+            self._end(owed.client, sequence, Over.abandoned(owed.request))
         self._owed.clear()
         self._arrived.clear()
         self._given = None
@@ -454,6 +518,7 @@ class NatsSession(Session):
         self._is_closed = True
         self.abandon()
         self._files.close()
+        self._traffic.write(self.dropped, at_once=True)
         self._drop(self._bodies)
         self._connection.close()
 
@@ -471,7 +536,11 @@ class NatsSession(Session):
                 self._follow()
         now = self.clock.now()
         for sequence in [sequence for sequence, owed in self._owed.items() if owed.expires <= now]:
-            self._arrived.append(Failure(self._owed.pop(sequence).client, "deadline", "it did not answer in time."))
+            owed = self._owed.pop(sequence)
+            if not any(other.client == owed.client and earlier < sequence for earlier, other in self._owed.items()):
+                self._end(owed.client, sequence, Over.deadline(owed.request))
+            self._arrived.append(Failure(owed.client, "deadline", "it did not answer in time."))
+            self._traffic.answered(owed.client, owed.request.verb, owed.request.round, failure="deadline: it did not answer in time.")
 
     def _take(self, delivery: Delivery) -> Answer | None:
         """The answer in a message; ``None`` where it is none that is waited for."""
@@ -486,6 +555,8 @@ class NatsSession(Session):
                 self._give_part(envelope)
             if owed is not None:
                 answer = self._answer(envelope, delivery.branch, owed)
+                failure = f"{answer.stage}: {answer.reason}" if isinstance(answer, Failure) else ""
+                self._traffic.answered(owed.client, owed.request.verb, owed.request.round, header.size, failure)
                 del self._owed[header.sequence]
                 self._window.take(header)
         except WireError as error:

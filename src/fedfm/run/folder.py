@@ -11,6 +11,7 @@
     model/                    the result, in the layout the rest of the world loads
     compare.json, report.html
     log.txt                   what the process logged
+    job.json, traffic.json    in a consortium: how messages name the run; who was asked and has answered
 
 A round is written in this order: its state, its line in the journal, its line in the metrics and its row in the table, the ledger.
 Only the journal decides: its last line whose state file is intact is where a run goes on, and whatever
@@ -34,6 +35,9 @@ from safetensors import SafetensorError, safe_open
 
 from fedfm.core import disk
 from fedfm.core.errors import RunError
+from fedfm.core.journal import JOURNAL as JOURNAL
+from fedfm.core.journal import METRICS as METRICS
+from fedfm.core.journal import RECIPE as RECIPE
 from fedfm.core.journal import Journal, Mark
 from fedfm.core.messages import file_views
 from fedfm.core.parts import ServerState
@@ -44,10 +48,9 @@ from fedfm.engines.nats import JOB
 from fedfm.run.flat import TABLE, Table, flat
 from fedfm.run.ledger import Ledger
 from fedfm.run.log import LOG, OLD
+from fedfm.wire.traffic import TRAFFIC
 
-RECIPE, JOURNAL, METRICS, LEDGER, SPLIT, COMPARE, MODEL = (
-    "recipe.yaml", "journal.jsonl", "metrics.jsonl", "ledger.json", "split.json", "compare.json", "model",
-)  # fmt: skip
+LEDGER, SPLIT, COMPARE, MODEL = "ledger.json", "split.json", "compare.json", "model"
 _KEEP = 2
 _ROUND = re.compile(rb'\{"round":(\d{1,9}),')
 
@@ -217,7 +220,7 @@ class RunFolder:
         """Removes a run without a result: only the files that a run writes, and the folder if it is empty then."""
         for name in ("state", "clients", "logs"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in (RECIPE, JOURNAL, METRICS, TABLE, LEDGER, SPLIT, LOG, OLD, JOB, ".lock"):
+        for name in (RECIPE, JOURNAL, METRICS, TABLE, LEDGER, SPLIT, LOG, OLD, JOB, TRAFFIC, ".lock"):
             (self.path / name).unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()

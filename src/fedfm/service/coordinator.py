@@ -1,4 +1,4 @@
-"""What a coordinator is asked to run, and the process that runs it, one run after the other.
+"""What a coordinator is asked to run, and the process that runs it: one run after the other, or several side by side.
 
 ::
 
@@ -8,7 +8,7 @@
       runs/<name>/              the run's folder, from which its progress is read
 
 While it serves, members enter, and the broker runs: the coordinator starts it where it does not run, starts it again where it ended, and stops it in the end.
-A broker that ran before is left alone.
+It writes down which process it started, so that a coordinator that was killed takes its broker over again. A broker that somebody else started is left alone.
 
 A job's name begins with the time of its submission, and jobs run in that order. Everything is a file, so whoever submits need not be there when it
 runs, and a coordinator that was killed goes on where the run's folder says.
@@ -19,119 +19,45 @@ into the folder may submit.
 
 from __future__ import annotations
 
+import json
 import logging
-import os
 import re
 import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import closing, contextmanager, suppress
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
-from fedfm.core import check, disk, words
-from fedfm.core.errors import ConfigError, FedfmError, RunError, WireError
+from fedfm.core import check, disk
+from fedfm.core.errors import FedfmError, WireError
 from fedfm.engines import Nats
-from fedfm.engines.nats import make_streams
+from fedfm.engines.nats import end_job, make_streams
 from fedfm.federation import Federation
 from fedfm.recipe import dump, read
-from fedfm.run.folder import RECIPE, is_finished, read_journal
+from fedfm.run.folder import RECIPE
 from fedfm.run.loop import resume, run
+from fedfm.service.jobs import JOBS, Job, alone, jobs
+from fedfm.service.presence import Attendance
+from fedfm.service.side_by_side import Players
 from fedfm.silos import certificates
 from fedfm.silos.consortium import Consortium
 from fedfm.silos.enrol import Desk, Reception
 
 if TYPE_CHECKING:
+    import psutil
+
     from fedfm.wire.nats import Connection
 
 log = logging.getLogger(__name__)
-JOBS, RUNS, LOCK = "jobs", "runs", "serve.lock"
-State = Literal["queued", "running", "finished", "failed"]
-# Seconds: between two looks at the jobs, after a broker that went away, between two looks at when certificates end.
-_LOOK, _AGAIN, _RENEW = 0.5, 3.0, 86400.0
-
-
-@dataclass(frozen=True)
-class Job:
-    """A recipe that was submitted.
-
-    Args:
-        folder: The coordinator's folder.
-        name: From the time of its submission and the recipe's name.
-    """
-
-    folder: Path
-    name: str
-
-    @property
-    def recipe(self) -> Path:
-        """What was submitted."""
-        return self.folder / JOBS / f"{self.name}.yaml"
-
-    @property
-    def run(self) -> Path:
-        """The run's folder."""
-        return self.folder / RUNS / self.name
-
-    @property
-    def _failed(self) -> Path:
-        return self.folder / JOBS / f"{self.name}.failed"
-
-    @property
-    def failure(self) -> str:
-        """Why it ended without a result; empty where it did not."""
-        return self._failed.read_text(encoding="utf-8") if self._failed.exists() else ""
-
-    def fail(self, reason: str) -> None:
-        """Writes down why it ended, durably.
-
-        Raises:
-            RunError: if it cannot be written.
-        """
-        disk.write_atomic(self._failed, words.clean(reason, 4000).encode())
-
-    @property
-    def state(self) -> State:
-        """How far it is; a run whose coordinator is down counts as running, because it goes on when that is back.
-
-        Raises:
-            RunError: if the run's journal is damaged.
-        """
-        if self._failed.exists():
-            return "failed"
-        if not (self.run / RECIPE).is_file():
-            return "queued"
-        return "finished" if is_finished(self.run) else "running"
-
-    @property
-    def rounds(self) -> tuple[int, int]:
-        """Rounds that are completed, and rounds in all."""
-        done = max(len(read_journal(self.run).rounds) - 1, 0) if (self.run / RECIPE).is_file() else 0
-        return done, read(self.recipe).rounds
-
-
-def jobs(folder: Path) -> list[Job]:
-    """All jobs, in the order in which they run."""
-    return [Job(folder, path.stem) for path in sorted((folder / JOBS).glob("*.yaml"))]
-
-
-def job(folder: Path, name: str | None) -> Job:
-    """A job by its name; the last one where none is given.
-
-    Raises:
-        ConfigError: if there is none.
-    """
-    known = {job.name: job for job in jobs(folder)}
-    if not known:
-        raise ConfigError(
-            f"Nothing was submitted to {words.clean(folder, 120)} yet. Submit a recipe: fedfm run RECIPE --consortium {folder}"
-        )
-    if name is not None and name not in known:
-        raise ConfigError(f"There is no job {words.clean(name, 80)!r}. Known: {words.listed(list(known)[-8:], 8)}.")
-    return known[name or list(known)[-1]]
+STARTED = "started.json"
+# Seconds: between two looks at the jobs, after a broker that went away, between two looks at when certificates end, between two looks at who is there.
+_LOOK, _AGAIN, _RENEW, _ATTEND = 0.5, 3.0, 86400.0, 2.0
+# Seconds by which the time at which a process began may be read differently: the machine's clock may have been set meanwhile.
+_SAME = 2.0
 
 
 def submit(folder: Path, federation: Federation) -> Job:
@@ -152,11 +78,13 @@ def submit(folder: Path, federation: Federation) -> Job:
     return submitted
 
 
-def serve(consortium: Consortium, ready: Callable[[], None] = lambda: None) -> None:
+def serve(consortium: Consortium, ready: Callable[[], None] = lambda: None, at_once: int = 1, log_level: str = "warning") -> None:
     """Lets members enter, and runs what is submitted, until it is interrupted.
 
     Args:
         ready: Called once, when the broker runs and members can enter.
+        at_once: Runs that are played at a time. One is played in this process, more in processes of their own.
+        log_level: What those show.
 
     Raises:
         ConfigError: if the broker cannot be started: its port is taken, or NATS refuses its configuration.
@@ -164,48 +92,32 @@ def serve(consortium: Consortium, ready: Callable[[], None] = lambda: None) -> N
         RunError: if another process serves the folder, or it cannot be written.
     """
     folder = consortium.folder
-    with _alone(folder), _broker(consortium) as is_ours, _open(Hall(consortium, is_ours)):
+    with (
+        alone(folder),
+        _broker(consortium) as is_ours,
+        _open(Hall(consortium, is_ours)),
+        closing(Players(folder, at_once, log_level)) as players,
+    ):
         ready()
         while True:
             waiting = [job for job in jobs(folder) if job.state in ("queued", "running")]
-            if waiting:
-                _play(waiting[0])
-            else:
-                time.sleep(_LOOK)
+            if waiting and at_once == 1:
+                play(waiting[0])
+                continue
+            players.look([job.name for job in waiting])
+            time.sleep(_LOOK)
 
 
-def is_served(folder: Path) -> bool:
-    """Whether a coordinator is up."""
-    try:
-        with _alone(folder):
-            return False
-    except RunError:
-        return True
-
-
-def status(folder: Path) -> dict[str, Any]:
-    """Who belongs, and what runs.
-
-    Raises:
-        ConfigError: if there is no consortium in the folder.
-        RunError: if its roster is damaged.
-    """
-    consortium = Consortium.open(folder)
-    told: list[dict[str, Any]] = []
-    for job in jobs(folder):
-        done, rounds = job.rounds
-        told.append({"name": job.name, "state": job.state, "round": done, "rounds": rounds, "failure": job.failure})
-    return {
-        "consortium": consortium.settings.name,
-        "serving": is_served(folder),
-        "members": sorted(consortium.cards()),
-        "jobs": told,
-    }
+def play(job: Job) -> None:
+    """A job from where it is to its end, or until the broker is away."""
+    with job.held():
+        if job.state not in ("queued", "running"):
+            return
+        log.info("%s begins, or goes on", job.name)
+        _play(job)
 
 
 def _play(job: Job) -> None:
-    """A job from where it is to its end."""
-    log.info("%s begins, or goes on", job.name)
     try:
         rounds = resume(job.run) if (job.run / RECIPE).is_file() else run(read(job.recipe), out=job.run)
         for _, record in rounds:
@@ -213,23 +125,54 @@ def _play(job: Job) -> None:
     except WireError as error:
         log.warning("%s waits for the broker: %s", job.name, error)
         time.sleep(_AGAIN)
+        return
     except FedfmError as error:
         log.error("%s ended: %s", job.name, error)
         job.fail(str(error))
+    # What stays at the broker is deleted by its age.
+    with suppress(FedfmError):
+        end_job(Consortium.open(job.folder).link(), job.run)
 
 
 @contextmanager
 def _broker(consortium: Consortium) -> Iterator[bool]:
     """The broker while it runs, and whether we started it; then it is stopped in the end."""
     consortium.renew(certificates.now())
-    is_ours = consortium.settings.broker == "own" and consortium.broker.process() is None
+    running = consortium.broker.process()
+    is_ours = consortium.settings.broker == "own" and (running is None or _is_started_by_us(consortium, running))
     if is_ours:
-        consortium.broker.start()
+        _start_broker(consortium)
     try:
         yield is_ours
     finally:
         if is_ours:
             consortium.broker.stop()
+            (consortium.broker.folder / STARTED).unlink(missing_ok=True)
+
+
+def _is_started_by_us(consortium: Consortium, process: psutil.Process) -> bool:
+    """Whether a coordinator of this folder has started this broker. Numbers of processes are used again, so its beginning counts too."""
+    try:
+        known = json.loads((consortium.broker.folder / STARTED).read_text(encoding="utf-8"))
+        pid, began = int(known["pid"]), float(known["began"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    after = process.create_time() - began
+    # Without a number, the coordinator was killed while it started the broker.
+    return abs(after) < _SAME if pid == process.pid else pid == 0 and -_SAME < after < consortium.broker.patience
+
+
+def _start_broker(consortium: Consortium) -> None:
+    """Starts the broker, unless it runs, and writes down that it is ours."""
+
+    def note(pid: int, began: float) -> None:
+        disk.write_atomic(consortium.broker.folder / STARTED, json.dumps({"pid": pid, "began": began}).encode(), private=True)
+
+    note(0, time.time())
+    consortium.broker.start()
+    process = consortium.broker.process()
+    if process is not None:
+        note(process.pid, process.create_time())
 
 
 class Hall:
@@ -270,7 +213,7 @@ class Hall:
     def _receive(self) -> None:
         link = self._consortium.link()
         with link.connect() as connection:
-            reception = Reception(self._desk, connection)
+            reception, attendance, looked = Reception(self._desk, connection), Attendance(self._consortium, connection), -_ATTEND
             self._make_room(connection)
             inbox = connection.inbox([reception.branch])
             while not self._stop.is_set():
@@ -278,6 +221,9 @@ class Hall:
                 if delivery is not None:
                     reception.take(delivery)
                     self._make_room(connection)
+                if time.monotonic() >= looked + _ATTEND:
+                    attendance.look()
+                    looked = time.monotonic()
                 self._keep_broker()
                 if time.monotonic() >= self._renewed + _RENEW:
                     self._renewed = time.monotonic()
@@ -290,7 +236,7 @@ class Hall:
     def _keep_broker(self) -> None:
         if self._starts_broker and self._consortium.broker.process() is None:
             log.warning("the broker ended; it is started again")
-            self._consortium.broker.start()
+            _start_broker(self._consortium)
 
 
 @contextmanager
@@ -300,13 +246,3 @@ def _open(hall: Hall) -> Iterator[None]:
         yield
     finally:
         hall.close()
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Holds the folder's lock, which the system releases when a process ends, however it does."""
-    descriptor = disk.lock(folder / LOCK, f"Another process serves {words.clean(folder, 120)} already.", 0o600)
-    try:
-        yield
-    finally:
-        os.close(descriptor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedfm.core.errors import ColumnError, DataError, MessageError, ModelError, RowError
@@ -25,12 +26,14 @@ class Furniture:
         data: Its own rows.
         test: Its own test rows; ``None`` holds out some of ``data``.
         columns: Its own name of each of the task's columns; ``None`` where they have the same names.
+        cache: Where its prepared rows are kept.
     """
 
     name: str
     data: str
     test: str | None
     columns: Mapping[str, str] | None
+    cache: Path
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,7 @@ def _prepared(house: House, owner: Furniture, data: Data, tokenizer: Any, config
                 tokenizer,
                 key=house.key.fold("data"),
                 max_context=max_context(config),
+                cache=owner.cache,
                 classes=classes_of(config),
                 columns={owner.name: columns} if columns else None,
                 sole=owner.name,

@@ -5,12 +5,14 @@
     <folder>/
       membership.json         where the broker is, who the member is, who the coordinator is; and its keys (fedfm.silos.membership)
       window                  which messages were worked on
+      paused, left            since when its owner has paused it; that it left the consortium
+      prepared/               the owner's rows as the models read them; can be made again
       clients/<member>/       the owner's log, questions, and what was spent, over all runs
       jobs/<job>/             a run: its greeting, and what the member remembers of it
 
 A message is acknowledged when its answer is stored at the broker. A member that is killed before finds the message again when it is back, starts from
 what the coordinator counted last, and gives the same answer; of two answers to one question the coordinator takes one. While the broker is away the
-member waits for it.
+member waits for it, and says so. A member that comes back after a deadline works on nothing that is over, and writes into the owner's log what it missed.
 
 Covered here: messages that are not the coordinator's, not for this member, not new, or of another version; a plan that the owner's policy refuses, before a
 model or data is read; another base than the coordinator's. Not covered: what the allowed answers reveal; work for two runs at a time (they are done one after the
@@ -22,16 +24,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedfm import notation
+from fedfm.client import pause
+from fedfm.client.log import OwnerLog
 from fedfm.client.plan import ClientPlan
 from fedfm.client.policy import Policy
 from fedfm.client.verb import verbs
@@ -41,9 +47,13 @@ from fedfm.core.keys import Key
 from fedfm.core.messages import Body, Failure, Request, pack_parts, unpack
 from fedfm.core.version import VERSION as RELEASE
 from fedfm.engines.nats import ACK_WAIT, BODY, BODY_ID, HELLO, REPLY, REQUEST, TALK
+from fedfm.engines.over import OVER, Over, over_id
 from fedfm.models.files import FileSets, ModelFile, read_sets
 from fedfm.models.store import Fetch, ModelStore
 from fedfm.service.furnish import Base, Furniture, furnish
+from fedfm.service.home import PREPARED, alone, has_left
+from fedfm.service.presence import Voice, Word
+from fedfm.service.waiting import Watch, connected
 from fedfm.silos.membership import Membership
 from fedfm.wire.envelope import Envelope, Header, Opener, seal
 from fedfm.wire.parts import Fetcher
@@ -64,6 +74,8 @@ _HELD, _MAX_HELLO = 2, 2 << 20
 # Seconds: between two looks at whether to stop, between two words to the broker that work goes on, that an answer waits for the broker,
 # and that the broker is asked to note that a message is done.
 _LOOK, _BEAT, _PATIENCE, _ACKNOWLEDGED = 0.5, ACK_WAIT / 4, 3600.0, 6.0
+# A message of at most a few kilobytes.
+_MAX_NOTE = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -164,7 +176,10 @@ class Member:
         self.name = link.me.name
         self.window = Window(folder / "window", any_job=True)
         self._opener = Opener(link.me, link.peers(), link.consortium)
-        self._up, self._down = link.names.up(self.name), link.names.down(self.name)
+        # For what has expired: it is not worked on, but its owner is told what it was.
+        self._late_opener = Opener(link.me, link.peers(), link.consortium, skew=math.inf)
+        self._down = link.names.down(self.name)
+        self._log, self._work_now, self._wrong = OwnerLog(folder, self.name), ("", "", 0), ""
         self._runtimes: OrderedDict[str, Runtime] = OrderedDict()
         self._body: tuple[str, Body] | None = None
         self._secret = _secret(folder / "secret")
@@ -177,13 +192,48 @@ class Member:
             RunError: if the member's folder cannot be written.
         """
         stop = stop or threading.Event()
-        with self.link.connect(_PATIENCE) as connection:
+        with alone(self.folder):
+            try:
+                self._serve(stop)
+            finally:
+                if has_left(self.folder):
+                    with self._noting():
+                        self._log.note_leave(datetime.now().astimezone(), self.link.consortium)
+
+    def _serve(self, stop: threading.Event) -> None:
+        self._note_pause()
+        connection = connected(self.link, stop)
+        if connection is None:
+            return
+        with connection, Voice(self.link, connection, self._word), Watch(self.link, connection):
             log.info("connected to %s as %s", ", ".join(self.link.servers), self.name)
             inbox = connection.inbox([self._down])
-            while not stop.is_set():
+            while not stop.is_set() and not has_left(self.folder):
                 delivery = inbox.next(_LOOK)
+                self._note_pause()
                 if delivery is not None:
                     self.take(delivery, connection)
+
+    def _word(self) -> Word:
+        """What this member says of itself."""
+        since, (run, verb, round) = pause.since(self.folder), self._work_now
+        return Word(
+            talk=TALK, paused="" if since is None else since.isoformat(), run=run, verb=verb, round=round, dropped=dict(self.window.counts)
+        )
+
+    def _note_pause(self) -> None:
+        with self._noting():
+            self._log.note_pause(datetime.now().astimezone(), pause.since(self.folder))
+
+    @contextmanager
+    def _noting(self) -> Iterator[None]:
+        """A log that cannot be written keeps every answer here, as the guard sees to; it does not end the member."""
+        try:
+            yield
+        except RunError as error:
+            if str(error) != self._wrong:
+                self._wrong = str(error)
+                log.error("%s", error)
 
     def take(self, delivery: Delivery, connection: Connection) -> None:
         """Works on one message, and acknowledges it when nothing more is to be done about it.
@@ -208,6 +258,8 @@ class Member:
         except MessageError as error:
             self.window.count(error)
             log.warning("a message was dropped (%s): %s", reason(error), error)
+            if reason(error) == "expired":
+                self._note_expired(delivery.data)
             return None
         header = envelope.header
         try:
@@ -218,6 +270,8 @@ class Member:
         try:
             if header.kind not in (HELLO, REQUEST):
                 raise MessageError(f"A member takes a greeting or a request; this is a {header.kind}.")
+            if header.kind == REQUEST and self._is_over(header, connection):
+                return header
             payload = receive_all(envelope, Stored(connection, self._down, patience=_PATIENCE))
             if header.kind == HELLO:
                 if len(payload) > _MAX_HELLO:
@@ -229,7 +283,49 @@ class Member:
         except MessageError as error:
             self.window.count(error)
             log.warning("a message was dropped (%s): %s", reason(error), error)
+            if reason(error) == "late":
+                self._note_late(header, Over(header.round, "", "the coordinator has deleted what was asked"))
         return header
+
+    # --- what is over -----------------------------------------------------------------------------------------------------
+
+    def _is_over(self, header: Header, connection: Connection) -> bool:
+        """Whether the coordinator waits no more for the answer to a request; then its owner is told."""
+        data = connection.get(self._down, self._down.head(over_id(header.job)), _PATIENCE)
+        if data is None:
+            return False
+        note, payload = self._opener.open(data, self._coordinator.name)
+        if (note.kind, note.job) != (OVER, header.job):
+            raise MessageError("A note that a round is over is about something else.")
+        if header.sequence > note.sequence:
+            return False
+        over = Over.unpack(payload)
+        self._note_late(header, over if over.round == header.round else Over(header.round, "", f"round {over.round} is over as well"))
+        return True
+
+    def _note_expired(self, data: bytes) -> None:
+        """Tells the owner of a request that expired before this member came to it."""
+        with suppress(MessageError):
+            header = self._late_opener.read(data, sender=self._coordinator.name).header
+            if header.kind == REQUEST:
+                self._note_late(header, Over(header.round, "", "its deadline passed"))
+
+    def _note_late(self, header: Header, over: Over) -> None:
+        late = time.time() - header.expires
+        by = f", {words.duration(late)} before this member was ready" if late > 0 else ""
+        run, why = self._run_name(header.job), f"{over.why} (the deadline was {_when(header.expires)}{by})"
+        with self._noting():
+            self._log.add("late", datetime.now().astimezone(), run=run, verb=over.verb or "a request", round=header.round, why=why)
+        log.warning("left out of round %d of %s: %s", header.round, run, why)
+
+    def _run_name(self, job: str) -> str:
+        """A run's name, as its greeting has it."""
+        if job in self._runtimes:
+            return words.clean(self._runtimes[job].house.run, 80)
+        try:
+            return words.clean(_request(unpack((self._home(job) / "hello").read_bytes())).meta["run"], 80)
+        except (OSError, MessageError, KeyError):
+            return words.clean(job, 80)
 
     # --- runs -------------------------------------------------------------------------------------------------------------
 
@@ -282,7 +378,8 @@ class Member:
         self._admit(house, request)
         try:
             base = Base(greeting.base, greeting.files, self.models, fetch)
-            furnish(house, Furniture(self.name, self.data, self.test, self.policy.columns), greeting.data_rules, base)
+            owner = Furniture(self.name, self.data, self.test, self.policy.columns, self.folder / PREPARED)
+            furnish(house, owner, greeting.data_rules, base)
         except FedfmError as error:
             guard = house.guard(self.name)
             assert guard is not None
@@ -324,7 +421,7 @@ class Member:
             guard.admit_plan()
         except PolicyError as error:
             guard.receive(request)
-            guard.refuse(request, Failure(self.name, "policy", str(error)), error)
+            guard.refuse(request, Failure(self.name, error.stage, str(error)), error)
             raise
 
     # --- requests ---------------------------------------------------------------------------------------------------------
@@ -337,12 +434,19 @@ class Member:
         """
         header = envelope.header
         body = self._fetch(header, own, connection)
-        answer = self._answer(header, Request(body, own.own, own.own_tensors), self._fetch_by(header, connection))
+        self._work_now = self._run_name(header.job), own.verb, header.round
+        try:
+            answer = self._answer(header, Request(body, own.own, own.own_tensors), self._fetch_by(header, connection))
+        finally:
+            self._work_now = "", "", 0
+        if self._is_over(header, connection):
+            return
+        up = self.link.names.up(self.name).of(header.job)
         reply = Header.now(self.link.consortium, header.job, header.round, header.sequence, REPLY)
         # The secret makes the answer to a question the same transfer after a restart, so that what the broker has is not sent again.
         secret = hashlib.blake2b(header.id.encode(), key=self._secret, digest_size=32).digest()
         sealed = seal(pack_parts(answer), self.link.me, [self._coordinator], reply, secret)
-        connection.publish(self._up.message, send(sealed, Stored(connection, self._up, patience=_PATIENCE)), patience=_PATIENCE)
+        connection.publish(up.message, send(sealed, Stored(connection, up, patience=_PATIENCE)), patience=_PATIENCE)
 
     def _answer(self, header: Header, request: Request, fetch: Fetch) -> Answer:
         stage = "start"
@@ -352,7 +456,7 @@ class Member:
             self._wait_for_a_person(runtime, request, header.expires)
             (answer,) = runtime.handle({self.name: request})
         except PolicyError as error:
-            return Failure(self.name, "policy", str(error))
+            return Failure(self.name, error.stage, str(error))
         except FedfmError as error:
             log.warning("%s failed: %s", stage, error)
             return Failure(self.name, stage, str(error) if not self.policy.withholds("reasons") or _is_public(error) else _KEPT)
@@ -400,6 +504,10 @@ class Member:
 
 
 _KEPT = "its owner's log tells why."
+
+
+def _when(seconds: float) -> str:
+    return f"{datetime.fromtimestamp(seconds).astimezone():%Y-%m-%d %H:%M:%S}"
 
 
 def _is_public(error: FedfmError) -> bool:

@@ -397,11 +397,33 @@ class Consortium:
             if not belongs and invited is None:
                 # The broker may not have heard of it the last time.
                 self.apply(now, members)
-                was = f"was revoked on {known.revoked:%Y-%m-%d}" if known is not None else "was never invited, or its invitation is void"
+                how = "left" if known is not None and known.left else "was revoked"
+                was = f"{how} on {known.revoked:%Y-%m-%d}" if known is not None else "was never invited, or its invitation is void"
                 raise ConfigError(f"{member} {was}. fedfm consortium list shows who is there.")
             members.add("revoked", now, member=member)
             self.apply(now, members)
         return belongs
+
+    def let_go(self, member: str, serial: str, now: datetime) -> bool:
+        """Takes a member that leaves off the roster and the broker, and voids its open invitations.
+
+        Args:
+            serial: Number of the certificate with which it leaves, in hexadecimal digits. A member that has another one by now stays.
+
+        Returns:
+            Whether it left.
+
+        Raises:
+            RunError: if the roster cannot be written, or the broker does not take it over.
+        """
+        with self.changing() as members:
+            known = members.members.get(member)
+            leaves = known is not None and known.revoked is None and f"{known.serial:x}" == serial
+            if leaves:
+                members.add("left", now, member=member)
+            # In both cases: a crash may have come before the broker was told.
+            self.apply(now, members)
+        return leaves
 
     def enter(self, members: Members, invited: Invited, now: datetime, **what: Any) -> Issued:
         """Writes down that a member joined or returned, with a new certificate. Only with the roster from :meth:`changing`.

@@ -7,8 +7,11 @@ invited      somebody may enter under this name; an earlier invitation for it is
 joined       a new member entered, with keys of its own
 returned     a member that was there entered again with the same keys, such as on a new machine; its earlier certificate is void
 refused      an invitation was used that does not hold (:meth:`fedfm.silos.enrol.Desk.answer` says which ones are written down)
+====
 revoked      a member, or an invitation that nobody used yet, is out
+left         a member went of its own accord
 ===========  ==========================================================================================================
+====
 
 No secret is in it: of an invitation's token, the digest.
 """
@@ -76,6 +79,7 @@ class Member:
         expires: When its certificate does.
         since: When it joined first, with these keys.
         revoked: Since when it is out; ``None`` while it belongs.
+        left: Whether it went of its own accord.
     """
 
     name: str
@@ -85,6 +89,7 @@ class Member:
     expires: datetime
     since: datetime
     revoked: datetime | None = None
+    left: bool = False
 
 
 @dataclass
@@ -154,7 +159,8 @@ class Members:
                 "keys": None,
             }
             if member is not None:
-                state = "revoked" if member.revoked is not None else "expired" if now >= member.expires else "member"
+                out = "left" if member.left else "revoked"
+                state = out if member.revoked is not None else "expired" if now >= member.expires else "member"
                 until = member.revoked or member.expires
                 row |= {"state": state, "since": member.since.isoformat(), "until": until.isoformat(), "keys": member.card.short}
             if invited is not None and row["state"] != "member":
@@ -225,6 +231,12 @@ def _revoked(to: Members, what: Mapping[str, Any], when: datetime) -> None:
         to.members[name] = replace(to.members[name], revoked=when)
 
 
+def _left(to: Members, what: Mapping[str, Any], when: datetime) -> None:
+    name = require_name(what["member"])
+    _withdraw(to, name)
+    to.members[name] = replace(to.members[name], revoked=when, left=True)
+
+
 def _withdraw(to: Members, member: str) -> None:
     for id, invitation in to.invitations.items():
         if invitation.member == member:
@@ -239,6 +251,7 @@ _TAKEN: Mapping[str, Callable[[Members, Mapping[str, Any], datetime], None]] = {
     "returned": _joined,
     "refused": _refused,
     "revoked": _revoked,
+    "left": _left,
 }
 
 

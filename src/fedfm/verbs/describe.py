@@ -6,6 +6,7 @@ Where nobody has named the classes, owners are asked before for the names that o
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,13 +16,14 @@ import torch
 from fedfm.client.house import House
 from fedfm.client.verb import Contribution, Verb
 from fedfm.core import leaves, words
-from fedfm.core.errors import ConfigError, DataError, FedfmError
+from fedfm.core.errors import PAUSE, ConfigError, DataError, FedfmError
 from fedfm.core.keys import Key
 from fedfm.core.leaves import Kind, Leaf
 from fedfm.core.messages import Body, ClientId, Failure, Request
 from fedfm.core.parts import Channel, Errand, Partial, RoundContext, Session, Update
 from fedfm.core.roster import Holding, Roster, count, total_of
 
+log = logging.getLogger(__name__)
 _COUNTS = ("train", "test", "tokens")
 _LABELS = "labels"
 # In the body of a request for names of classes; the leaf that holds them, and its bytes, padded with zeros.
@@ -47,13 +49,15 @@ class Describe(Verb):
     def roster(self, channel: Channel, session: Session, clients: Sequence[ClientId], labels: Sequence[str], key: Key) -> Roster:
         """Asks everyone, through the channel that all answers pass.
 
+        Of an owner that has paused its house, nothing is known, and the others go on.
+
         Raises:
             DataError: naming each owner that does not answer, and why.
         """
         errand, ctx = self.errand(labels), RoundContext(0, key, {}, len(clients))
         holdings: dict[ClientId, Holding] = {}
         totals: Holding | None = None
-        for item in _answers(channel.collect(session, errand, clients, None, ctx)):
+        for item in _answers(channel.collect(session, errand, clients, None, ctx), len(clients)):
             if isinstance(item, Partial):
                 totals = _holding(item.totals(), labels)
             elif item.client is not None:
@@ -73,7 +77,7 @@ class Describe(Verb):
         errand, ctx = Errand(Body(self.name, meta={_WHAT: _CLASSES}), _NAMES, uniform=True), RoundContext(0, key, {}, len(clients))
         known: set[str] = set()
         silent: list[ClientId] = []
-        for item in _answers(channel.collect(session, errand, clients, None, ctx)):
+        for item in _answers(channel.collect(session, errand, clients, None, ctx), len(clients)):
             assert isinstance(item, Update) and item.client is not None
             names = _names(item.payload[_CLASSES], item.client)
             known.update(names)
@@ -106,8 +110,11 @@ class Describe(Verb):
                 yield Failure(client, self.name, str(error))
 
 
-def _answers(outcomes: Iterable[Update | Partial | Failure]) -> Iterator[Update | Partial]:
-    """What was answered.
+def _answers(outcomes: Iterable[Update | Partial | Failure], count: int) -> Iterator[Update | Partial]:
+    """What was answered; owners who have paused are left out, as long as somebody has not.
+
+    Args:
+        count: How many were asked.
 
     Raises:
         DataError: in the end, naming each owner that does not answer, and why.
@@ -118,10 +125,13 @@ def _answers(outcomes: Iterable[Update | Partial | Failure]) -> Iterator[Update 
             failures.append(item)
         else:
             yield item
-    if failures:
-        reasons = sorted(f"{failure.client} does not say what it has ({failure.stage}): {failure.reason}" for failure in failures)
-        more = f" {len(reasons) - 8} more owners do not either." if len(reasons) > 8 else ""
-        raise DataError(" ".join(reasons[:8]) + more)
+    if len(failures) < count and all(failure.stage == PAUSE for failure in failures):
+        for failure in failures:
+            log.warning("%s does not say what it has: %s", failure.client, failure.reason)
+        return
+    reasons = sorted(f"{failure.client} does not say what it has ({failure.stage}): {failure.reason}" for failure in failures)
+    more = f" {len(reasons) - 8} more owners do not either." if len(reasons) > 8 else ""
+    raise DataError(" ".join(reasons[:8]) + more)
 
 
 def _own_names(client: ClientId, house: House) -> Update:

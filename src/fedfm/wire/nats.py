@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from fedfm.core import words
 from fedfm.core.errors import ConfigError, MissingExtra, WireError
 from fedfm.wire.identity import Nkey
-from fedfm.wire.subjects import CONSUMER, Branch
+from fedfm.wire.subjects import Branch
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -165,6 +165,16 @@ class Connection:
         """What arrives on these branches."""
         return Inbox(self, branches)
 
+    @property
+    def is_connected(self) -> bool:
+        """Whether the broker is there now."""
+        return self._client is not None
+
+    @property
+    def problem(self) -> str:
+        """Why it is not, as far as that is known."""
+        return self._error
+
     def close(self) -> None:
         """Ends it. Calling it twice is fine."""
         if self.is_closed:
@@ -185,12 +195,15 @@ class Connection:
 
     # --- what the coordinator alone may do ---------------------------------------------------------------------------
 
-    def make_stream(self, branch: Branch, max_bytes: int, max_age: float = 7 * 86400.0, patience: float | None = None) -> None:
+    def make_stream(
+        self, branch: Branch, max_bytes: int, max_age: float = 7 * 86400.0, patience: float | None = None, is_board: bool = False
+    ) -> None:
         """Makes the stream of a branch, or changes its limits. A full one refuses new messages, and loses no old ones.
 
         Args:
             max_bytes: Bytes on the broker's disk.
             max_age: Seconds after which a message is deleted.
+            is_board: Whether it keeps the last message of each subject alone, for whoever asks for it, and is never full.
 
         Raises:
             WireError: as :meth:`publish`.
@@ -199,9 +212,10 @@ class Connection:
             "name": branch.stream,
             "subjects": [branch.all],
             # What was acknowledged is deleted; what nobody consumes, as chunks are, stays until it is purged.
-            "retention": "workqueue",
+            "retention": "limits" if is_board else "workqueue",
             "storage": "file",
-            "discard": "new",
+            "discard": "old" if is_board else "new",
+            "max_msgs_per_subject": 1 if is_board else -1,
             "max_bytes": max_bytes,
             "max_age": int(max_age * _NANO),
             "max_msgs": -1,
@@ -216,19 +230,27 @@ class Connection:
         except _Exists:
             self._ask(f"$JS.API.STREAM.UPDATE.{branch.stream}", config, patience)
 
-    def make_consumer(self, branch: Branch, subject: str | None = None, ack_wait: float = 30.0, patience: float | None = None) -> None:
+    def make_consumer(
+        self,
+        branch: Branch,
+        subject: str | None = None,
+        ack_wait: float = 30.0,
+        patience: float | None = None,
+        lasting: float | None = None,
+    ) -> None:
         """Makes the durable consumer of a branch's messages: each is delivered, in order, until it is acknowledged.
 
         Args:
             subject: What it delivers; default :attr:`Branch.message`.
             ack_wait: Seconds after which a message that was neither acknowledged nor said to be worked on is delivered again.
+            lasting: Seconds after which the broker deletes the consumer if nobody uses it; ``None`` for never.
 
         Raises:
             WireError: as :meth:`publish`.
         """
         config = {
-            "durable_name": CONSUMER,
-            "name": CONSUMER,
+            "durable_name": branch.consumer,
+            "name": branch.consumer,
             "filter_subject": subject or branch.message,
             "deliver_policy": "all",
             "ack_policy": "explicit",
@@ -236,7 +258,19 @@ class Connection:
             "max_deliver": -1,
             "replay_policy": "instant",
         }
-        self._ask(f"$JS.API.CONSUMER.DURABLE.CREATE.{branch.stream}.{CONSUMER}", {"stream_name": branch.stream, "config": config}, patience)
+        if lasting is not None:
+            config["inactive_threshold"] = int(lasting * _NANO)
+        place = f"$JS.API.CONSUMER.DURABLE.CREATE.{branch.stream}.{branch.consumer}"
+        self._ask(place, {"stream_name": branch.stream, "config": config}, patience)
+
+    def delete_consumer(self, branch: Branch, patience: float | None = None) -> None:
+        """Deletes the durable consumer of a branch's messages; nothing where there is none.
+
+        Raises:
+            WireError: as :meth:`publish`.
+        """
+        with suppress(_Absent):
+            self._ask(f"$JS.API.CONSUMER.DELETE.{branch.stream}.{branch.consumer}", {}, patience)
 
     def purge(self, branch: Branch, subjects: str, patience: float | None = None) -> None:
         """Deletes what is stored under a pattern of subjects.
@@ -655,8 +689,8 @@ class _Absent(WireError):
     """There is no such stream or consumer."""
 
 
-# The broker's numbers for: a stream exists with another configuration, there is none, the answer comes too early after its start.
-_EXISTS, _NO_STREAM, _SOON = 10058, 10059, {10008, 10009, 10005, 10074}
+# The broker's numbers for: a stream exists with another configuration, there is none of a kind, the answer comes too early after its start.
+_EXISTS, _NONE, _SOON = 10058, {10059: "stream", 10014: "consumer"}, {10008, 10009, 10005, 10074}
 
 
 def _answer(data: bytes) -> dict[str, Any]:
@@ -673,8 +707,8 @@ def _answer(data: bytes) -> dict[str, Any]:
     number, text = refusal.get("err_code"), words.clean(refusal.get("description", "no reason"), 160)
     if number == _EXISTS:
         raise _Exists(text)
-    if number == _NO_STREAM:
-        raise _Absent(f"The broker has no such stream ({text}).")
+    if number in _NONE:
+        raise _Absent(f"The broker has no such {_NONE[number]} ({text}).")
     if number in _SOON:
         raise _Later(text)
     raise WireError(f"The broker refused: {text}. (JetStream error {number})")

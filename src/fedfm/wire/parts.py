@@ -161,4 +161,4 @@ class Fetcher:
         me, asked = self.link.me, self.asked
         header = Header.now(self.link.consortium, asked.job, asked.round, asked.sequence, ASK, 600.0)
         sealed = seal(json.dumps([digest, index]).encode(), me, [self.link.peers()[self.coordinator]], header)
-        self.connection.publish(self.link.names.up(me.name).message, sealed.message(), patience=self.patience)
+        self.connection.publish(self.link.names.up(me.name).of(asked.job).message, sealed.message(), patience=self.patience)

@@ -4,10 +4,12 @@
 
     fed.<consortium>.down.<member>.message            a request to a member
     fed.<consortium>.down.<member>.chunk.<id>.<i>     a piece of what is too long for one message
-    fed.<consortium>.up.<member>.message              a member's answer
-    fed.<consortium>.up.<member>.chunk.<id>.<i>
+    fed.<consortium>.up.<member>.<run>.message        a member's answer; the run by its digest, so that each run takes its own answers alone
+    fed.<consortium>.up.<member>.<run>.chunk.<id>.<i>
     fed.<consortium>.body.<id>.message                what many members are asked alike, stored once
     fed.<consortium>.body.<id>.chunk.<i>
+    fed.<consortium>.here.<member>.now                a member's last word that it is there, and whether it answers
+    fed.<consortium>.here.<member>.leave              that it leaves
     fed.<consortium>.enrol.<invite>.ask               a new member's keys
     fed.<consortium>.enrol.<invite>.answer            its certificate and final name
 
@@ -20,6 +22,7 @@ it can put the broker's answers where it may not publish. Receivers refuse them,
 
 from __future__ import annotations
 
+import hashlib
 import re
 from dataclasses import dataclass
 
@@ -65,10 +68,17 @@ class Branch:
     Args:
         stream: Name of the stream.
         root: What its subjects begin with.
+        consumer: Name of the durable consumer of its messages.
     """
 
     stream: str
     root: str
+    consumer: str = CONSUMER
+
+    def of(self, job: str) -> Branch:
+        """The part of it that belongs to one run: whoever takes its messages takes no other run's."""
+        name = hashlib.blake2b(job.encode(), digest_size=16, person=b"fedfm run").hexdigest()
+        return Branch(self.stream, f"{self.root}.{name}", name)
 
     @property
     def all(self) -> str:
@@ -110,12 +120,12 @@ class Branch:
     @property
     def next(self) -> str:
         """Where the next message is asked for."""
-        return f"$JS.API.CONSUMER.MSG.NEXT.{self.stream}.{CONSUMER}"
+        return f"$JS.API.CONSUMER.MSG.NEXT.{self.stream}.{self.consumer}"
 
     @property
     def acknowledge(self) -> str:
         """Where messages are acknowledged."""
-        return f"$JS.ACK.{self.stream}.{CONSUMER}.>"
+        return f"$JS.ACK.{self.stream}.{self.consumer}.>"
 
 
 @dataclass(frozen=True)
@@ -165,6 +175,19 @@ class Names:
         return Branch(f"{self._streams}BODY", f"{self._root}.body")
 
     @property
+    def presences(self) -> Branch:
+        """What each member said last of itself: the stream, which the coordinator reads."""
+        return Branch(f"{self._streams}HERE", f"{self._root}.here")
+
+    def here(self, member: str) -> str:
+        """Where a member says now and then that it is there."""
+        return f"{self._root}.here.{require_name(member)}.now"
+
+    def leave(self, member: str) -> str:
+        """Where a member says that it leaves."""
+        return f"{self._root}.here.{require_name(member)}.leave"
+
+    @property
     def enrolments(self) -> Branch:
         """All enrolments: the stream, which the coordinator reads."""
         return Branch(f"{self._streams}ENROL", f"{self._root}.enrol")
@@ -189,7 +212,8 @@ class Names:
     def member_rights(self, member: str) -> Rights:
         """What a member may do: send, read what it is sent, and nothing of anybody else's."""
         up, down, bodies = self.up(member), self.down(member), self.bodies
-        publish = (up.all, up.info, up.get, down.next, down.acknowledge, down.get, bodies.get)
+        presence = (self.here(member), self.leave(member))
+        publish = (up.all, up.info, up.get, down.next, down.acknowledge, down.get, bodies.get, *presence)
         return Rights(publish, (f"{self.inbox(member)}.>",))
 
     def enrolment_rights(self, invite: str) -> Rights:

@@ -29,6 +29,7 @@ from fedfm.client.asking import questions_in, read, write
 from fedfm.client.memory import home
 from fedfm.client.policy import Policy
 from fedfm.coordination import Coordination
+from fedfm.core.clock import Virtual
 from fedfm.core.disk import slug
 from fedfm.core.parts import ClientId
 from fedfm.core.round import play, start
@@ -185,6 +186,23 @@ def test_what_nobody_asked_for_is_dropped_and_counted(federation: Federation, si
         answers = ask(session, dict.fromkeys(OWNERS, Request(Body("describe"))))
         assert all(isinstance(answer, Reply) for answer in answers.values())
         assert dict(session.dropped) == {"malformed": 1, "job": 1, "sender": 1, "late": 1}
+
+
+def test_nobody_is_late_because_anothers_answer_is_long(federation: Federation, silos: Silos, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The coordinator spends 8 seconds on each answer, and each member has 10 to give its own."""
+    with opened(federation, silos) as session:
+        clock, take = Virtual(), session._take
+
+        def slowly(delivery: Any) -> Any:
+            answer = take(delivery)
+            clock.advance(8.0)
+            return answer
+
+        session.clock = clock
+        monkeypatch.setattr(session, "_take", slowly)
+        session.send(dict.fromkeys(OWNERS, Request.of("describe")), deadline=10.0)
+        answers = [session.receive() for _ in OWNERS]
+        assert all(isinstance(answer, Reply) for answer in answers), answers
 
 
 def test_a_member_killed_at_work_comes_back_and_is_counted_once(federation: Federation, silos: Silos) -> None:

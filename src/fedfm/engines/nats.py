@@ -464,10 +464,7 @@ class NatsSession(Session):
     def receive(self) -> Answer | None:
         """The next answer, once it is complete."""
         if self._given is not None:
-            # A member does not pay for the time that the coordinator spends on another's answer.
-            spent = self.clock.now() - self._given
-            for owed in self._owed.values():
-                owed.expires += spent
+            self._do_not_charge(self._given)
             self._given = None
         while not self._arrived and self._owed:
             self._listen()
@@ -528,7 +525,9 @@ class NatsSession(Session):
         # The clock may be another than the machine's, so it is looked at now and then.
         delivery = self._inbox.next(min(_LOOK, max(0.0, soonest - self.clock.now())))
         if delivery is not None:
+            began = self.clock.now()
             answer = self._take(delivery)
+            self._do_not_charge(began)
             if answer is not None:
                 self._arrived.append(answer)
         if time.monotonic() >= self._followed + _FOLLOW:
@@ -541,6 +540,12 @@ class NatsSession(Session):
                 self._end(owed.client, sequence, Over.deadline(owed.request))
             self._arrived.append(Failure(owed.client, "deadline", "it did not answer in time."))
             self._traffic.answered(owed.client, owed.request.verb, owed.request.round, failure="deadline: it did not answer in time.")
+
+    def _do_not_charge(self, began: float) -> None:
+        """Members do not pay for the time that the coordinator has spent on another's answer: its transfer, and what was done with it."""
+        spent = self.clock.now() - began
+        for owed in self._owed.values():
+            owed.expires += spent
 
     def _take(self, delivery: Delivery) -> Answer | None:
         """The answer in a message; ``None`` where it is none that is waited for."""

@@ -43,6 +43,7 @@ class Silos:
         rows: Each member's own rows.
         policies: What members let happen; one that is not named allows everything.
         threads: CPU threads of each member.
+        storage: Gigabytes that each stream at the broker may hold.
 
     Attributes:
         consortium: The coordinator's folder.
@@ -50,9 +51,14 @@ class Silos:
     """
 
     def __init__(
-        self, folder: Path, rows: Mapping[str, Sequence[Mapping[str, Any]]], policies: Mapping[str, Policy] | None = None, threads: int = 1
+        self,
+        folder: Path,
+        rows: Mapping[str, Sequence[Mapping[str, Any]]],
+        policies: Mapping[str, Policy] | None = None,
+        threads: int = 1,
+        storage: float = 1.0,
     ) -> None:
-        self.folder, self.threads = folder, threads
+        self.folder, self.threads, self.storage = folder, threads, storage
         url = f"127.0.0.1:{free_port()}"
         self.consortium = Consortium.create(self.home(COORDINATOR), Settings("test", (f"tls://{url}",), url), certificates.now())
         self.names, self._links = self.consortium.names, {COORDINATOR: self.consortium.link()}
@@ -119,7 +125,7 @@ class Silos:
     def __enter__(self) -> Silos:
         self.broker.start()
         with self.connect(COORDINATOR) as connection:
-            make_streams(connection, self.names, self.consortium.cards())
+            make_streams(connection, self.names, self.consortium.cards(), self.storage)
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -14,6 +14,8 @@ from fedfm.core.leaves import Leaf
 from fedfm.core.messages import ClientId
 from fedfm.core.tree import Tree
 
+_CHUNK = 1 << 16  # keeps the temporaries of a large leaf in cache
+
 
 @dataclass(frozen=True)
 class Limit:
@@ -92,7 +94,14 @@ def norms_of(declared: Sequence[Leaf], tree: Tree) -> dict[str, float]:
     squares: dict[str, list[float]] = {}
     for leaf in leaves.payload(declared):
         if leaf.group != "told" and leaf.dtype.is_floating_point:
-            # One order of the values, whatever the strides, so that every engine has the same bits.
-            norm = torch.linalg.vector_norm(tree[leaf.name].reshape(-1), dtype=torch.float64).item()
-            squares.setdefault(leaf.group, []).append(norm * norm)
+            squares.setdefault(leaf.group, []).append(_square(tree[leaf.name]))
     return {group: math.sqrt(math.fsum(parts)) for group, parts in squares.items()}
+
+
+def _square(leaf: torch.Tensor) -> float:
+    """The sum of squares in float64."""
+    # One order of the values, whatever the strides, so that every engine has the same bits.
+    x_n = leaf.detach().reshape(-1)
+    if x_n.numel() <= _CHUNK:
+        return float(torch.linalg.vector_norm(x_n, dtype=torch.float64).item() ** 2)
+    return math.fsum(part.double().square_().sum().item() for part in torch.split(x_n, _CHUNK))

@@ -124,6 +124,8 @@ def test_a_norm_is_of_each_group_in_float64_and_of_nothing_that_is_told() -> Non
     }
     norms = norms_of(declared, tree)
     assert norms == {"delta": pytest.approx(5e20, rel=1e-2), "control": 2.0}
+    long = torch.linspace(-1, 1, 200_001)
+    assert norms_of((Leaf("w", (200_001,)),), {"w": long})["delta"] == pytest.approx(long.double().norm().item(), rel=1e-12)
     limits = Limits(Limit(3.0, "bounds.norm"), {"delta": Limit(1e21, "far")})
     limits.judge("x", norms, 1e300)
     with pytest.raises(MessageError, match=r"the norm of its control is 4, and the bound is 3 \(bounds.norm\)"):

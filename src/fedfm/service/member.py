@@ -9,6 +9,7 @@
       prepared/               the owner's rows as the models read them; can be made again
       clients/<member>/       the owner's log, questions, and what was spent, over all runs
       jobs/<job>/             a run: its greeting, and what the member remembers of it
+      models/<digest>/        bases that the coordinator gave
 
 A message is acknowledged when its answer is stored at the broker. A member that is killed before finds the message again when it is back, starts from
 what the coordinator counted last, and gives the same answer; of two answers to one question the coordinator takes one. While the broker is away the

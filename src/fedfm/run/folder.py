@@ -447,7 +447,8 @@ def _state_bytes(state: ServerState) -> bytes:
         "round": state.round,
         "params": list(state.params),
         "parts": {place: list(tree) for place, tree in state.parts.items()},
-        "counted": dict(state.counted),
+        # Sorted, because members answer in any order.
+        "counted": dict(sorted(state.counted.items())),
     }
     # A file holds no tensor twice, but an optimizer's state may start as the parameters themselves.
     tensors = {f"params/{name}": leaf for name, leaf in state.params.items()}

@@ -30,6 +30,7 @@ def sections(ground: Ground, points: int | None, instants: int, seed: int) -> It
     for kind in cases.KINDS:
         yield "steps", f"SIGKILL at a durable step: {kind}", cases.at_steps(ground, kind, points)
     yield "instants", "SIGKILL at random instants, 1 to 3 in a run, of any of the three", cases.at_instants(ground, instants, seed)
+    yield "middle", "a member killed with its greeting", _each(lambda: cases.greeting(ground))
     yield "middle", "certificates renewed in the middle of a run", _each(lambda: cases.renewal(ground))
     yield "middle", "a member's folder moved to a new machine", _each(lambda: cases.new_machine(ground))
     yield "middle", "a member's folder restored from an older copy", _each(lambda: cases.older_copy(ground))

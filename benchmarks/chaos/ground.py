@@ -45,8 +45,8 @@ OWNERS = ("anna", "bela", "cleo")
 COORDINATOR, BROKER = "coordinator", "broker"
 ROUNDS = 3
 ACK_WAIT = 1.5
-# Seconds: that a run may take before it counts as stuck, that a round may take, between two looks at the processes.
-PATIENCE, DEADLINE, _LOOK = 90.0, 60.0, 0.01
+# Seconds: that a run may take before it counts as stuck, that a round may take, that a member's last steps may take, between two looks at the processes.
+PATIENCE, DEADLINE, _LAST, _LOOK = 90.0, 60.0, 3.0, 0.01
 
 
 @dataclass(frozen=True)
@@ -257,9 +257,11 @@ class Ground:
                 time.sleep(_LOOK)
             if trap is not None and where in OWNERS:
                 # Its last steps come after the coordinator has its answer.
-                while not (killed := self.mend()) and not outcome.kills and time.monotonic() < began + PATIENCE:
+                until = time.monotonic() + _LAST
+                while not outcome.kills and time.monotonic() < until:
+                    outcome.kills += self.mend()
                     time.sleep(_LOOK)
-                outcome.kills += killed
+                self.join(where)
             outcome.wrong += self.differences(plan)
         except (RuntimeError, FedfmError) as error:
             outcome.wrong.append(f"{type(error).__name__}: {error}")
@@ -272,6 +274,10 @@ class Ground:
         Raises:
             RuntimeError: if they differ.
         """
+        for name in OWNERS:
+            self.join(name)
+        # A member writes its rules down in its first run alone.
+        self._await(self.coordinate(replace(self.plan, name="first")))
         for name in OWNERS:
             self.renew(name, steps=self.folder / f"steps-{name}")
         plan = replace(self.plan, name="undisturbed")

@@ -35,6 +35,7 @@ from fedfm.core.version import VERSION as RELEASE
 from fedfm.engines.base import Engine
 from fedfm.wire.envelope import MAX_LIFETIME, MAX_RECEIVERS, Header, Opener, Payload, seal
 from fedfm.wire.link import Link
+from fedfm.wire.nats import Unreachable
 from fedfm.wire.refusal import Refused, reason
 from fedfm.wire.stored import Stored
 from fedfm.wire.transfer import receive_all, send
@@ -155,7 +156,8 @@ def make_streams(connection: Connection, names: Names, members: Iterable[str], s
     for name in members:
         for branch in (names.down(name), names.up(name)):
             connection.make_stream(branch, max_bytes)
-            connection.make_consumer(branch, ack_wait=ACK_WAIT)
+            # A member that was killed with a greeting must not find the request that follows it first.
+            connection.make_consumer(branch, ack_wait=ACK_WAIT, one_by_one=branch == names.down(name))
 
 
 @dataclass(frozen=True)
@@ -298,12 +300,12 @@ class NatsSession(Session):
     # --- questions --------------------------------------------------------------------------------------------------------
 
     def send(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> None:
-        """Stores each body once, and each member's own part for it to find. A member that is away finds it when it comes."""
-        try:
-            self._follow()
-        except WireError as error:
-            self._arrived.extend(Failure(client, "exchange", str(error)) for client in requests)
-            return
+        """Stores each body once, and each member's own part for it to find. A member that is away finds it when it comes.
+
+        Raises:
+            WireError: if the broker cannot be used, which is no member's failure; a run goes on from its last round when it is back.
+        """
+        self._follow()
         lasting = _LASTING if deadline is None else min(deadline, MAX_LIFETIME)
         expires = math.inf if deadline is None else self.clock.now() + deadline
         known = {client: request for client, request in requests.items() if client in self._peers}
@@ -320,6 +322,8 @@ class NatsSession(Session):
         body = next(iter(requests.values())).body
         try:
             stored = self._store(body, frozenset(requests), lasting)
+        except Unreachable:
+            raise
         except WireError as error:
             self._arrived.extend(Failure(client, "exchange", str(error)) for client in requests)
             return
@@ -331,6 +335,8 @@ class NatsSession(Session):
                 own = Request(Body(request.verb, request.round, meta={BODY_ID: stored.id}), request.own, request.own_tensors)
                 sequence = self._post(client, REQUEST, request.round, pack_parts(own), lasting)
                 self._owed[sequence] = _Owed(client, request, expires)
+            except Unreachable:
+                raise
             except WireError as error:
                 self._arrived.append(Failure(client, "exchange", str(error)))
 
@@ -372,7 +378,11 @@ class NatsSession(Session):
     # --- answers ----------------------------------------------------------------------------------------------------------
 
     def receive(self) -> Answer | None:
-        """The next answer, once it is complete."""
+        """The next answer, once it is complete.
+
+        Raises:
+            WireError: if a deadline passes while the broker is away, which is no member's failure; or if the broker refuses us.
+        """
         if self._given is not None:
             # A member does not pay for the time that the coordinator spends on another's answer.
             spent = self.clock.now() - self._given
@@ -414,6 +424,8 @@ class NatsSession(Session):
             with suppress(WireError):
                 self._follow()
         now = self.clock.now()
+        if not self._connection.is_connected and any(owed.expires <= now for owed in self._owed.values()):
+            raise Unreachable("A deadline passed while the broker was away. The round is played again when it is back.")
         for sequence in [sequence for sequence, owed in self._owed.items() if owed.expires <= now]:
             self._arrived.append(Failure(self._owed.pop(sequence).client, "deadline", "it did not answer in time."))
 

@@ -47,7 +47,8 @@ def _each(case: Callable[[], Outcome]) -> Iterator[Outcome]:
 
 
 def _full(ground: Ground, where: str, points: int | None) -> Iterator[Outcome]:
-    for step in cases.spread(len(ground.steps[cases.KINDS[where][0]]), None if points is None else max(points // 3, 2)):
+    last = len(ground.steps[cases.KINDS[where][0]]) - cases.UNCERTAIN
+    for step in cases.spread(last, None if points is None else max(points // 3, 2)):
         yield cases.full_disk(ground, where, step)
 
 
@@ -70,7 +71,7 @@ def main() -> None:
     unknown = set(given.sections) - set(SECTIONS)
     if unknown:
         options.error(f"there is no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
-    points, instants = (given.points or 3, 3) if given.quick else (given.points, given.instants)
+    points, instants = (6, 8) if given.quick else (given.points, given.instants)
     rows: list[Row] = []
     with TemporaryDirectory(prefix="fedfm-chaos-") as folder, opened(Path(folder)) as ground:
         steps = {who: len(names) for who, names in ground.steps.items()}

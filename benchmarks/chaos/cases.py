@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import shutil
 import time
@@ -32,8 +33,8 @@ KINDS: Mapping[str, tuple[str, Literal["kill", "broker", "full"]]] = {
     "broker, at a step of a member": (ANNA, "broker"),
 }
 _UPLOAD_AT = 20
-# The last steps of a process, which it may not come to before its run is over.
-_UNCERTAIN = 4
+UNCERTAIN = 4
+"""The last steps of a process, which it may not come to before its run is over."""
 
 
 def at_steps(ground: Ground, kind: str, points: int | None = None) -> Iterator[Outcome]:
@@ -48,7 +49,7 @@ def at_steps(ground: Ground, kind: str, points: int | None = None) -> Iterator[O
     for step in spread(count, points):
         outcome = ground.play(f"{where}-{what}-{step}", where, Trap(step, what))
         outcome.name = f"{kind} killed {ground.steps[where][step - 1]!r} (step {step} of {count})"
-        if outcome.kills != 1 and step <= count - _UNCERTAIN:
+        if outcome.kills != 1 and step <= count - UNCERTAIN:
             outcome.wrong.append(f"there were {outcome.kills} kills instead of 1")
         yield outcome
 
@@ -258,12 +259,7 @@ def _since(path: Path, begin: int) -> str:
 
 
 def _fresh_cache(folder: Path) -> Callable[[], None]:
-    def change() -> None:
-        import os
-
-        os.environ["FEDFM_CACHE"] = str(folder)
-
-    return change
+    return lambda: os.environ.update(FEDFM_CACHE=str(folder))
 
 
 @contextmanager

@@ -103,6 +103,28 @@ def rows(owner: str) -> list[dict[str, str]]:
     return [{"text": f"{tiny.TEXT[(17 * i + 5 * k) % 256]} {tiny.TEXT[(i * (k + 1)) % 256]}"} for i in range(5 + 2 * k)]
 
 
+def federation(folder: Path) -> Federation:
+    """The plan of all runs, for the embedded engine, where it has the same numbers.
+
+    Args:
+        folder: Where the rows of all members are written.
+    """
+    path = folder / "rows.jsonl"
+    path.write_text("".join(json.dumps({"owner": owner, **row}) + "\n" for owner in OWNERS for row in rows(owner)))
+    return Federation(
+        model=tiny.spec("Llama"),
+        data=Data(str(path), by="owner", test_fraction=0.3),
+        task=CausalLM(max_length=16),
+        tuning=LoRA(r=4, dropout=0.1),
+        local=SGD(lr=0.1, steps=2, batch_size=2),
+        method=Scaffold(),
+        transforms=(TopK(fraction=0.5), ClipByNorm(max_norm=0.5)),
+        engine=Embedded(bank=1, device="cpu"),
+        rounds=ROUNDS,
+        deadline=DEADLINE,
+    )
+
+
 class Ground:
     """The consortium, with members that are up.
 
@@ -120,20 +142,7 @@ class Ground:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         (folder / "runs").mkdir(parents=True)
-        path = folder / "rows.jsonl"
-        path.write_text("".join(json.dumps({"owner": owner, **row}) + "\n" for owner in OWNERS for row in rows(owner)))
-        self.embedded = Federation(
-            model=tiny.spec("Llama"),
-            data=Data(str(path), by="owner", test_fraction=0.3),
-            task=CausalLM(max_length=16),
-            tuning=LoRA(r=4, dropout=0.1),
-            local=SGD(lr=0.1, steps=2, batch_size=2),
-            method=Scaffold(),
-            transforms=(TopK(fraction=0.5), ClipByNorm(max_norm=0.5)),
-            engine=Embedded(bank=1, device="cpu"),
-            rounds=ROUNDS,
-            deadline=DEADLINE,
-        )
+        self.embedded = federation(folder)
         self.silos = Silos(folder / "consortium", {owner: rows(owner) for owner in OWNERS})
         self.plan = replace(self.embedded, engine=Nats(str(self.silos.home(COORDINATOR)), device="cpu"))
         self.members: dict[str, Fork] = {}
@@ -141,7 +150,6 @@ class Ground:
         self.whole: Left | None = None
         self.steps: dict[str, list[str]] = {}
         self.seconds = 0.0
-        self._known: dict[str, tuple[int, str]] = {}
 
     # --- processes --------------------------------------------------------------------------------------------------------
 
@@ -216,9 +224,9 @@ class Ground:
         if victim == COORDINATOR:
             coordinator.kill()
         elif victim == BROKER:
-            with_pid = self.broker
-            if with_pid:
-                os.kill(with_pid, signal.SIGKILL)
+            broker = self.broker
+            if broker:
+                os.kill(broker, signal.SIGKILL)
         else:
             self.members[victim].kill()
 

@@ -135,6 +135,7 @@ def test_ten_restarts_from_cold(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         for record in journal.records(ROUNDS):
             assert not record["failures"] and (not record["round"] or sorted(record["clients"]) == sorted(ground.OWNERS))
         for owner in ground.OWNERS:
+            # As `fedfm log --verify` reads it.
             lines = list(owner_log.read(home(consortium.silos.home(owner), owner) / owner_log.NAME))
             rounds = {int(line.what["round"]) for line in lines if line.event == "release" and line.what["verb"] == "train"}
             assert rounds == set(range(1, ROUNDS + 1))

@@ -282,7 +282,7 @@ def _slow_after_a_greeting() -> Iterator[None]:
             time.sleep(0.4)
         return sequence
 
-    NatsSession._post = slow  # type: ignore[method-assign]
+    NatsSession._post = slow  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:

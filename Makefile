@@ -6,7 +6,7 @@ CORE := .venv/.core
 READY := .venv/.ready
 
 .DEFAULT_GOAL := help
-.PHONY: help quickstart demo-silos test clean
+.PHONY: help quickstart demo-silos test chaos clean
 
 help: ## Show this help
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ test: $(READY) ## Lint, types and every test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest -n $(JOBS)
+
+chaos: $(READY) ## Kill coordinator, broker and members at every durable step and at 200 random instants; ends with a table
+	$(BIN)/python -m benchmarks.chaos
 
 $(CORE): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from fedfm.core.errors import MessageError, MissingExtra
+from fedfm.core.errors import MessageError, MissingExtra, WireError
 from fedfm.core.messages import Body, Failure, Reply, Request, pack_parts
 
 pytest.importorskip("cryptography", reason="the extra 'deploy' is not installed")
@@ -256,6 +256,35 @@ def test_a_broker_killed_between_question_and_answer_loses_nothing(federation: F
         answers = [session.receive() for _ in OWNERS]
         assert sorted(answer.client for answer in answers if isinstance(answer, Reply)) == sorted(OWNERS)
         assert session.receive() is None
+    gc.collect()
+
+
+# As above.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_broker_that_is_away_is_no_members_failure(federation: Federation, silos: Silos) -> None:
+    """Neither when members are asked nor when their deadline passes: the run waits, and plays the round again."""
+    describe = dict.fromkeys(OWNERS, Request.of("describe"))
+    with opened(federation, silos) as session:
+        ask(session, describe)
+        silos.kill_broker()
+        try:
+            session._connection.patience = 0.5
+            with pytest.raises(WireError, match="could not be used in time"):
+                session.send(describe)
+        finally:
+            silos.broker.start()
+    with opened(federation, silos) as session:
+        session.send({"anna": Request.of("describe"), "nobody": Request.of("describe")}, deadline=60.0)
+        session._owed[next(iter(session._owed))].expires = session.clock.now() + 1.0
+        silos.kill_broker()
+        try:
+            assert [answer.client for answer in (session.receive(),) if isinstance(answer, Failure)] == ["nobody"]
+            with pytest.raises(WireError, match="while the broker was away"):
+                session.receive()
+        finally:
+            silos.broker.start()
+    with opened(federation, silos) as session:
+        assert all(isinstance(answer, Reply) for answer in ask(session, describe).values())
     gc.collect()
 
 

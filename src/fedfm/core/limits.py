@@ -6,8 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-import torch
-
 from fedfm.core import leaves
 from fedfm.core.errors import MessageError
 from fedfm.core.leaves import Leaf

@@ -42,6 +42,7 @@ from fedfm.engines.over import OVER, Over, over_id
 from fedfm.models.files import paths_of, sets_of, write_sets
 from fedfm.wire.envelope import MAX_LIFETIME, MAX_RECEIVERS, Header, Opener, Payload, seal
 from fedfm.wire.link import Link
+from fedfm.wire.nats import Unreachable
 from fedfm.wire.parts import ASK, PART, HandOut
 from fedfm.wire.refusal import Refused, reason
 from fedfm.wire.stored import Stored
@@ -185,7 +186,8 @@ def make_streams(connection: Connection, names: Names, members: Iterable[str], s
     for name in members:
         for branch in (names.down(name), names.up(name)):
             connection.make_stream(branch, max_bytes)
-        connection.make_consumer(names.down(name), ack_wait=ACK_WAIT)
+        # A member that was killed with a greeting must not find the request that follows it first.
+        connection.make_consumer(names.down(name), ack_wait=ACK_WAIT, one_by_one=True)
 
 
 def end_job(link: Link, folder: Path) -> None:
@@ -373,12 +375,12 @@ class NatsSession(Session):
     # --- questions --------------------------------------------------------------------------------------------------------
 
     def send(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> None:
-        """Stores each body once, and each member's own part for it to find. A member that is away finds it when it comes."""
-        try:
-            self._follow()
-        except WireError as error:
-            self._arrived.extend(Failure(client, "exchange", str(error)) for client in requests)
-            return
+        """Stores each body once, and each member's own part for it to find. A member that is away finds it when it comes.
+
+        Raises:
+            WireError: if the broker cannot be used, which is no member's failure; a run goes on from its last round when it is back.
+        """
+        self._follow()
         lasting = _LASTING if deadline is None else min(deadline, MAX_LIFETIME)
         expires = math.inf if deadline is None else self.clock.now() + deadline
         known = {client: request for client, request in requests.items() if client in self._peers}
@@ -395,6 +397,8 @@ class NatsSession(Session):
         body = next(iter(requests.values())).body
         try:
             stored = self._store(body, frozenset(requests), lasting)
+        except Unreachable:
+            raise
         except WireError as error:
             self._arrived.extend(Failure(client, "exchange", str(error)) for client in requests)
             return
@@ -410,6 +414,8 @@ class NatsSession(Session):
                 sequence = self._post(client, REQUEST, request.round, pack_parts(own), lasting)
                 self._owed[sequence] = _Owed(client, request, expires)
                 self._traffic.asked(client, request.verb, request.round, size(request))
+            except Unreachable:
+                raise
             except WireError as error:
                 self._arrived.append(Failure(client, "exchange", str(error)))
 
@@ -462,7 +468,11 @@ class NatsSession(Session):
     # --- answers ----------------------------------------------------------------------------------------------------------
 
     def receive(self) -> Answer | None:
-        """The next answer, once it is complete."""
+        """The next answer, once it is complete.
+
+        Raises:
+            WireError: if a deadline passes while the broker is away, which is no member's failure; or if the broker refuses us.
+        """
         if self._given is not None:
             self._do_not_charge(self._given)
             self._given = None
@@ -534,6 +544,8 @@ class NatsSession(Session):
             with suppress(WireError):
                 self._follow()
         now = self.clock.now()
+        if not self._connection.is_connected and any(owed.expires <= now for owed in self._owed.values()):
+            raise Unreachable("A deadline passed while the broker was away. The round is played again when it is back.")
         for sequence in [sequence for sequence, owed in self._owed.items() if owed.expires <= now]:
             owed = self._owed.pop(sequence)
             if not any(other.client == owed.client and earlier < sequence for earlier, other in self._owed.items()):

@@ -449,7 +449,8 @@ def _state_parts(state: ServerState) -> list[bytes | memoryview]:
         "round": state.round,
         "params": list(state.params),
         "parts": {place: list(tree) for place, tree in state.parts.items()},
-        "counted": dict(state.counted),
+        # Sorted, because members answer in any order.
+        "counted": dict(sorted(state.counted.items())),
     }
     tensors = {f"params/{name}": leaf for name, leaf in state.params.items()}
     tensors |= {f"parts/{place}/{name}": leaf for place, tree in state.parts.items() for name, leaf in tree.items()}

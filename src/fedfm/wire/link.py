@@ -23,7 +23,7 @@ class Link:
         names: The consortium's subjects.
         servers: ``tls://host:4222``, one or more of the same broker.
         me: Our private keys.
-        tls: Makes the context of mutual TLS; our certificate may be another one at the next connection.
+        tls: Makes the context of mutual TLS; it is called for each attempt, because our certificate may be renewed meanwhile.
         peers: Whom we talk to now, by name: the members at the coordinator, the coordinator alone at a member.
     """
 
@@ -45,4 +45,5 @@ class Link:
             ConfigError: if a key or certificate cannot be used.
             WireError: if the broker cannot be reached within ``patience`` seconds, or refuses us.
         """
-        return Connection(self.servers, self.names.inbox(self.me.name), tls=self.tls(), name=self.me.name, patience=patience)
+        self.tls()  # What cannot be used now is said at once.
+        return Connection(self.servers, self.names.inbox(self.me.name), tls=self.tls, name=self.me.name, patience=patience)

@@ -44,7 +44,11 @@ _FORBIDDEN = re.compile(r"permissions violation for (?:publish|subscription) to 
 _NANO = 10**9
 
 
-class LoginRefused(WireError):
+class Unreachable(WireError):
+    """The broker cannot be used at all; what is wanted of it may be asked again when it is back."""
+
+
+class LoginRefused(Unreachable):
     """The broker does not know who connects, or does so no more."""
 
 
@@ -76,7 +80,8 @@ class Connection:
         servers: ``nats://host:4222``, one or more of the same broker.
         inbox: Prefix of the subjects on which the broker answers, :meth:`~fedfm.wire.subjects.Names.inbox`.
         nkey: The login.
-        tls: :func:`mutual_tls`; ``None`` for none, which only a test should want.
+        tls: :func:`mutual_tls`, or what makes it for each attempt, because a certificate may be renewed meanwhile; ``None`` for none, which only a
+            test should want.
         name: As the broker's log shows it.
         patience: Seconds that a call waits for the broker before it fails, unless it says otherwise.
 
@@ -94,7 +99,7 @@ class Connection:
         servers: Sequence[str],
         inbox: str,
         nkey: Nkey | None = None,
-        tls: ssl.SSLContext | None = None,
+        tls: ssl.SSLContext | Callable[[], ssl.SSLContext] | None = None,
         name: str = "fedfm",
         patience: float = 15.0,
     ) -> None:
@@ -237,6 +242,7 @@ class Connection:
         ack_wait: float = 30.0,
         patience: float | None = None,
         lasting: float | None = None,
+        one_by_one: bool = False,
     ) -> None:
         """Makes the durable consumer of a branch's messages: each is delivered, in order, until it is acknowledged.
 
@@ -244,6 +250,7 @@ class Connection:
             subject: What it delivers; default :attr:`Branch.message`.
             ack_wait: Seconds after which a message that was neither acknowledged nor said to be worked on is delivered again.
             lasting: Seconds after which the broker deletes the consumer if nobody uses it; ``None`` for never.
+            one_by_one: Whether a message waits until the one before it is acknowledged, so that they stay in order also when the receiver was killed.
 
         Raises:
             WireError: as :meth:`publish`.
@@ -256,6 +263,7 @@ class Connection:
             "ack_policy": "explicit",
             "ack_wait": int(ack_wait * _NANO),
             "max_deliver": -1,
+            "max_ack_pending": 1 if one_by_one else 1000,
             "replay_policy": "instant",
         }
         if lasting is not None:
@@ -407,9 +415,9 @@ class Connection:
                 raise self._late(reason) from error
         return self._client
 
-    def _late(self, reason: str) -> WireError:
+    def _late(self, reason: str) -> Unreachable:
         reason = "; ".join(filter(None, [reason, self._error])) or "no answer"
-        return WireError(f"The broker at {words.listed(self._servers)} could not be used in time: {words.clean(reason, 200)}.")
+        return Unreachable(f"The broker at {words.listed(self._servers)} could not be used in time: {words.clean(reason, 200)}.")
 
     async def _lost(self, client: Client) -> None:
         while self._client is client:
@@ -466,7 +474,7 @@ class Connection:
 
         options: dict[str, Any] = {} if self._nkey is None else {"nkeys_seed_str": self._nkey.seed}
         if self._tls is not None:
-            options |= {"tls": self._tls, "tls_handshake_first": True}
+            options |= {"tls": self._tls() if callable(self._tls) else self._tls, "tls_handshake_first": True}
         try:
             # Connecting again is ours: nats-py would keep what was written before the cut, and stops for ever after some errors.
             await client.connect(

@@ -1,0 +1,1 @@
+"""A consortium whose coordinator, broker and members are killed while it runs."""

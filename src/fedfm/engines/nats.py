@@ -66,6 +66,8 @@ BODY_ID = "body"
 ACK_WAIT = 12.0
 """Seconds after which the broker delivers a message again that its receiver was killed with."""
 JOB = "job.json"
+STORAGE = 0.3
+"""Gigabytes that a stream at the broker may hold, unless more is needed: three parts of a base's file, and a body."""
 # Messages of one session; its number and theirs make a sequence that no other session of the run has.
 _SESSION_BITS = 28
 # Seconds: between two looks at the clock while nothing arrives, that a question without a deadline is meant to last, that closing may take.
@@ -87,7 +89,8 @@ class Nats(Engine):
     Args:
         consortium: The coordinator's folder, which says where the broker is, who we are and who the members are.
         device: Of the coordinator's own copy of the model; each member chooses its own.
-        storage: Gigabytes that the broker may hold of what each member sends, of what it is sent, and of all bodies.
+        storage: Gigabytes that the broker sets aside for what each member sends, for what it is sent, and for all bodies; more where this plan's
+            messages are longer.
 
     Raises:
         ConfigError: if a number is out of range.
@@ -97,7 +100,7 @@ class Nats(Engine):
 
     consortium: str = "consortium"
     device: str = "auto"
-    storage: float = 1.0
+    storage: float = STORAGE
 
     def __post_init__(self) -> None:
         if not (self.storage > 0 and math.isfinite(self.storage)):
@@ -162,8 +165,10 @@ class Nats(Engine):
         link, job = self._link(), Job.begin(house.folder, house.run)
         connection = link.connect()
         try:
+            # A stream that is full refuses messages: one is being sent, one is being read, and one came too late.
+            storage = max(self.storage, 3 * max_bytes / 1e9)
             traffic = Traffic(None if house.folder is None else house.folder / TRAFFIC)
-            session = NatsSession(connection, link, job, hello, max_bytes, 3 * len(leaves) + 64, clock, self.storage, house.folder, traffic)
+            session = NatsSession(connection, link, job, hello, max_bytes, 3 * len(leaves) + 64, clock, storage, house.folder, traffic)
             session.hand_out({file.digest: paths[name][file.name] for name, one in files.items() for file in one})
             return session
         except BaseException:
@@ -171,7 +176,7 @@ class Nats(Engine):
             raise
 
 
-def make_streams(connection: Connection, names: Names, members: Iterable[str], storage: float = 1.0) -> None:
+def make_streams(connection: Connection, names: Names, members: Iterable[str], storage: float = STORAGE) -> None:
     """Makes what members read from and write to at the broker, where it is not there; a member has no right to make anything.
 
     Args:
@@ -307,7 +312,7 @@ class NatsSession(Session):
         max_bytes: int,
         max_tensors: int,
         clock: Clock | None = None,
-        storage: float = 1.0,
+        storage: float = STORAGE,
         folder: Path | None = None,
         traffic: Traffic | None = None,
     ) -> None:

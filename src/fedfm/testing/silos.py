@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedfm.client.policy import Policy, write_policy
-from fedfm.engines.nats import make_streams
+from fedfm.engines.nats import STORAGE, make_streams
 from fedfm.silos import certificates
 from fedfm.silos.broker import Broker
 from fedfm.silos.consortium import COORDINATOR, Consortium, Settings
@@ -56,7 +56,7 @@ class Silos:
         rows: Mapping[str, Sequence[Mapping[str, Any]]],
         policies: Mapping[str, Policy] | None = None,
         threads: int = 1,
-        storage: float = 1.0,
+        storage: float = STORAGE,
     ) -> None:
         self.folder, self.threads, self.storage = folder, threads, storage
         url = f"127.0.0.1:{free_port()}"

@@ -203,7 +203,7 @@ class Connection:
     def make_stream(
         self, branch: Branch, max_bytes: int, max_age: float = 7 * 86400.0, patience: float | None = None, is_board: bool = False
     ) -> None:
-        """Makes the stream of a branch, or changes its limits. A full one refuses new messages, and loses no old ones.
+        """Makes the stream of a branch, or raises its limit: what another run needs stays. A full one refuses new messages, and loses no old ones.
 
         Args:
             max_bytes: Bytes on the broker's disk.
@@ -233,6 +233,8 @@ class Connection:
         try:
             self._ask(f"$JS.API.STREAM.CREATE.{branch.stream}", config, patience)
         except _Exists:
+            known = self._ask(branch.info, {}, patience)["config"]
+            config["max_bytes"] = max(max_bytes, int(known["max_bytes"]))
             self._ask(f"$JS.API.STREAM.UPDATE.{branch.stream}", config, patience)
 
     def make_consumer(

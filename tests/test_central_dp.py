@@ -22,7 +22,9 @@ from fedfm.core.parts import RoundContext, Update
 from fedfm.core.privacy import Release
 from fedfm.core.secret import Secret
 from fedfm.federation import Federation
+from fedfm.local import SGD, ExampleDP
 from fedfm.methods import Scaffold
+from fedfm.observers import Evaluate
 from fedfm.privacy import epsilon_of
 from fedfm.run.budget import PRIVACY, RunAccount
 from fedfm.run.loop import resume, run
@@ -32,6 +34,7 @@ from fedfm.testing import tiny
 from fedfm.testing.parts import context, like, parameters
 from fedfm.transforms import CentralDP, ClipByNorm, Int8, TopK
 from fedfm.transforms.central_dp import BELOW, CLIP
+from fedfm.tuning import Full
 
 pytest.importorskip("dp_accounting", reason="the extra 'privacy' is not installed")
 PARAMS = parameters()
@@ -102,13 +105,13 @@ def test_the_noise_has_the_size_of_the_bound_and_not_of_the_cohort() -> None:
 
 
 def test_what_is_spent_is_written_before_the_noise_is_drawn() -> None:
-    class Full(RunAccount):
+    class NoRoom(RunAccount):
         def add(self, what: str, amount: float) -> None:
             raise RunError("the disk is full")
 
     part = CentralDP(clip=0.5, delta=1e-5, noise_multiplier=1.0)
     secret = Secret.system()
-    ctx = replace(context(PARAMS), rate=0.5, secret=secret, spent=Full(None))
+    ctx = replace(context(PARAMS), rate=0.5, secret=secret, spent=NoRoom(None))
     with pytest.raises(RunError, match="disk is full"):
         part.finish(Update(like(PARAMS, 1), num_clients=2), {}, ctx)
     secret.stream("noise")  # it was not given out before
@@ -226,6 +229,33 @@ def test_few_owners_are_warned_with_numbers(folder: Path) -> None:
     few = findings(private(folder), "warning", num_clients=20)
     assert "there are 20, of whom 10 are expected" in few and "ExampleDP" in few
     assert "hides whole owners" not in findings(private(folder), "warning", num_clients=4000)
+
+
+def test_a_delta_that_allows_to_publish_an_owner_is_warned_of(folder: Path) -> None:
+    assert "Set delta well below 0.0005" in findings(private(folder), "warning", num_clients=2000)
+    assert "Set delta" not in findings(private(folder), "warning", num_clients=900)
+
+
+def test_what_an_evaluation_tells_is_not_covered_and_said(folder: Path) -> None:
+    assert "which CentralDP does not cover" in findings(private(folder), "warning")
+    assert "does not cover" not in findings(private(folder, evaluate=Evaluate(every=0)), "warning")
+    assert "does not cover" not in findings(tiny.federation(folder), "warning")
+
+
+def test_coins_are_simulated_in_all_parts_or_in_none(folder: Path) -> None:
+    local = ExampleDP(SGD(steps=1, batch_size=2), max_norm=1.0, delta=1e-3, noise_multiplier=1.0, simulated=True)
+    assert "set simulated alike" in findings(private(folder, local=local), "refusal")
+    assert "each promise holds by itself" in findings(private(folder, local=replace(local, simulated=False)), "warning")
+    assert not findings(private(folder, CentralDP(clip=1.0, delta=1e-3, epsilon=4.0, simulated=True), local=local), "refusal")
+
+
+def test_trainable_embeddings_are_warned_of_unless_noise_is_in_them_before_they_leave(folder: Path) -> None:
+    local = ExampleDP(SGD(steps=1, batch_size=2), max_norm=1.0, delta=1e-3, noise_multiplier=1.0)
+    shown = "rows show which tokens"
+    assert shown in findings(private(folder, tuning=Full()), "warning") and shown in findings(
+        tiny.federation(folder, tuning=Full()), "warning"
+    )
+    assert shown not in findings(tiny.federation(folder, tuning=Full(), local=local, aggregator=Mean(weights="uniform")), "warning")
 
 
 def test_the_chance_of_a_cohort_that_is_too_small_enters_delta(folder: Path) -> None:

@@ -279,6 +279,9 @@ class Transform(Part, ABC):
         """The aggregate after this transform's one step on it, and the new state."""
         return aggregate, state
 
+    def begin(self, ctx: RoundContext) -> None:
+        """Called on the server before a cohort is asked: a transform whose noise is in the answers writes down here what they spend."""
+
     def release(self, plan: Plan) -> Release | None:
         """What a round spends on the server; ``None`` where it adds no noise there."""
         return None

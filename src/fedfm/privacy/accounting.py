@@ -20,6 +20,7 @@ from typing import Any
 
 from fedfm.core.errors import ConfigError, MissingExtra, PrivacyError
 from fedfm.core.privacy import Accountant, Release
+from fedfm.privacy import skellam
 
 _FINE, _COARSE = 1e-4, 1e-3  # of privacy losses
 _TOLERANCE = 1e-4  # of the logarithms of noise and epsilon
@@ -63,9 +64,9 @@ def epsilon_of(releases: Sequence[Release], delta: float, accountant: Accountant
     if any(one.noise == 0 for one in steps):
         return math.inf
     if "skellam" in kinds:
-        raise PrivacyError(
-            f"Skellam noise is accounted for with its dimension; the {accountant} of Gaussian releases does not hold for it."
-        )
+        if any(one.rate != 1 for one in steps):
+            raise PrivacyError("What Skellam noise gains from sampling has no accountant here. Account for it at a rate of 1.")
+        return skellam.epsilon_of_rdp([(one.noise, number) for one, number in steps.items()], delta)
     return _epsilon(
         tuple(sorted((one.rate, one.noise, number) for one, number in steps.items())), delta, accountant, _FINE if fine else _COARSE
     )
@@ -92,6 +93,19 @@ def calibrate(rate: float, steps: int, epsilon: float, delta: float, accountant:
     require_delta(delta)
     _require(Release(rate, 1.0, steps))
     return 0.0 if steps == 0 else _calibrate(rate, steps, epsilon, delta, accountant, fine)
+
+
+def calibrate_skellam(steps: int, epsilon: float, delta: float) -> float:
+    """The smallest multiplier of Skellam noise whose releases stay within epsilon; infinity where none is enough.
+
+    Raises:
+        PrivacyError: if a number is out of range.
+        MissingExtra: if ``dp-accounting`` is not installed.
+    """
+    if not (epsilon > 0 and math.isfinite(epsilon)):
+        raise PrivacyError(f"epsilon is {epsilon}; it must be a finite number above 0.")
+    require_delta(delta)
+    return _bisected(lambda noise: skellam.epsilon_of_rdp([(noise, steps)], delta) <= epsilon, _TOLERANCE)
 
 
 def require_delta(delta: float) -> None:

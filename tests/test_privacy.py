@@ -238,6 +238,7 @@ def test_what_makes_noise_draws_from_no_generator_that_can_be_guessed() -> None:
         SOURCE / "core/secret.py",
         SOURCE / "transforms/central_dp.py",
         SOURCE / "transforms/distributed_dp.py",
+        SOURCE / "transforms/local_dp.py",
         SOURCE / "local/example_dp.py",
         *(SOURCE / "privacy").glob("*.py"),
     ]

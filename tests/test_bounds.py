@@ -36,6 +36,7 @@ from fedfm.simulation import Simulation
 from fedfm.tasks import CausalLM
 from fedfm.testing import check_bounds, examples, tiny
 from fedfm.testing.parts import same
+from fedfm.transforms import CentralDP
 
 PLAN = Federation(model=Model(source="none"), data=Data("none.jsonl"))
 LIAR = "a"
@@ -286,3 +287,12 @@ def test_the_check_says_what_is_guaranteed() -> None:
 def test_under_sums_alone_the_check_says_whose_word_the_norm_is() -> None:
     ((level, text),) = findings(replace(PLAN, engine=Nats(), channel=Masks()))
     assert level == "note" and "the ring of the sum bounds each value" in text and "client's word" in text
+
+
+def test_what_noise_does_not_cover_is_no_bound() -> None:
+    """Medians of earlier rounds tell of every owner; the fixed bounds of one update tell of nobody else."""
+    plan = replace(PLAN, engine=Nats(), transforms=(CentralDP(clip=0.5, delta=1e-5, noise_multiplier=1.0),))
+    assert plan.bounding() == MedianBounds(norm_factor=None, weight_factor=None)
+    assert not [level for level, _ in findings(plan) if level == "refusal"]
+    refused = [text for level, text in findings(replace(plan, bounds=MedianBounds())) if level == "refusal"]
+    assert len(refused) == 1 and "noise of CentralDP does not cover" in refused[0] and "bounds.norm_factor" in refused[0]

@@ -113,10 +113,9 @@ class Federation:
         return display.table(f"Federation {self.name}", ((item.name, repr(getattr(self, item.name))) for item in fields(self)))
 
     def resolved(self) -> Federation:
-        """The federation with its method's parts in place."""
-        if self.method is None:
-            return self
-        return self.method.apply(replace(self, method=None))
+        """The federation with its method's parts in place, and each part with what it takes from the plan (noise that a budget asks for)."""
+        plan = self if self.method is None else self.method.apply(replace(self, method=None))
+        return replace(plan, local=plan.local.solved(plan), transforms=tuple(transform.solved(plan) for transform in plan.transforms))
 
     def with_parts(self, **parts: Part) -> Self:
         """The federation with these parts in place of its own."""
@@ -134,8 +133,15 @@ class Federation:
     def bounding(self) -> Bounds | None:
         """What one update may reach; ``None`` for no bound."""
         if isinstance(self.bounds, str):
-            return None if self.engine.trusts_clients else MedianBounds()
+            if self.engine.trusts_clients:
+                return None
+            # What was learned of earlier rounds would be a second release of them, which no noise covers.
+            return MedianBounds(norm_factor=None, weight_factor=None) if self._adds_noise() else MedianBounds()
         return self.bounds
+
+    def _adds_noise(self) -> bool:
+        """Whether noise on the sum is what protects an owner."""
+        return any("server-noise" in part.traits().is_ for part in (*self.transforms, self.channel))
 
     def work(self, state: ServerState, cohort: Sequence[ClientId], ctx: RoundContext) -> Errand:
         """What a cohort is asked to do in a round."""

@@ -25,7 +25,7 @@ import torch
 
 from fedfm.core.errors import ConfigError
 from fedfm.core.limits import Limit, Limits, Size
-from fedfm.core.parts import Bounds, Finding, Plan, note, promise
+from fedfm.core.parts import Bounds, Finding, Plan, note, promise, refuse
 from fedfm.core.tree import Tree
 
 _NORM, _WEIGHT = "norm.", "weight"
@@ -100,6 +100,14 @@ class MedianBounds(Bounds):
                 "bounds",
                 f"{type(plan.channel).__name__} shows sums alone, so the server can measure no single update: the ring of the sum bounds each value, and "
                 "the norm and the weight of an update are its client's word.",
+            )
+            return
+        noisy = [type(part).__name__ for part in plan.transforms if "server-noise" in part.traits().is_]
+        if noisy and (self.norm_factor is not None or self.weight_factor is not None):
+            yield refuse(
+                "bounds",
+                f"the medians of earlier rounds decide here which updates count, and the noise of {noisy[0]} does not cover what they tell of an owner. "
+                "Set bounds.norm_factor and bounds.weight_factor to null: fixed bounds look at one update alone.",
             )
             return
         norm = f"a norm above {self.norm:g}" + (

@@ -10,7 +10,7 @@ import torch
 from fedfm.core.errors import MessageError
 from fedfm.core.leaves import Leaf, deltas
 from fedfm.core.messages import Reply, pack, unpack
-from fedfm.core.parts import Spec, Transform, Tree, Update
+from fedfm.core.parts import Secret, Spec, Transform, Tree, Update
 from fedfm.testing.parts import check_part, context, copied, fits, like, parameters, same
 
 
@@ -32,7 +32,8 @@ def _round_trip(transform: Transform, params: Tree, rounds: int) -> None:
     state = transform.init(params)
     for round in range(1, rounds + 1):
         received = transform.broadcast(state)
-        ctx = replace(context(params, round, client="client-1"), received=received)
+        ctx = context(params, round, client="client-1")
+        ctx = replace(ctx, received=received, rate=1.0, secret=Secret.simulated(ctx.draw("coins")))
         payload = {**like(params, round), "method.extra": torch.linspace(-1, 1, 11)}
         given, known = copied(payload), copied(memory)
         spec = Spec.of(payload)
@@ -47,7 +48,7 @@ def _round_trip(transform: Transform, params: Tree, rounds: int) -> None:
             f"{name}.encode changed more than the payload, and what it declares"
         )
         assert added <= encoded.metrics.keys() | encoded.payload.keys(), f"{name} declares {added}, and does not tell it"
-        again, after_again = transform.encode(update, memory, ctx)
+        again, after_again = transform.encode(update, memory, replace(ctx, secret=Secret.simulated(ctx.draw("coins"))))
         assert same(encoded.payload, again.payload) and same(after, after_again), f"{name} is not decided by the key"
         arrived = unpack(pack(Reply("client-1", "train", round, encoded.payload)))
         assert isinstance(arrived, Reply)
@@ -80,7 +81,7 @@ def _check_covers(transform: Transform, update: Update, decoded: Update) -> None
 def _refusals(transform: Transform, params: Tree) -> None:
     name, ctx = type(transform).__name__, context(params, client="client-1")
     payload = {**like(params, 1), "method.extra": torch.linspace(-1, 1, 11)}
-    ctx = replace(ctx, received=transform.broadcast(transform.init(params)))
+    ctx = replace(ctx, received=transform.broadcast(transform.init(params)), secret=Secret.simulated(ctx.draw("coins")))
     encoded, _ = transform.encode(Update(payload, client="client-1"), {}, ctx)
     for what, broken in _mutations(encoded.payload):
         try:

@@ -20,8 +20,9 @@ from fedfm.core.errors import PAUSE, ConfigError, DataError, FedfmError
 from fedfm.core.keys import Key
 from fedfm.core.leaves import Kind, Leaf
 from fedfm.core.messages import Body, ClientId, Failure, Request
-from fedfm.core.parts import Channel, Errand, Partial, RoundContext, Session, Update
+from fedfm.core.parts import Channel, Errand, Partial, RoundContext, Session, Transform, Update
 from fedfm.core.roster import Holding, Roster, count, total_of
+from fedfm.core.secret import Secret
 
 log = logging.getLogger(__name__)
 _COUNTS = ("train", "test", "tokens")
@@ -34,7 +35,7 @@ _REMEDY = "Name all classes in the recipe, task: {Classification: {labels: [ONE,
 
 @dataclass(frozen=True)
 class Describe(Verb):
-    """Asks owners what they have. An owner's policy may withhold the counts, the labels or both; a number that is withheld is NaN."""
+    """Asks owners what they have. An owner's policy may withhold the counts, the labels or both, and a privacy promise does; a number that is withheld is NaN."""
 
     name = "describe"
 
@@ -84,7 +85,7 @@ class Describe(Verb):
             silent += [] if names else [item.client]
         if silent:
             raise ConfigError(
-                f"Nobody has named the classes, and {words.listed(sorted(silent), 8)} may not tell those of its rows (rule 'may_leave' of its owner's policy). "
+                f"Nobody has named the classes, and {words.listed(sorted(silent), 8)} may not tell those of its rows (rule 'may_leave' of its owner's policy, or the plan's privacy promise). "
                 f"{_REMEDY}; or ask these owners to let 'labels' leave."
             )
         if len(known) < 2:
@@ -100,7 +101,7 @@ class Describe(Verb):
         return {"counts": why, "labels": why} if house.labels else {"counts": why}
 
     def answer(self, requests: Mapping[ClientId, Request], house: House) -> Iterator[Contribution | Failure]:
-        """What each owner has, as far as its policy lets it."""
+        """What each owner has, as far as its policy and the plan's privacy promise let it."""
         names = next(iter(requests.values())).meta.get(_WHAT) == _CLASSES
         declared, answer = (_NAMES, _own_names) if names else (_declared(len(house.labels)), _answer)
         for client in requests:
@@ -137,7 +138,7 @@ def _answers(outcomes: Iterable[Update | Partial | Failure], count: int) -> Iter
 def _own_names(client: ClientId, house: House) -> Update:
     """The classes of one owner's rows; zeros where it withholds them."""
     bytes_n = torch.zeros(_BYTES, dtype=torch.uint8)
-    if not house.policy(client).withholds("labels"):
+    if not house.withholds(client, "labels"):
         text = json.dumps(sorted(house.shard(client).labels)).encode()
         if len(text) > _BYTES:
             raise DataError(f"the names of its classes take {len(text)} bytes, and at most {_BYTES} are asked for. {_REMEDY}.")
@@ -171,8 +172,11 @@ def _declared(num_labels: int) -> tuple[Leaf, ...]:
 
 
 def _answer(client: ClientId, house: House) -> Update:
-    shard, policy = house.shard(client), house.policy(client)
-    counts_kept, labels_kept = policy.withholds("counts"), policy.withholds("counts") or policy.withholds("labels")
+    noisy = next((part for part in house.plan.transforms if "noisy-counts" in part.traits().is_), None)
+    if noisy is not None and not house.policy(client).withholds("counts"):
+        return _noisy(client, house, noisy)
+    shard, counts_kept = house.shard(client), house.withholds(client, "counts")
+    labels_kept = counts_kept or house.withholds(client, "labels")
     counts = (len(shard.train), len(shard.test), shard.tokens)
     numbers = {name: math.nan if counts_kept else float(value) for name, value in zip(_COUNTS, counts, strict=True)}
     payload: dict[str, torch.Tensor] = {}
@@ -181,6 +185,33 @@ def _answer(client: ClientId, house: House) -> Update:
         values = [math.nan if labels_kept else float(histogram.get(label, 0)) for label in house.labels]
         payload[_LABELS] = torch.tensor(values, dtype=torch.float64)
     return Update(payload, client=client, metrics=numbers)
+
+
+def _noisy(client: ClientId, house: House, part: Transform) -> Update:
+    """The counts with noise, once in a run: noise that is drawn twice can be averaged away. Asked again, an owner tells nothing."""
+    shard, spent = house.shard(client), house.spent.of(client)
+    expense = f"counts told with noise in {house.run}"
+    if spent.total(expense):
+        nothing = {_LABELS: torch.full((len(house.labels),), math.nan, dtype=torch.float64)} if house.labels else {}
+        return Update(nothing, client=client, metrics=dict.fromkeys(_COUNTS, math.nan))
+    spent.add(expense, 1)
+    simulated = "simulated" in part.traits().is_
+    secret = Secret.simulated(house.key.fold("counts", client)) if simulated else Secret.system()
+    stream = secret.stream("counts")
+
+    def told(counts: Sequence[float], sensitivity: float) -> list[float]:
+        values = part.told_counts(counts, sensitivity, stream)
+        assert values is not None, part
+        return values
+
+    train, test = told([len(shard.train), len(shard.test)], 1.0)
+    (tokens,) = told([shard.tokens], float(house.plan.task.max_length))
+    histogram, payload = shard.histogram(), dict[str, torch.Tensor]()
+    if house.labels:
+        values = told([histogram.get(label, 0) for label in house.labels], 1.0)
+        kept = house.policy(client).withholds("labels")
+        payload[_LABELS] = torch.tensor([math.nan] * len(values) if kept else values, dtype=torch.float64)
+    return Update(payload, client=client, metrics=dict(zip(_COUNTS, (train, test, tokens), strict=True)))
 
 
 def _holding(numbers: Mapping[str, torch.Tensor | float], labels: Sequence[str]) -> Holding:

@@ -35,7 +35,7 @@ $(CORE): pyproject.toml constraints.txt
 	@touch $@
 
 $(READY): $(CORE)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,data,track,demo,deploy]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev,data,track,demo,deploy,privacy]'
 	@touch $@
 
 clean: ## Remove what was installed, built and cached here; runs/ stays

@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "fedfm"
 # A room may import, when it is imported, what stands on a line above its own.
 LAYERS = [
     {"core"},
-    {"samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data", "reports", "wire"},
+    {"samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data", "reports", "wire", "attacks"},
     {"silos"},
     {"tasks", "tuning"},
     {"local"},
@@ -34,7 +34,7 @@ LAYERS = [
 # Rooms that know nothing else, not even for annotations or inside a function.
 STRICT = {
     "core": set(),
-    **{room: {"core"} for room in ("samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data", "wire")},
+    **{room: {"core"} for room in ("samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data", "wire", "attacks")},
     "tasks": {"core", "data"},
     "tuning": {"core", "models"},
     "local": {"core", "tuning"},
@@ -113,6 +113,8 @@ def parts_in(path: Path) -> set[str]:
         "Engine",
         "GradientTrainer",
         "WrappedTrainer",
+        "Attack",
+        "TokenAttack",
     }
     return {
         node.name
@@ -121,7 +123,7 @@ def parts_in(path: Path) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("room", ["samplers", "transforms", "channels", "aggregators", "server", "local", "tasks", "tuning", "engines"])
+@pytest.mark.parametrize("room", ["samplers", "transforms", "channels", "aggregators", "server", "local", "tasks", "tuning", "engines", "attacks"])
 def test_every_technique_is_exported_and_so_under_its_rooms_suite(room: str) -> None:
     written = set().union(*(parts_in(path) for path in (SOURCE / room).glob("*.py") if path.name != "base.py"))
     assert written == set(registry.entries(room)), f"add one import line per technique to {room}/__init__.py"
@@ -139,6 +141,7 @@ def test_every_technique_is_exported_and_so_under_its_rooms_suite(room: str) -> 
         ("aggregators", "test_aggregators.py"),
         ("server", "test_server.py"),
         ("methods", "test_methods.py"),
+        ("attacks", "test_attacks.py"),
     ],
 )
 def test_each_rooms_suite_reads_the_index(room: str, suite: str) -> None:

@@ -1,0 +1,365 @@
+"""What a server could read from one owner's update, before anything leaves: attacks on updates made here, from the owner's own data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from fedfm.attacks.base import Attack, Outcome, Secret, Seen
+from fedfm.core import registry
+from fedfm.core.errors import ConfigError, DataError, FedfmError
+from fedfm.core.keys import Key
+from fedfm.core.parts import Tree
+from fedfm.core.stage import Stage, unseen
+from fedfm.core.tree import norm
+from fedfm.data import Data, prepare
+from fedfm.federation import Federation
+from fedfm.models import load_tokenizer, unchanged
+from fedfm.models.foundation import classes_of, configured, max_context
+from fedfm.run.gaussian import noise_multiplier, noisy
+from fedfm.run.leak_cases import Bench, Owner, Trial, mean_of, secret_of
+from fedfm.simulation import Simulation
+from fedfm.tuning import LoRA
+from fedfm.tuning.base import Tuning
+
+_DRAWS = 4  # of the noise in each trial
+NEAR = 0.05
+"""How far above chance still counts as near chance."""
+_WORDS = 60  # tokens of the text that is shown
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is looked at.
+
+    Args:
+        owner: Whose update; ``None`` for the first owner.
+        num_texts: Examples in one update.
+        trials: Updates that are made, each from other examples.
+        group: Owners in a sum; ``None`` for all, at most ten.
+        epsilon: Of the noise that is compared with.
+        delta: The chance that its guarantee fails.
+
+    Raises:
+        ConfigError: if a number is out of range.
+    """
+
+    owner: str | None = None
+    num_texts: int = 1
+    trials: int = 5
+    group: int | None = None
+    epsilon: float = 8.0
+    delta: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("examples", self.num_texts, 1), ("trials", self.trials, 1), ("group", self.group, 2)):
+            if value is not None and value < least:
+                raise ConfigError(f"{name} is {value}; it must be {least} or more.")
+        noise_multiplier(self.epsilon, self.delta)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one attack read in one case, on average over the trials.
+
+    Args:
+        right: Share of what was asked; ``None`` where the update holds nothing of this kind.
+        chance: What a guess without the update gets right.
+        in_group: Share of the owner's tokens that show in a sum, whosever they are.
+    """
+
+    right: float | None
+    chance: float
+    in_group: float | None = None
+
+    @property
+    def word(self) -> str:
+        """``nothing``, ``near chance``, ``part`` or ``all``."""
+        if self.right is None:
+            return "nothing"
+        if self.right <= self.chance + NEAR:
+            return "near chance"
+        return "all" if self.right >= 0.995 else "part"
+
+
+@dataclass
+class Case:
+    """A way in which the update could leave.
+
+    Args:
+        name: ``raw``, ``lora``, ``group``, ``noise``, ``plan``, ``released``.
+        title: The same for a person.
+        what: What the server has in it.
+        findings: By the attack's name.
+        why_not: Why there is no such case here; empty where there is one.
+        marks: Of the text that is shown, which tokens were read.
+    """
+
+    name: str
+    title: str
+    what: str
+    findings: dict[str, Finding] = field(default_factory=dict)
+    why_not: str = ""
+    marks: list[bool] = field(default_factory=list)
+    outcomes: dict[str, list[Outcome | None]] = field(default_factory=dict, repr=False)
+
+
+@dataclass(frozen=True)
+class Leak:
+    """What could be read.
+
+    Args:
+        source: The recipe or the run.
+        noise: Noise multiplier of the epsilon that is compared with.
+        num_texts: Examples in one update.
+        trials: Updates that were made.
+        group: Owners in a sum.
+        words: The tokens of the text that is shown.
+    """
+
+    source: str
+    owner: str
+    tuning: str
+    epsilon: float
+    delta: float
+    noise: float
+    num_texts: int
+    trials: int
+    group: int
+    cases: Sequence[Case]
+    words: Sequence[str]
+
+    def case(self, name: str) -> Case:
+        """The case of that name."""
+        return next(case for case in self.cases if case.name == name)
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values: for ``--json``, and for the page."""
+        head = {name: getattr(self, name) for name in ("source", "owner", "tuning", "epsilon", "delta", "noise", "num_texts", "trials", "group")}
+        questions = {name: _attack(name).question for name in registry.entries("attacks")}
+        cases = [
+            {
+                "name": case.name,
+                "title": case.title,
+                "what": case.what,
+                "why_not": case.why_not,
+                "marks": case.marks,
+                "attacks": {
+                    name: {"right": one.right, "chance": one.chance, "in_group": one.in_group, "word": one.word}
+                    for name, one in case.findings.items()
+                },
+            }
+            for case in self.cases
+        ]
+        return {**head, "near": NEAR, "questions": questions, "cases": cases, "words": list(self.words)}
+
+
+def site_of(plan: Federation, data: str | None = None) -> Simulation:
+    """The federation with its data; or with the rows of one owner alone, as on a member's own machine.
+
+    Args:
+        data: A file with these rows.
+    """
+    if data is None:
+        return Simulation.build(plan, policies={})
+    plan = plan.resolved()
+    tokenizer = load_tokenizer(plan.model.tokenizer or plan.model.source or "")
+    config = configured(plan.model, plan.task.head, tokenizer)
+    rules: dict[str, Any] = plan.data.rules()
+    with unchanged(tokenizer):
+        owners = prepare(
+            Data(source=data, delimiter=plan.data.delimiter, encoding=plan.data.encoding, **rules),
+            plan.task,
+            tokenizer,
+            key=Key.root(plan.seed).fold("data"),
+            max_context=max_context(config),
+            classes=classes_of(config),
+            sole="me",
+        )
+    return Simulation.build(plan, owners=owners, policies={})
+
+
+def leak(site: Simulation, question: Question, source: str = "", params: Tree | None = None, stage: Stage = unseen) -> Leak:
+    """Makes updates from one owner's data in each case, and runs every attack on them. Nothing leaves and nothing is written.
+
+    Args:
+        source: The recipe's or the run's name, for the answer.
+        params: The parameters of a run; ``None`` for those before the first round.
+
+    Raises:
+        ConfigError: if there is no such owner.
+        DataError: if it has too few examples.
+    """
+    name = _known(site, question.owner)
+    size = min(question.group or 10, len(site.clients))
+    owner = Owner(site, name, size, params)
+    if len(owner.train) < question.num_texts:
+        raise DataError(f"{name} has {len(owner.train)} training example(s), fewer than the {question.num_texts} of --examples.")
+    work = _Work(owner, question, size)
+    trials = list(owner.trials(question.num_texts, question.trials))
+    for done, trial in enumerate(trials):
+        stage(f"Reading update {done + 1} of {len(trials)} of {name}")
+        work.look(trial)
+    for case in work.cases:
+        case.findings = {attack: _mean(outcomes) for attack, outcomes in case.outcomes.items()}
+    return Leak(
+        source=source or site.federation.name,
+        owner=name,
+        tuning=type(site.federation.tuning).__name__,
+        epsilon=question.epsilon,
+        delta=question.delta,
+        noise=work.noise,
+        num_texts=question.num_texts,
+        trials=len(trials),
+        group=size,
+        cases=work.cases,
+        words=work.words,
+    )
+
+
+def _known(site: Simulation, owner: str | None) -> str:
+    if owner is None:
+        return site.clients[0]
+    if owner not in site.clients:
+        raise ConfigError(
+            f"There is no owner {owner!r} with usable data.{registry.suggest(owner, site.clients)} Owners: {', '.join(site.clients[:8])}"
+            f"{', ...' if len(site.clients) > 8 else ''}."
+        )
+    return owner
+
+
+def _attack(name: str) -> Attack:
+    attack = registry.entries("attacks")[name].load()()
+    assert isinstance(attack, Attack)
+    return attack
+
+
+def _mean(outcomes: Sequence[Outcome | None]) -> Finding:
+    read = [outcome for outcome in outcomes if outcome is not None]
+    if not read:
+        return Finding(None, math.nan)
+    in_group = [outcome.in_group for outcome in read if outcome.in_group is not None]
+    # An update in which nothing was found tells as much as a guess without it.
+    return Finding(fmean(one.right for one in read), fmean(one.chance for one in read), fmean(in_group) if in_group else None)
+
+
+class _Work:
+    """The cases, filled trial by trial."""
+
+    def __init__(self, owner: Owner, question: Question, group: int) -> None:
+        self.owner, self.question, self.group = owner, question, group
+        self.noise = noise_multiplier(question.epsilon, question.delta)
+        self.attacks = {name: _attack(name) for name in registry.entries("attacks")}
+        self.words: list[str] = []
+        alone = f"all parameters of the model train, and the server sees the update that one step on {_texts(question.num_texts)} makes"
+        one = "the server sees one sum and no single update"
+        self.by_name = {
+            "raw": Case("raw", "Everything trains, sent as it is", alone),
+            "lora": Case("lora", "Only a small adapter trains (LoRA)", "the base stays as it is, and the server sees the change of the adapter"),
+            "group": Case("group", f"In a sum of {group} owners", f"as above, and the updates of {group} owners are added before the server sees them: {one}"),
+            "noise": Case(
+                "noise",
+                f"With noise for epsilon {question.epsilon:g}",
+                f"as in the first line, with the update shortened and noise added before it leaves (epsilon {question.epsilon:g}, delta {question.delta:g}, one release)",
+            ),
+            "plan": Case("plan", "As this plan sends it", "the plan's own tuning, trainer, transforms and channel, for one round"),
+            "released": Case("released", "What the next model shows", "the sum after the server has added its noise, which everybody sees in the next model"),
+        }  # fmt: skip
+
+    @property
+    def cases(self) -> list[Case]:
+        """Those that exist or say why they do not."""
+        return [case for case in self.by_name.values() if case.outcomes or case.why_not]
+
+    def look(self, trial: Trial) -> None:
+        """Runs every attack on every case of a trial."""
+        owner = self.owner
+        for case, bench, delta, told, in_sum in self._updates(trial):
+            seen = Seen(
+                owner.base, bench.params, delta, told, len(trial.texts), bench.alone(owner.owner, trial), len(trial.candidates)
+            )
+            self._attack(case, seen, secret_of(trial, owner.train, len(owner.site.house.labels), in_sum), trial)
+
+    def _updates(self, trial: Trial) -> Iterator[tuple[Case, Bench, Tree, Mapping[str, float], bool]]:
+        """What the server has in each case: the update, the numbers with it, and whether it is a sum."""
+        owner, full = self.owner, self.owner.full
+        raw, told = full.update(owner.owner, trial.texts)
+        yield self.by_name["raw"], full, raw, told, False
+        adapter = self._bench("lora", owner.plan.tuning if isinstance(owner.plan.tuning, LoRA) else LoRA())
+        if adapter is not None:
+            delta, numbers = adapter.update(owner.owner, trial.texts)
+            yield self.by_name["lora"], adapter, delta, numbers, False
+        if trial.others:
+            together = [raw, *(full.update(client, examples)[0] for client, examples in trial.others.items())]
+            yield self.by_name["group"], full, mean_of(together), {}, True
+        else:
+            self.by_name["group"].why_not = "there is one owner here, so there is no sum to hide in"
+        key = owner.key.fold("noise", trial.number)
+        for draw in range(_DRAWS):
+            yield self.by_name["noise"], full, noisy(raw, norm(raw), self.noise, key.fold(draw)), {}, False
+        yield from self._plan(trial)
+
+    def _plan(self, trial: Trial) -> Iterator[tuple[Case, Bench, Tree, Mapping[str, float], bool]]:
+        case, bench = self.by_name["plan"], self._bench("plan", self.owner.plan.tuning)
+        if bench is None or case.why_not:
+            return
+        try:
+            played = self.owner.round(trial)
+        except FedfmError as error:
+            case.why_not = str(error)
+            return
+        yield case, bench, played.delta, played.told, played.hidden
+        if played.released is not None:
+            yield self.by_name["released"], bench, played.released, {}, True
+
+    def _bench(self, name: str, tuning: Tuning) -> Bench | None:
+        """The base under a tuning, loaded once; ``None`` where it does not fit."""
+        if tuning == self.owner.full.house.plan.tuning:
+            return self.owner.full
+        known: dict[Tuning, Bench | None] = self.__dict__.setdefault("_benches", {})
+        if tuning not in known:
+            try:
+                known[tuning] = self.owner.bench(tuning)
+            except FedfmError as error:
+                self.by_name[name].why_not, known[tuning] = str(error), None
+        return known[tuning]
+
+    def _attack(self, case: Case, seen: Seen, secret: Secret, trial: Trial) -> None:
+        best: Outcome | None = None
+        for name, attack in self.attacks.items():
+            guess = attack.guess(seen)
+            outcome = None if guess is None or (name == "Labels" and not secret.labels) else attack.score(guess, seen, secret)
+            case.outcomes.setdefault(name, []).append(outcome)
+            if outcome is not None and outcome.tokens and (best is None or outcome.right > best.right):
+                best = outcome
+        if trial.number == 0 and not case.marks:
+            ids = [int(token) for token in trial.texts.ids(0)[:_WORDS]]
+            special, read = set(seen.base.special), set(best.tokens if best is not None else ())
+            self.words = self.words or [self.owner.full.house.foundation.tokenizer.decode([token]) for token in ids if token not in special]
+            case.marks = [token in read for token in ids if token not in special]
+
+
+def _texts(num: int) -> str:
+    return "one text" if num == 1 else f"{num} texts"
+
+
+def open_target(target: Path, overrides: Sequence[str]) -> tuple[Federation, Tree | None]:
+    """The federation of a recipe, or of a run's folder with the parameters of its last round.
+
+    Raises:
+        ConfigError: if a run is given with overrides.
+        RunError: if the folder is no run's, or no round was completed.
+    """
+    from fedfm.recipe import located, read
+    from fedfm.run.folder import RECIPE, state_after
+
+    if not target.is_dir():
+        return located(read(target, overrides)), None
+    if overrides:
+        raise ConfigError(f"{target} is a run, whose recipe is fixed. Give the recipe's file to change {overrides[0]!r}.")
+    params = state_after(target).params
+    return located(replace(read(target / RECIPE))), params

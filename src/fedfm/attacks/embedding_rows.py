@@ -26,5 +26,5 @@ class EmbeddingRows(TokenAttack):
         """How much each token's rows stand out ``(V,)``."""
         base = seen.base
         pairs = [(named(seen.delta, name), named(seen.params, name)) for name in (base.embedding, base.output)]
-        evidence = [outstanding(delta, param)[: base.size] for delta, param in pairs if delta is not None]
+        evidence = [outstanding(delta, param)[: base.size] for delta, param in pairs if delta is not None and bool(delta.any())]
         return torch.stack(evidence).amax(dim=0) if evidence else None

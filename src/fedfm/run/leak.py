@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from fedfm.attacks.base import Attack, Outcome, Secret, Seen
+from fedfm.attacks.base import Attack, Outcome, Secret, Seen, TokenAttack
 from fedfm.core import registry
 from fedfm.core.errors import ConfigError, DataError, FedfmError
 from fedfm.core.keys import Key
@@ -20,10 +19,12 @@ from fedfm.data import Data, prepare
 from fedfm.federation import Federation
 from fedfm.models import load_tokenizer, unchanged
 from fedfm.models.foundation import classes_of, configured, max_context
+from fedfm.run.base import require_base
+from fedfm.run.folder import read_journal, state_after
 from fedfm.run.gaussian import noise_multiplier, noisy
 from fedfm.run.leak_cases import Bench, Owner, Trial, mean_of, secret_of
 from fedfm.simulation import Simulation
-from fedfm.tuning import LoRA
+from fedfm.tuning import Full, LoRA
 from fedfm.tuning.base import Tuning
 
 _DRAWS = 4  # of the noise in each trial
@@ -73,13 +74,13 @@ class Finding:
     """
 
     right: float | None
-    chance: float
+    chance: float | None
     in_group: float | None = None
 
     @property
     def word(self) -> str:
         """``nothing``, ``near chance``, ``part`` or ``all``."""
-        if self.right is None:
+        if self.right is None or self.chance is None:
             return "nothing"
         if self.right <= self.chance + NEAR:
             return "near chance"
@@ -140,7 +141,9 @@ class Leak:
     def to_json(self) -> dict[str, Any]:
         """Plain values: for ``--json``, and for the page."""
         head = {name: getattr(self, name) for name in ("source", "owner", "tuning", "epsilon", "delta", "noise", "num_texts", "trials", "group")}
-        questions = {name: _attack(name).question for name in registry.entries("attacks")}
+        attacks = {name: _attack(name) for name in registry.entries("attacks")}
+        tokens = [name for name, attack in attacks.items() if isinstance(attack, TokenAttack)]
+        questions = {name: attacks[name].question for name in (*tokens, *(name for name in attacks if name not in tokens))}
         cases = [
             {
                 "name": case.name,
@@ -155,7 +158,7 @@ class Leak:
             }
             for case in self.cases
         ]
-        return {**head, "near": NEAR, "questions": questions, "cases": cases, "words": list(self.words)}
+        return {**head, "near": NEAR, "questions": questions, "tokens": tokens, "cases": cases, "words": list(self.words)}
 
 
 def site_of(plan: Federation, data: str | None = None) -> Simulation:
@@ -183,27 +186,31 @@ def site_of(plan: Federation, data: str | None = None) -> Simulation:
     return Simulation.build(plan, owners=owners, policies={})
 
 
-def leak(site: Simulation, question: Question, source: str = "", params: Tree | None = None, stage: Stage = unseen) -> Leak:
+def leak(site: Simulation, question: Question, source: str = "", run: Path | None = None, stage: Stage = unseen) -> Leak:
     """Makes updates from one owner's data in each case, and runs every attack on them. Nothing leaves and nothing is written.
 
     Args:
         source: The recipe's or the run's name, for the answer.
-        params: The parameters of a run; ``None`` for those before the first round.
+        run: A run's folder, from whose last round the plan's own tuning goes on; ``None`` for the start.
 
     Raises:
         ConfigError: if there is no such owner.
         DataError: if it has too few examples.
+        RunError: if the run has completed no round, or its base has changed since.
     """
     name = _known(site, question.owner)
     size = min(question.group or 10, len(site.clients))
-    owner = Owner(site, name, size, params)
+    owner = Owner(site, name, size, None if run is None else state_after(run).params)
     if len(owner.train) < question.num_texts:
         raise DataError(f"{name} has {len(owner.train)} training example(s), fewer than the {question.num_texts} of --examples.")
+    if run is not None:
+        require_base(read_journal(run).first.get("base"), owner.full.house.foundation, run)
     work = _Work(owner, question, size)
     trials = list(owner.trials(question.num_texts, question.trials))
     for done, trial in enumerate(trials):
-        stage(f"Reading update {done + 1} of {len(trials)} of {name}")
+        stage(f"Reading what updates of {name} give away", done, len(trials))
         work.look(trial)
+    stage(f"Reading what updates of {name} give away", len(trials), len(trials))
     for case in work.cases:
         case.findings = {attack: _mean(outcomes) for attack, outcomes in case.outcomes.items()}
     return Leak(
@@ -241,9 +248,8 @@ def _attack(name: str) -> Attack:
 def _mean(outcomes: Sequence[Outcome | None]) -> Finding:
     read = [outcome for outcome in outcomes if outcome is not None]
     if not read:
-        return Finding(None, math.nan)
+        return Finding(None, None)
     in_group = [outcome.in_group for outcome in read if outcome.in_group is not None]
-    # An update in which nothing was found tells as much as a guess without it.
     return Finding(fmean(one.right for one in read), fmean(one.chance for one in read), fmean(in_group) if in_group else None)
 
 
@@ -255,6 +261,7 @@ class _Work:
         self.noise = noise_multiplier(question.epsilon, question.delta)
         self.attacks = {name: _attack(name) for name in registry.entries("attacks")}
         self.words: list[str] = []
+        self.benches: dict[Tuning, Bench | None] = {}
         alone = f"all parameters of the model train, and the server sees the update that one step on {_texts(question.num_texts)} makes"
         one = "the server sees one sum and no single update"
         self.by_name = {
@@ -318,15 +325,16 @@ class _Work:
 
     def _bench(self, name: str, tuning: Tuning) -> Bench | None:
         """The base under a tuning, loaded once; ``None`` where it does not fit."""
-        if tuning == self.owner.full.house.plan.tuning:
+        if tuning == Full() and self.owner.sent is None:
             return self.owner.full
-        known: dict[Tuning, Bench | None] = self.__dict__.setdefault("_benches", {})
-        if tuning not in known:
+        if tuning not in self.benches:
             try:
-                known[tuning] = self.owner.bench(tuning)
+                self.benches[tuning] = self.owner.bench(tuning)
             except FedfmError as error:
-                self.by_name[name].why_not, known[tuning] = str(error), None
-        return known[tuning]
+                self.by_name[name].why_not, self.benches[tuning] = str(error), None
+        elif self.benches[tuning] is None:
+            self.by_name[name].why_not = f"{type(tuning).__name__} does not fit this model"
+        return self.benches[tuning]
 
     def _attack(self, case: Case, seen: Seen, secret: Secret, trial: Trial) -> None:
         best: Outcome | None = None
@@ -345,21 +353,3 @@ class _Work:
 
 def _texts(num: int) -> str:
     return "one text" if num == 1 else f"{num} texts"
-
-
-def open_target(target: Path, overrides: Sequence[str]) -> tuple[Federation, Tree | None]:
-    """The federation of a recipe, or of a run's folder with the parameters of its last round.
-
-    Raises:
-        ConfigError: if a run is given with overrides.
-        RunError: if the folder is no run's, or no round was completed.
-    """
-    from fedfm.recipe import located, read
-    from fedfm.run.folder import RECIPE, state_after
-
-    if not target.is_dir():
-        return located(read(target, overrides)), None
-    if overrides:
-        raise ConfigError(f"{target} is a run, whose recipe is fixed. Give the recipe's file to change {overrides[0]!r}.")
-    params = state_after(target).params
-    return located(replace(read(target / RECIPE))), params

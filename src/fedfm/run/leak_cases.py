@@ -104,9 +104,8 @@ class Trial:
 
     @property
     def candidates(self) -> list[tuple[Examples, int, bool]]:
-        """Texts that the server asks about, as many that are in it as not, at most four of each: where they are, and whether they are in it."""
-        num = min(len(self.texts), len(self.outsiders), 4)
-        return [(own, i, own is self.texts) for own in (self.texts, self.outsiders) for i in range(num)]
+        """Texts that the server asks about, at most four that are in the update and four that are not: where they are, and whether they are in it."""
+        return [(own, i, own is self.texts) for own in (self.texts, self.outsiders) for i in range(min(len(own), 4))]
 
 
 @dataclass

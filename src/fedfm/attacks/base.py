@@ -17,6 +17,9 @@ from fedfm.core.batch import IntArray
 from fedfm.core.parts import Part
 from fedfm.core.tree import Tree
 
+ROUNDING = 1e-5
+"""A part of a change that is this small beside its largest is rounding: parameters are float32, and a change is their difference."""
+
 
 @dataclass(frozen=True)
 class Base:
@@ -57,6 +60,7 @@ class Seen:
         delta: The change that came back, of one owner or of a group; leaves that are no parameters are left out.
         told: The numbers that came with it.
         num_texts: How many examples of the owner are behind it. That the server knows them favours the attack.
+        rate: The sum of the learning rates of its steps; ``None`` where a step is no gradient times a rate, or nobody told how many there were.
         alone: The change that one candidate text by itself would make, by its index.
         num_candidates: Texts of which the server asks whether the owner has them.
     """
@@ -66,6 +70,7 @@ class Seen:
     delta: Tree
     told: Mapping[str, float]
     num_texts: int
+    rate: float | None
     alone: Callable[[int], Tree]
     num_candidates: int
 
@@ -165,16 +170,29 @@ def named(tree: Tree, name: str | None) -> torch.Tensor | None:
     return None if leaf is None else leaf.double()
 
 
-def outstanding(delta_vd: torch.Tensor, param_vd: torch.Tensor | None = None) -> torch.Tensor:
-    """How much longer each row of a change is than rows usually are ``(V,)``, in units of how much rows differ.
+def without_decay(delta_vd: torch.Tensor, param_vd: torch.Tensor | None) -> torch.Tensor:
+    """A change without what a decay of weights does, which shortens all rows of the parameter alike."""
+    if param_vd is None:
+        return delta_vd
+    shrinking_v = (delta_vd * param_vd).sum(1) / param_vd.square().sum(1).clamp(min=1e-30)
+    return delta_vd - shrinking_v.median() * param_vd
+
+
+def outstanding(length_vr: torch.Tensor) -> torch.Tensor:
+    """How much longer each row of a change is than rows usually are, in units of how much rows differ.
 
     Args:
-        param_vd: The parameter itself: a decay of weights shortens all rows alike, and is taken out.
+        length_vr: Lengths of the rows ``(V, R)``, measured in R ways.
     """
-    if param_vd is not None:
-        shrinking_v = (delta_vd * param_vd).sum(1) / param_vd.square().sum(1).clamp(min=1e-30)
-        delta_vd = delta_vd - shrinking_v.median() * param_vd
-    length_v = delta_vd.norm(dim=1)
-    usual = length_v.median()
-    spread = (length_v - usual).abs().median()
-    return (length_v - usual) / torch.maximum(spread, 1e-6 * length_v.max()).clamp(min=1e-300)
+    usual_r = length_vr.median(dim=0).values
+    spread_r = (length_vr - usual_r).abs().median(dim=0).values
+    return (length_vr - usual_r) / torch.maximum(spread_r, 1e-6 * length_vr.amax(dim=0)).clamp(min=1e-300)
+
+
+def row_space(rows_nd: torch.Tensor) -> torch.Tensor:
+    """An orthonormal basis ``(d, r)`` of what the rows span, without what is only rounding; the directions in which they are longest first."""
+    if not rows_nd.numel():
+        return rows_nd.new_zeros(rows_nd.shape[1], 0)
+    _, s, vt = torch.linalg.svd(rows_nd, full_matrices=False)
+    basis: torch.Tensor = vt[: int((s > ROUNDING * s[0]).sum())].T
+    return basis

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 
 import torch
 
-from fedfm.attacks.base import Seen, TokenAttack, named, outstanding
+from fedfm.attacks.base import ROUNDING, Seen, TokenAttack, named, outstanding, without_decay
 
 
 @dataclass(frozen=True)
 class EmbeddingRows(TokenAttack):
     """Row v of the token embedding moves only if the text has token v; row v of the output layer moves most if v is to be predicted.
 
-    Where both layers are one, its rows are the sum of both. Where the embedding is frozen (LoRA), there is nothing to read.
+    Where both layers are one, a row is the sum of both. The output's part of every row lies in the span of the text's hidden states, which are the leading
+    directions of all rows; what a row has beside the leading directions is the embedding's. Where the embedding is frozen (LoRA), there is nothing to read.
     """
 
     question = "Which words does my text have (rows of the embedding)?"
@@ -26,5 +27,16 @@ class EmbeddingRows(TokenAttack):
         """How much each token's rows stand out ``(V,)``."""
         base = seen.base
         pairs = [(named(seen.delta, name), named(seen.params, name)) for name in (base.embedding, base.output)]
-        evidence = [outstanding(delta, param)[: base.size] for delta, param in pairs if delta is not None and bool(delta.any())]
+        evidence = [_evidence(delta, param)[: base.size] for delta, param in pairs if delta is not None and bool(delta.any())]
         return torch.stack(evidence).amax(dim=0) if evidence else None
+
+
+def _evidence(delta_vd: torch.Tensor, param_vd: torch.Tensor | None) -> torch.Tensor:
+    """How much each row stands out by what it has beside the r leading directions, for the r with which it stands out most ``(V,)``."""
+    delta_vd = without_decay(delta_vd, param_vd)
+    _, _, vt = torch.linalg.svd(delta_vd, full_matrices=False)
+    part_vd = (delta_vd @ vt.T).square()
+    # Column r: the length beside the first r directions.
+    beside_vr = part_vd.flip(1).cumsum(1).flip(1)[:, : part_vd.shape[1] // 2 + 1].sqrt()
+    longest_r = beside_vr.amax(dim=0)
+    return outstanding(beside_vr[:, longest_r > 10 * ROUNDING * longest_r[0]]).amax(dim=1)

@@ -35,8 +35,9 @@ class Labels(Attack):
             return None
         if seen.num_texts == 1:
             return torch.nn.functional.one_hot(push_c.argmax(), len(push_c)).double()
-        # A class that nobody has is pushed down by its probability, 1/C, times the rate.
-        share_c = (1 + push_c / lowest).clamp(min=0)
+        # A class that nobody has is pushed down by its probability, 1/C, times the rate. Where the rate is not known, the lowest is taken for such a class.
+        rate = seen.rate if seen.rate is not None and bias is not None else lowest * len(push_c)
+        share_c = (1 / len(push_c) + push_c / rate).clamp(min=0)
         return share_c / share_c.sum()
 
     def score(self, guess: torch.Tensor, seen: Seen, secret: Secret) -> Outcome:

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
-from fedfm.attacks.base import Base, Seen, TokenAttack, named
+from fedfm.attacks.base import Base, Seen, TokenAttack, named, row_space
 
-_CLEAR = 1e-5  # a singular value this small beside the largest is rounding
 _CHUNK = 1 << 22  # values of candidates' inputs that are held at once
 
 
@@ -60,16 +59,12 @@ def _spans(seen: Seen) -> Iterator[tuple[torch.Tensor | None, torch.Tensor]]:
 
 
 def _basis(rows_nd: torch.Tensor) -> torch.Tensor | None:
-    """An orthonormal basis ``(d, r)`` of the rows' span; ``None`` where all rows are zero."""
-    _, s, vt = torch.linalg.svd(rows_nd, full_matrices=False)
-    if not len(s) or not s[0] > 0:
-        return None
-    rank = int((s > _CLEAR * s[0]).sum())
-    width = rows_nd.shape[1]
+    """An orthonormal basis ``(d, r)`` of the rows' span, or of its leading half where it is the whole space; ``None`` where all rows are zero."""
+    basis_dr = row_space(rows_nd)
+    width, rank = basis_dr.shape
     if rank >= width - 1:
-        rank = max(width // 2, 1)
-    basis: torch.Tensor = vt[:rank].T
-    return basis
+        basis_dr = basis_dr[:, : max(width // 2, 1)]
+    return basis_dr if rank else None
 
 
 def _inputs(base: Base) -> Iterator[tuple[int, torch.Tensor]]:

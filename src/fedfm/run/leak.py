@@ -22,7 +22,7 @@ from fedfm.models.foundation import classes_of, configured, max_context
 from fedfm.run.base import require_base
 from fedfm.run.folder import read_journal, state_after
 from fedfm.run.gaussian import noise_multiplier, noisy
-from fedfm.run.leak_cases import Bench, Owner, Trial, mean_of, secret_of
+from fedfm.run.leak_cases import RATE, Bench, Owner, Trial, mean_of, secret_of
 from fedfm.simulation import Simulation
 from fedfm.tuning import Full, LoRA
 from fedfm.tuning.base import Tuning
@@ -285,32 +285,33 @@ class _Work:
     def look(self, trial: Trial) -> None:
         """Runs every attack on every case of a trial."""
         owner = self.owner
-        for case, bench, delta, told, in_sum in self._updates(trial):
-            seen = Seen(
-                owner.base, bench.params, delta, told, len(trial.texts), bench.alone(owner.owner, trial), len(trial.candidates)
-            )
+        for case, seen, in_sum in self._updates(trial):
             self._attack(case, seen, secret_of(trial, owner.train, len(owner.site.house.labels), in_sum), trial)
 
-    def _updates(self, trial: Trial) -> Iterator[tuple[Case, Bench, Tree, Mapping[str, float], bool]]:
-        """What the server has in each case: the update, the numbers with it, and whether it is a sum."""
+    def _updates(self, trial: Trial) -> Iterator[tuple[Case, Seen, bool]]:
+        """What the server has in each case, and whether it is a sum."""
         owner, full = self.owner, self.owner.full
         raw, told = full.update(owner.owner, trial.texts)
-        yield self.by_name["raw"], full, raw, told, False
+        yield self.by_name["raw"], self._seen(full, trial, raw, told, RATE), False
         adapter = self._bench("lora", owner.plan.tuning if isinstance(owner.plan.tuning, LoRA) else LoRA())
         if adapter is not None:
             delta, numbers = adapter.update(owner.owner, trial.texts)
-            yield self.by_name["lora"], adapter, delta, numbers, False
+            yield self.by_name["lora"], self._seen(adapter, trial, delta, numbers, RATE), False
         if trial.others:
             together = [raw, *(full.update(client, examples)[0] for client, examples in trial.others.items())]
-            yield self.by_name["group"], full, mean_of(together), {}, True
+            yield self.by_name["group"], self._seen(full, trial, mean_of(together), {}, RATE), True
         else:
             self.by_name["group"].why_not = "there is one owner here, so there is no sum to hide in"
         key = owner.key.fold("noise", trial.number)
         for draw in range(_DRAWS):
-            yield self.by_name["noise"], full, noisy(raw, norm(raw), self.noise, key.fold(draw)), {}, False
+            released = noisy(raw, norm(raw), self.noise, key.fold(draw))
+            yield self.by_name["noise"], self._seen(full, trial, released, {}, RATE), False
         yield from self._plan(trial)
 
-    def _plan(self, trial: Trial) -> Iterator[tuple[Case, Bench, Tree, Mapping[str, float], bool]]:
+    def _seen(self, bench: Bench, trial: Trial, delta: Tree, told: Mapping[str, float], rate: float | None = None) -> Seen:
+        return bench.seen(self.owner.base, self.owner.owner, trial, delta, told, rate)
+
+    def _plan(self, trial: Trial) -> Iterator[tuple[Case, Seen, bool]]:
         case, bench = self.by_name["plan"], self._bench("plan", self.owner.plan.tuning)
         if bench is None or case.why_not:
             return
@@ -319,9 +320,9 @@ class _Work:
         except FedfmError as error:
             case.why_not = str(error)
             return
-        yield case, bench, played.delta, played.told, played.hidden
+        yield case, self._seen(bench, trial, played.delta, played.told, played.rate), played.hidden
         if played.released is not None:
-            yield self.by_name["released"], bench, played.released, {}, True
+            yield self.by_name["released"], self._seen(bench, trial, played.released, {}), True
 
     def _bench(self, name: str, tuning: Tuning) -> Bench | None:
         """The base under a tuning, loaded once; ``None`` where it does not fit."""

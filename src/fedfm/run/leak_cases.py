@@ -31,8 +31,10 @@ from fedfm.tuning import Full
 from fedfm.tuning.base import Tuning
 from fedfm.tuning.sites import is_conv1d, is_linear, output_layer
 
+RATE = 1.0
+"""Learning rate of the one step that updates are made with."""
 # One step down the gradient of all examples together: the update that says most.
-_ONE_STEP = SGD(lr=1.0, steps=1, batch_size=None)
+_ONE_STEP = SGD(lr=RATE, steps=1, batch_size=None)
 
 
 class Chosen:
@@ -128,6 +130,14 @@ class Bench:
         travels = set(self.house.plan.tuning.travels(self.house.tuned.spec))
         return {name: leaf for name, leaf in trained.delta.items() if name in travels}, dict(trained.metrics)
 
+    def seen(self, base: Base, owner: ClientId, trial: Trial, delta: Tree, told: Mapping[str, float], rate: float | None = None) -> Seen:
+        """What the server has of a trial.
+
+        Args:
+            rate: Of the update's steps; ``None`` where they are not known.
+        """
+        return Seen(base, self.params, delta, told, len(trial.texts), rate, self.alone(owner, trial), len(trial.candidates))
+
     def alone(self, client: ClientId, trial: Trial) -> Callable[[int], Tree]:
         """What each candidate of a trial would make by itself; remembered for the trial's other cases."""
         candidates = trial.candidates
@@ -152,12 +162,14 @@ class Rounds:
         told: The numbers that came with it.
         released: The aggregate after the server's own noise: what everybody sees in the next model. ``None`` where the server adds nothing.
         hidden: Whether ``delta`` is a sum.
+        rate: The sum of the learning rates of its steps, where it can be known.
     """
 
     delta: Tree
     told: Mapping[str, float]
     released: Tree | None
     hidden: bool
+    rate: float | None = None
 
 
 class Owner:
@@ -243,7 +255,15 @@ class Owner:
             told,
             {name: leaf for name, leaf in released[0].payload.items() if name in names} if finishes else None,
             hidden,
+            self._rate(told),
         )
+
+    def _rate(self, told: Mapping[str, float]) -> float | None:
+        """What the server makes of the plan's trainer and the number of steps that it was told."""
+        local, steps = self.plan.local, int(told.get("steps", 0))
+        if "gradient-steps" not in local.traits().is_ or not steps:
+            return None
+        return sum(local.lr_at(step, steps, 1) for step in range(steps))
 
     def _with_own_noise(self) -> Any:
         """The client's plan, with the noise that the owner's real number of rows asks for, not that of the trial's few."""

@@ -34,7 +34,10 @@ LAYERS = [
 # Rooms that know nothing else, not even for annotations or inside a function.
 STRICT = {
     "core": set(),
-    **{room: {"core"} for room in ("samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data", "wire", "attacks")},
+    **{
+        room: {"core"}
+        for room in ("samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data", "wire", "attacks")
+    },
     "tasks": {"core", "data"},
     "tuning": {"core", "models"},
     "local": {"core", "tuning"},
@@ -123,7 +126,9 @@ def parts_in(path: Path) -> set[str]:
     }
 
 
-@pytest.mark.parametrize("room", ["samplers", "transforms", "channels", "aggregators", "server", "local", "tasks", "tuning", "engines", "attacks"])
+@pytest.mark.parametrize(
+    "room", ["samplers", "transforms", "channels", "aggregators", "server", "local", "tasks", "tuning", "engines", "attacks"]
+)
 def test_every_technique_is_exported_and_so_under_its_rooms_suite(room: str) -> None:
     written = set().union(*(parts_in(path) for path in (SOURCE / room).glob("*.py") if path.name != "base.py"))
     assert written == set(registry.entries(room)), f"add one import line per technique to {room}/__init__.py"

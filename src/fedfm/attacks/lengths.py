@@ -37,4 +37,3 @@ class Lengths(Attack):
         """Whether the length is right."""
         longest = max(len(ids) for ids in secret.texts)
         return Outcome(float(abs(float(guess) - longest) <= 1), secret.usual_length)
-

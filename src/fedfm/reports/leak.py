@@ -77,7 +77,12 @@ def bar(case: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
     """One bar of the picture: words that were read, in percent, with the mark of chance."""
     found = best(case, names)
     right, chance = (0.0, 0.0) if found is None else (float(found["right"]), float(found["chance"]))
-    return {"title": case["title"], "right": 100 * right, "chance": 100 * chance, "value": "nothing there" if found is None else percent(right)}
+    return {
+        "title": case["title"],
+        "right": 100 * right,
+        "chance": 100 * chance,
+        "value": "nothing there" if found is None else percent(right),
+    }
 
 
 def sentences(leak: Mapping[str, Any]) -> list[str]:
@@ -92,11 +97,14 @@ def _of_case(case: Mapping[str, Any], leak: Mapping[str, Any]) -> list[str]:
         said = begin + "the update holds no rows of an embedding and no gradient of the first layer, so these attacks read no word."
     else:
         right, chance = percent(found["right"]), percent(found["chance"])
-        said = begin + {
-            "all": f"the server reads all different words of the text ({right}; a guess without the update gets {chance}).",
-            "near chance": f"the server reads {right} of the different words. That is near chance, because a guess without the update gets {chance}.",
-            "part": f"the server reads {right} of the different words, where a guess without the update gets {chance}.",
-        }[found["word"]]
+        said = (
+            begin
+            + {
+                "all": f"the server reads all different words of the text ({right}; a guess without the update gets {chance}).",
+                "near chance": f"the server reads {right} of the different words. That is near chance, because a guess without the update gets {chance}.",
+                "part": f"the server reads {right} of the different words, where a guess without the update gets {chance}.",
+            }[found["word"]]
+        )
         if found["in_group"] is not None:
             said += f" Among the words of the whole sum, {percent(found['in_group'])} of this owner's show; whose they are, the sum does not say."
     if member is not None and member["word"] in ("part", "all") and case["name"] in ("noise", "plan", "released", "lora"):
@@ -121,7 +129,9 @@ def advice(leak: Mapping[str, Any]) -> list[str]:
     if labels and labels["word"] in ("part", "all"):
         said.append("This plan's update gives classes away: the classification head trains in the open, with LoRA too.")
     if lengths and lengths["word"] in ("part", "all"):
-        said.append("The length of texts can be read, from positions or from the numbers that the client itself tells (may_leave in its policy withholds them).")
+        said.append(
+            "The length of texts can be read, from positions or from the numbers that the client itself tells (may_leave in its policy withholds them)."
+        )
     if not said:
         said.append("These attacks read nothing from this plan's update beyond chance. Others may read more: this is a test, and no proof.")
     return said

@@ -56,6 +56,4 @@ def noisy(update: Tree, bound: float, multiplier: float, key: Key) -> dict[str, 
     """
     scale = min(1.0, bound / max(norm(update), 1e-300))
     generator = key.generator()
-    return {
-        name: leaf.cpu() * scale + multiplier * bound * torch.randn(leaf.shape, generator=generator) for name, leaf in update.items()
-    }
+    return {name: leaf.cpu() * scale + multiplier * bound * torch.randn(leaf.shape, generator=generator) for name, leaf in update.items()}

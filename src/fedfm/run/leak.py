@@ -140,7 +140,9 @@ class Leak:
 
     def to_json(self) -> dict[str, Any]:
         """Plain values: for ``--json``, and for the page."""
-        head = {name: getattr(self, name) for name in ("source", "owner", "tuning", "epsilon", "delta", "noise", "num_texts", "trials", "group")}
+        head = {
+            name: getattr(self, name) for name in ("source", "owner", "tuning", "epsilon", "delta", "noise", "num_texts", "trials", "group")
+        }
         attacks = {name: _attack(name) for name in registry.entries("attacks")}
         tokens = [name for name, attack in attacks.items() if isinstance(attack, TokenAttack)]
         questions = {name: attacks[name].question for name in (*tokens, *(name for name in attacks if name not in tokens))}

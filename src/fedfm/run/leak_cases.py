@@ -230,7 +230,7 @@ class Owner:
         clients = [self.owner, *self.others] if hidden or finishes else [self.owner]
         seen: list[Update | Partial] = []
         released: list[Update] = []
-        house = self._house(self._with_own_noise(), clients, trial.index)
+        house = self._house(self.client_plan(), clients, trial.index)
         plan = replace(
             self.plan,
             local=house.plan.local,
@@ -265,8 +265,8 @@ class Owner:
             return None
         return sum(local.lr_at(step, steps, 1) for step in range(steps))
 
-    def _with_own_noise(self) -> Any:
-        """The client's plan, with the noise that the owner's real number of rows asks for, not that of the trial's few."""
+    def client_plan(self) -> Any:
+        """What the owner is told, with the noise that the owner's real number of rows asks for, not that of the trial's few."""
         plan = self.site.house.plan
         noise_of = getattr(plan.local, "noise_of", None)
         if noise_of is None:
@@ -438,5 +438,3 @@ def _class_layer(foundation: Foundation) -> tuple[str, ...]:
     layers = [name for name, module in foundation.model.named_modules() if isinstance(module, nn.Linear) and module.out_features == num]
     names = {name for name, _ in foundation.model.named_parameters()}
     return tuple(name for leaf in ("weight", "bias") if (name := f"{layers[-1]}.{leaf}") in names)
-
-

@@ -113,11 +113,11 @@ def test_the_span_of_the_first_layer_holds_the_words_of_one_example(architecture
 @pytest.mark.parametrize("attack", [EmbeddingRows(), Span()], ids=["rows", "span"])
 def test_words_are_near_chance_under_noise_for_epsilon_8(attack: Any, owner_of: Any) -> None:
     owner = owner_of("Llama")
-    scores, chances = [], []
+    scores: list[float] = []
+    chances: list[float] = []
     for trial in owner.trials(1, 6):
         seen, secret = seen_in(owner, owner.full, trial)
-        for draw in range(8):
-            scores.append(right(attack, noised(seen, 8.0, draw), secret))
+        scores += [right(attack, noised(seen, 8.0, draw), secret) for draw in range(8)]
         chances.append(len(different(secret.texts, seen.base)) / (seen.base.size - len(seen.base.special)))
     assert np.mean(scores) <= np.mean(chances) + 0.05
 
@@ -222,7 +222,7 @@ def test_the_noise_is_that_of_the_analytic_gaussian_mechanism() -> None:
     assert noise_multiplier(4.37717810, 1e-5) == pytest.approx(1.0, abs=1e-6)
     assert noise_multiplier(800.0, 1e-5) < 0.1, "a large epsilon does not overflow"
     for epsilon, delta in ((0.0, 1e-5), (float("inf"), 1e-5), (1.0, 0.0), (1.0, 1.0)):
-        with pytest.raises(ConfigError, match="epsilon is|delta is"):
+        with pytest.raises(ConfigError, match=r"(epsilon|delta) is"):
             noise_multiplier(epsilon, delta)
 
 

@@ -45,7 +45,8 @@ class Labels(Attack):
         num, num_classes = len(secret.labels), len(guess)
         true_c = torch.tensor([Counter(secret.labels)[c] for c in range(num_classes)], dtype=torch.float64)
         even_c = torch.full_like(true_c, num / num_classes)
-        return Outcome(*(float(torch.minimum(counts_c, true_c).sum()) / max(num, 1) for counts_c in (_rounded(guess, num), even_c)))
+        right, chance = (float(torch.minimum(counts_c, true_c).sum()) / max(num, 1) for counts_c in (_rounded(guess, num), even_c))
+        return Outcome(right, chance)
 
 
 def _along_largest(weight_cd: torch.Tensor) -> torch.Tensor:

@@ -373,17 +373,14 @@ def describe(foundation: Foundation, vocabulary: Vocabulary, longest: int) -> Ba
     embedding, output = model.get_input_embeddings(), output_layer(foundation)
     output_name = None if output is None else names.get(id(output.weight))
     embedding_name = names.get(id(embedding.weight))
-    positions = next(
-        (f"{name}.weight" for name, module in model.named_modules() if isinstance(module, nn.Embedding) and "position" in name or name.endswith("wpe")),
-        None,
-    )  # fmt: skip
+    places = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))]
     first = _first_layers(model, foundation.device)
     return Base(
         size=min(vocabulary.size, embedding.weight.shape[0]),
         special=tuple(vocabulary.special),
         embedding=embedding_name,
         output=None if output_name == embedding_name else output_name,
-        positions=positions,
+        positions=f"{places[0]}.weight" if places else None,
         classes=_class_layer(foundation),
         first=tuple(name for name, _ in first),
         turned=is_conv1d(first[0][1]),
@@ -396,7 +393,7 @@ def _first_layers(model: nn.Module, device: torch.device) -> list[tuple[str, nn.
     """The linear layers that read the same as the first one that is called."""
     calls: list[tuple[str, nn.Module, torch.Tensor]] = []
     hooks = [
-        module.register_forward_pre_hook(lambda module, args, name=name: calls.append((name, module, args[0])))  # type: ignore[misc]
+        module.register_forward_pre_hook(lambda module, args, name=name: calls.append((name, module, args[0])))
         for name, module in model.named_modules()
         if is_linear(module)
     ]

@@ -72,7 +72,9 @@ def seen_in(owner: Owner, bench: Bench, trial: Trial, in_sum: bool = False) -> t
 def right(attack: Any, seen: Seen, secret: Secret) -> float:
     guess = attack.guess(seen)
     assert guess is not None
-    return float(attack.score(guess, seen, secret).right)
+    outcome = attack.score(guess, seen, secret)
+    assert outcome is not None
+    return float(outcome.right)
 
 
 def noised(seen: Seen, epsilon: float, draw: int) -> Seen:

@@ -133,6 +133,15 @@ def test_noise_is_that_of_the_owners_real_number_of_rows(tmp_path: Path) -> None
     assert len(trial.texts) == 1 and owner.round(trial).told["examples"] == 1.0
 
 
+def test_a_policy_that_withholds_counts_hides_the_length(tmp_path: Path) -> None:
+    (tmp_path / "policies").mkdir()
+    (tmp_path / "policies" / "a.yaml").write_text("may_leave: [losses, evaluation]\n")
+    silent = looked(tmp_path, Question(trials=1), policies=str(tmp_path / "policies"))
+    assert silent.case("lora").findings["Lengths"].right == 1.0 and silent.case("plan").findings["Lengths"].right is None
+    other = looked(tmp_path, Question(trials=1, owner="b"), policies=str(tmp_path / "policies"))
+    assert other.case("plan").findings["Lengths"].right == 1.0
+
+
 def test_a_classifier_gives_its_class_away_with_lora_too(tmp_path: Path) -> None:
     changes = {
         "model": tiny.spec("Roberta", num_hidden_layers=1),

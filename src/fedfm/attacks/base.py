@@ -129,8 +129,8 @@ class Attack(Part, ABC):
         """What the server concludes from the update alone; ``None`` where the update holds nothing of this kind."""
 
     @abstractmethod
-    def score(self, guess: torch.Tensor, seen: Seen, secret: Secret) -> Outcome:
-        """How good a guess is. A guess does not change with the length of the update."""
+    def score(self, guess: torch.Tensor, seen: Seen, secret: Secret) -> Outcome | None:
+        """How good a guess is; ``None`` where the owner has nothing of this kind. It does not change with the length of the update and the rate."""
 
 
 class TokenAttack(Attack, ABC):

@@ -40,12 +40,14 @@ class Labels(Attack):
         share_c = (1 / len(push_c) + push_c / rate).clamp(min=0)
         return share_c / share_c.sum()
 
-    def score(self, guess: torch.Tensor, seen: Seen, secret: Secret) -> Outcome:
+    def score(self, guess: torch.Tensor, seen: Seen, secret: Secret) -> Outcome | None:
         """The share of examples whose class was named."""
+        if not secret.labels:
+            return None
         num, num_classes = len(secret.labels), len(guess)
         true_c = torch.tensor([Counter(secret.labels)[c] for c in range(num_classes)], dtype=torch.float64)
         even_c = torch.full_like(true_c, num / num_classes)
-        right, chance = (float(torch.minimum(counts_c, true_c).sum()) / max(num, 1) for counts_c in (_rounded(guess, num), even_c))
+        right, chance = (float(torch.minimum(counts_c, true_c).sum()) / num for counts_c in (_rounded(guess, num), even_c))
         return Outcome(right, chance)
 
 

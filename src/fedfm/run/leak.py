@@ -343,7 +343,7 @@ class _Work:
         best: Outcome | None = None
         for name, attack in self.attacks.items():
             guess = attack.guess(seen)
-            outcome = None if guess is None or (name == "Labels" and not secret.labels) else attack.score(guess, seen, secret)
+            outcome = None if guess is None else attack.score(guess, seen, secret)
             case.outcomes.setdefault(name, []).append(outcome)
             if outcome is not None and outcome.tokens and (best is None or outcome.right > best.right):
                 best = outcome

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -15,6 +16,7 @@ from fedfm.attacks.base import Base, Secret, Seen
 from fedfm.channels import Plain
 from fedfm.client.bank import Job
 from fedfm.client.house import House
+from fedfm.client.policy import OPEN, read_policies
 from fedfm.core.batch import IntArray
 from fedfm.core.errors import DataError, ModelError, RoundError
 from fedfm.core.messages import ClientId
@@ -28,13 +30,15 @@ from fedfm.models import Foundation
 from fedfm.samplers import All
 from fedfm.simulation import Simulation
 from fedfm.tuning import Full
-from fedfm.tuning.base import Tuning
+from fedfm.tuning.base import Tuned, Tuning
 from fedfm.tuning.sites import is_conv1d, is_linear, output_layer
 
 RATE = 1.0
 """Learning rate of the one step that updates are made with."""
 # One step down the gradient of all examples together: the update that says most.
 _ONE_STEP = SGD(lr=RATE, steps=1, batch_size=None)
+
+_CANDIDATES = 4  # texts of each kind that the server asks about
 
 
 class Chosen:
@@ -107,7 +111,7 @@ class Trial:
     @property
     def candidates(self) -> list[tuple[Examples, int, bool]]:
         """Texts that the server asks about, at most four that are in the update and four that are not: where they are, and whether they are in it."""
-        return [(own, i, own is self.texts) for own in (self.texts, self.outsiders) for i in range(min(len(own), 4))]
+        return [(own, i, own is self.texts) for own in (self.texts, self.outsiders) for i in range(min(len(own), _CANDIDATES))]
 
 
 @dataclass
@@ -128,7 +132,7 @@ class Bench:
         if not trained.finite:
             raise DataError(f"The update of {client} is not finite, so there is nothing to read in it.")
         travels = set(self.house.plan.tuning.travels(self.house.tuned.spec))
-        return {name: leaf for name, leaf in trained.delta.items() if name in travels}, dict(trained.metrics)
+        return {name: leaf.cpu() for name, leaf in trained.delta.items() if name in travels}, dict(trained.metrics)
 
     def seen(self, base: Base, owner: ClientId, trial: Trial, delta: Tree, told: Mapping[str, float], rate: float | None = None) -> Seen:
         """What the server has of a trial.
@@ -187,6 +191,9 @@ class Owner:
         others = [client for client in site.clients if client != owner]
         self.others = others[: max(group - 1, 0)]
         self.sent = params
+        self._model: tuple[Foundation, Tuned] | None = None
+        policies = {} if self.plan.policies is None else read_policies(self.plan.policies)
+        self.withholds_counts = policies.get(owner, OPEN).withholds("counts")
         shard = site.house.shard(owner)
         self.train, self.test = opened(shard.train), opened(shard.test)
 
@@ -199,7 +206,9 @@ class Owner:
                 examples = opened(self.site.house.shard(client).train)
                 index[client] = _slice(number, num_texts, len(examples))
                 others[client] = Chosen(examples, index[client])
-            rest = [i for i in range(len(self.train)) if i not in set(index[self.owner])]
+            # Without held-out examples the owner's next ones are asked about, which are not in this update.
+            after = [(index[self.owner][-1] + 1 + i) % len(self.train) for i in range(_CANDIDATES)]
+            rest = [i for i in after if i not in index[self.owner]]
             outsiders = Chosen(self.test, range(len(self.test))) if len(self.test) else Chosen(self.train, rest)
             yield Trial(Chosen(self.train, index[self.owner]), outsiders, others, index, number)
 
@@ -230,7 +239,7 @@ class Owner:
         clients = [self.owner, *self.others] if hidden or finishes else [self.owner]
         seen: list[Update | Partial] = []
         released: list[Update] = []
-        house = self._house(self.client_plan(), clients, trial.index)
+        house = self._round_house(clients, trial.index)
         plan = replace(
             self.plan,
             local=house.plan.local,
@@ -249,6 +258,8 @@ class Owner:
             why = next((failure.reason for failure in record.failures if failure.client == self.owner), "it was not asked")
             raise RoundError(f"{self.owner} takes no part in a round of this plan: {why}")
         delta, told = (own[0].mean(), {}) if isinstance(own[0], Partial) else (own[0].payload, dict(own[0].metrics))
+        if self.withholds_counts:
+            told = {}
         names = set(params)
         return Rounds(
             {name: leaf for name, leaf in delta.items() if name in names},
@@ -264,6 +275,14 @@ class Owner:
         if "gradient-steps" not in local.traits().is_ or not steps:
             return None
         return sum(local.lr_at(step, steps, 1) for step in range(steps))
+
+    def _round_house(self, clients: Sequence[ClientId], chosen: Mapping[ClientId, Sequence[int]]) -> House:
+        """A house that remembers nothing of another trial; the model is loaded for the first one alone."""
+        house = self._house(self.client_plan(), clients, chosen)
+        if self._model is None:
+            self._model = house.foundation, house.tuned
+        house.foundation, house.tuned = self._model
+        return house
 
     def client_plan(self) -> Any:
         """What the owner is told, with the noise that the owner's real number of rows asks for, not that of the trial's few."""
@@ -327,8 +346,8 @@ def secret_of(trial: Trial, owner_train: Examples, num_classes: int, in_sum: boo
         in_sum: Whether the server sees a sum with the others.
     """
     texts = trial.texts
-    lengths = list(owner_train.lengths)
-    usual = max(sum(abs(int(n) - int(m)) <= 1 for n in lengths) for m in set(lengths)) / len(lengths)
+    counts = Counter(owner_train.lengths.tolist())
+    usual = max(sum(counts[n + near] for near in (-1, 0, 1)) for n in counts) / len(owner_train)
     labels = tuple(texts.label(i) for i in range(len(texts)))
     everybody = [texts, *trial.others.values()] if in_sum else []
     return Secret(
@@ -373,7 +392,9 @@ def describe(foundation: Foundation, vocabulary: Vocabulary, longest: int) -> Ba
     embedding, output = model.get_input_embeddings(), output_layer(foundation)
     output_name = None if output is None else names.get(id(output.weight))
     embedding_name = names.get(id(embedding.weight))
-    places = [name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))]
+    places = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Embedding) and ("position" in name or name.endswith("wpe"))
+    ]
     first = _first_layers(model, foundation.device)
     return Base(
         size=min(vocabulary.size, embedding.weight.shape[0]),

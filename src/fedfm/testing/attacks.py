@@ -30,9 +30,11 @@ def check_attack(attack: Attack, seen: Seen, secret: Secret) -> None:
     again = attack.guess(replace(seen, delta=delta, params=params))
     assert again is not None and torch.equal(guess, again), f"{name}: the same update gave another guess"
     outcome = attack.score(guess, seen, secret)
+    assert outcome is not None, f"{name} has no score for what it was made for"
     assert 0 <= outcome.right <= 1 and 0 <= outcome.chance <= 1, f"{name}: a score is a share, not {outcome}"
     # A power of two changes no digit.
-    longer = attack.guess(replace(seen, delta={key: 4 * leaf for key, leaf in delta.items()}))
+    rate = None if seen.rate is None else 4 * seen.rate
+    longer = attack.guess(replace(seen, delta={key: 4 * leaf for key, leaf in delta.items()}, rate=rate))
     assert longer is not None and attack.score(longer, seen, secret) == outcome, f"{name}: a longer update gave another outcome"
     nothing = attack.guess(replace(seen, delta={key: torch.zeros_like(leaf) for key, leaf in delta.items()}, told={}))
     assert nothing is None, f"{name} guesses from an update of zeros without numbers"

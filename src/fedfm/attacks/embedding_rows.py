@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fedfm.attacks.base import ROUNDING, Seen, TokenAttack, named, outstanding, without_decay
+from fedfm.attacks.base import ROUNDING, Seen, TokenAttack, directions, named, outstanding, without_decay
+
+_DIRECTIONS = 64  # the most hidden states that are looked past
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,10 @@ class EmbeddingRows(TokenAttack):
 def _evidence(delta_vd: torch.Tensor, param_vd: torch.Tensor | None) -> torch.Tensor:
     """How much each row stands out by what it has beside the r leading directions, for the r with which it stands out most ``(V,)``."""
     delta_vd = without_decay(delta_vd, param_vd)
-    _, _, vt = torch.linalg.svd(delta_vd, full_matrices=False)
-    part_vd = (delta_vd @ vt.T).square()
-    # Column r: the length beside the first r directions.
-    beside_vr = part_vd.flip(1).cumsum(1).flip(1)[:, : part_vd.shape[1] // 2 + 1].sqrt()
+    basis_dd, _ = directions(delta_vd)
+    leading_vr = (delta_vd @ basis_dd[:, : min(len(basis_dd) // 2, _DIRECTIONS)]).square()
+    # Column r: the squared length beside the first r directions.
+    square_v = delta_vd.square().sum(1, keepdim=True)
+    beside_vr = torch.cat([square_v, square_v - leading_vr.cumsum(1)], dim=1).clamp(min=0).sqrt()
     longest_r = beside_vr.amax(dim=0)
     return outstanding(beside_vr[:, longest_r > 10 * ROUNDING * longest_r[0]]).amax(dim=1)

@@ -14,6 +14,7 @@ import torch
 
 from fedfm.attacks.base import Base, Seen, TokenAttack, named, row_space
 
+_DIRECTIONS = 64
 _CHUNK = 1 << 22  # values of candidates' inputs that are held at once
 
 
@@ -23,7 +24,7 @@ class Span(TokenAttack):
 
     With LoRA, ``W = W_0 + s B A``: the rows of A's change lie in the span of the inputs ``x_t``, the rows of B's change in that of ``A x_t``. In the first step
     ``B = 0``, so A does not change, and B shows at most r dimensions: with more tokens than the rank every token fits.
-    Where the change fills the whole space, by noise or by many tokens, the leading half of it is looked at.
+    Where the change fills the whole space, by noise or by many tokens, its leading directions are looked at, half of them or 64.
     """
 
     question = "Which words does my text have (span of the first layer's gradient)?"
@@ -37,7 +38,7 @@ class Span(TokenAttack):
         for first, x_nld in _inputs(seen.base):
             for s, (map_od, basis_or) in enumerate(spans):
                 y_nlo = x_nld if map_od is None else x_nld @ map_od.T
-                inside_nl = (y_nlo @ basis_or).square().sum(-1) / y_nlo.square().sum(-1).clamp(min=1e-300)
+                inside_nl = (y_nlo @ basis_or).square().sum(-1) / y_nlo.square().sum(-1).clamp(min=1e-30)
                 share_sv[s, first : first + len(x_nld)] = inside_nl.amax(dim=1)
         return share_sv.sum(dim=0)
 
@@ -55,16 +56,16 @@ def _spans(seen: Seen) -> Iterator[tuple[torch.Tensor | None, torch.Tensor]]:
         change, a_rd = named(seen.delta, f"{name}.lora_B.weight"), named(seen.params, f"{name}.lora_A.weight")
         basis = None if change is None else _basis(change)
         if basis is not None:
-            yield a_rd, basis
+            yield None if a_rd is None else a_rd.float(), basis
 
 
 def _basis(rows_nd: torch.Tensor) -> torch.Tensor | None:
-    """An orthonormal basis ``(d, r)`` of the rows' span, or of its leading half where it is the whole space; ``None`` where all rows are zero."""
+    """An orthonormal basis ``(d, r)`` of the rows' span, or of its leading part where it is the whole space; ``None`` where all rows are zero."""
     basis_dr = row_space(rows_nd)
     width, rank = basis_dr.shape
     if rank >= width - 1:
-        basis_dr = basis_dr[:, : max(width // 2, 1)]
-    return basis_dr if rank else None
+        basis_dr = basis_dr[:, : min(max(width // 2, 1), _DIRECTIONS)]
+    return basis_dr.float() if rank else None
 
 
 def _inputs(base: Base) -> Iterator[tuple[int, torch.Tensor]]:
@@ -75,4 +76,4 @@ def _inputs(base: Base) -> Iterator[tuple[int, torch.Tensor]]:
     part = max(_CHUNK // (length * probe.shape[-1]), 1)
     for first in range(0, base.size, part):
         tokens = torch.arange(first, min(first + part, base.size))
-        yield first, base.inputs(tokens[:, None].expand(-1, length)).double()
+        yield first, base.inputs(tokens[:, None].expand(-1, length)).float()

@@ -226,7 +226,8 @@ class Owner:
     @cached_property
     def base(self) -> Base:
         """What everybody knows of the base."""
-        return describe(self.full.house.foundation, self.train.vocabulary, self.plan.task.max_length)
+        longest = min(self.plan.task.max_length, int(max(self.train.lengths)))
+        return describe(self.full.house.foundation, self.train.vocabulary, longest)
 
     def round(self, trial: Trial) -> Rounds:
         """A round of the plan in which each owner has the trial's examples.
@@ -382,7 +383,7 @@ def describe(foundation: Foundation, vocabulary: Vocabulary, longest: int) -> Ba
     """What everybody knows of a base: where its embeddings are, and what its first attention layer reads.
 
     Args:
-        longest: Most tokens of a text.
+        longest: Tokens of the longest text. That the server knows it favours its attacks.
 
     Raises:
         ModelError: if no layer of it multiplies by a matrix.

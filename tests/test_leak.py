@@ -12,13 +12,14 @@ import pytest
 from parts import Masks
 from test_cli import Fedfm, call, refused  # noqa: F401 (a fixture)
 
+from fedfm.attacks.base import Outcome
 from fedfm.core.errors import ConfigError, DataError, RunError
 from fedfm.core.parts import GradientTrainer, RoundContext, Transform, Tree, Update, WrappedTrainer
 from fedfm.federation import Federation
 from fedfm.local import SGD
 from fedfm.reports import leak as pages
 from fedfm.run.gaussian import noise_multiplier, noisy
-from fedfm.run.leak import Finding, Leak, Question, leak, site_of
+from fedfm.run.leak import Finding, Leak, Question, _mean, leak, site_of
 from fedfm.run.leak_cases import Owner
 from fedfm.simulation import Simulation
 from fedfm.tasks import Classification
@@ -76,6 +77,18 @@ def test_each_case_says_what_is_read(tmp_path: Path) -> None:
     said = "\n".join(pages.sentences(json.loads(json.dumps(shown.to_json()))))
     assert "the server reads all different words of the text (100.0 %" in said and "That is near chance" in said
     assert "Among the words of the whole sum, 100.0 % of this owner's show" in said
+
+
+def test_chance_is_what_noise_alone_gives_where_that_is_more(tmp_path: Path) -> None:
+    """Texts of the tokens that the attack on spans ranks first whatever it is given: it reads them from nothing."""
+    shown = looked(tmp_path, Question(trials=2))
+    even = 8 / 296  # the fewest different tokens of a text over those that are text
+    for case in ("raw", "lora", "noise"):
+        finding = shown.case(case).findings["Span"]
+        assert finding.chance is not None and even < finding.chance < 0.2
+    rigged = Finding(0.2, 0.18)
+    assert rigged.word == "near chance" and _mean([Outcome(0.2, 0.09)], [0.16, 0.2]) == rigged
+    assert _mean([Outcome(0.2, 0.09)], []) == Finding(0.2, 0.09) and _mean([Outcome(0.2, 0.09)], [0.01]).chance == 0.09
 
 
 def test_less_noise_reads_more(tmp_path: Path) -> None:

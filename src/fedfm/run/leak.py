@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
+
+import torch
 
 from fedfm.attacks.base import Attack, Outcome, Secret, Seen, TokenAttack
 from fedfm.core import registry
@@ -28,6 +30,7 @@ from fedfm.tuning import Full, LoRA
 from fedfm.tuning.base import Tuning
 
 _DRAWS = 4  # of the noise in each trial
+_UPDATES = _DRAWS + 4  # that are read in each trial
 NEAR = 0.05
 """How far above chance still counts as near chance."""
 _WORDS = 60  # tokens of the text that is shown
@@ -69,7 +72,7 @@ class Finding:
 
     Args:
         right: Share of what was asked; ``None`` where the update holds nothing of this kind.
-        chance: What a guess without the update gets right.
+        chance: What a guess without the update gets right; for words what the same attack gets from noise alone, where that is more.
         in_group: Share of the owner's tokens that show in a sum, whosever they are.
     """
 
@@ -107,6 +110,7 @@ class Case:
     why_not: str = ""
     marks: list[bool] = field(default_factory=list)
     outcomes: dict[str, list[Outcome | None]] = field(default_factory=dict, repr=False)
+    from_noise: dict[str, list[float]] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -209,12 +213,14 @@ def leak(site: Simulation, question: Question, source: str = "", run: Path | Non
         require_base(read_journal(run).first.get("base"), owner.full.house.foundation, run)
     work = _Work(owner, question, size)
     trials = list(owner.trials(question.num_texts, question.trials))
+    said, total = f"Reading what updates of {name} give away", len(trials) * _UPDATES
     for done, trial in enumerate(trials):
-        stage(f"Reading what updates of {name} give away", done, len(trials))
-        work.look(trial)
-    stage(f"Reading what updates of {name} give away", len(trials), len(trials))
+        stage(said, done * _UPDATES, total)
+        for number, _ in enumerate(work.look(trial), 1):
+            stage(said, min(done * _UPDATES + number, total), total)
+    stage(said, total, total)
     for case in work.cases:
-        case.findings = {attack: _mean(outcomes) for attack, outcomes in case.outcomes.items()}
+        case.findings = {attack: _mean(outcomes, case.from_noise.get(attack, ())) for attack, outcomes in case.outcomes.items()}
     return Leak(
         source=source or site.federation.name,
         owner=name,
@@ -247,12 +253,13 @@ def _attack(name: str) -> Attack:
     return attack
 
 
-def _mean(outcomes: Sequence[Outcome | None]) -> Finding:
+def _mean(outcomes: Sequence[Outcome | None], from_noise: Sequence[float]) -> Finding:
     read = [outcome for outcome in outcomes if outcome is not None]
     if not read:
         return Finding(None, None)
     in_group = [outcome.in_group for outcome in read if outcome.in_group is not None]
-    return Finding(fmean(one.right for one in read), fmean(one.chance for one in read), fmean(in_group) if in_group else None)
+    chance = max([fmean(one.chance for one in read), *([fmean(from_noise)] if from_noise else [])])
+    return Finding(fmean(one.right for one in read), chance, fmean(in_group) if in_group else None)
 
 
 class _Work:
@@ -263,6 +270,7 @@ class _Work:
         self.noise = noise_multiplier(question.epsilon, question.delta)
         self.attacks = {name: _attack(name) for name in registry.entries("attacks")}
         self.words: list[str] = []
+        self.from_noise: dict[tuple[str, int, int], list[float]] = {}
         self.benches: dict[Tuning, Bench | None] = {}
         alone = f"all parameters of the model train, and the server sees the update that one step on {_texts(question.num_texts)} makes"
         one = "the server sees one sum and no single update"
@@ -284,11 +292,12 @@ class _Work:
         """Those that exist or say why they do not."""
         return [case for case in self.by_name.values() if case.outcomes or case.why_not]
 
-    def look(self, trial: Trial) -> None:
-        """Runs every attack on every case of a trial."""
+    def look(self, trial: Trial) -> Iterator[None]:
+        """Runs every attack on every case of a trial, and yields after each."""
         owner = self.owner
         for case, seen, in_sum in self._updates(trial):
             self._attack(case, seen, secret_of(trial, owner.train, len(owner.site.house.labels), in_sum), trial)
+            yield
 
     def _updates(self, trial: Trial) -> Iterator[tuple[Case, Seen, bool]]:
         """What the server has in each case, and whether it is a sum."""
@@ -345,6 +354,8 @@ class _Work:
             guess = attack.guess(seen)
             outcome = None if guess is None else attack.score(guess, seen, secret)
             case.outcomes.setdefault(name, []).append(outcome)
+            if outcome is not None and isinstance(attack, TokenAttack):
+                case.from_noise.setdefault(name, []).extend(self._from_noise(name, seen, secret, trial))
             if outcome is not None and outcome.tokens and (best is None or outcome.right > best.right):
                 best = outcome
         if trial.number == 0 and not case.marks:
@@ -352,6 +363,18 @@ class _Work:
             special, read = set(seen.base.special), set(best.tokens if best is not None else ())
             self.words = self.words or [self.owner.full.house.foundation.tokenizer.decode([token]) for token in ids if token not in special]
             case.marks = [token in read for token in ids if token not in special]
+
+    def _from_noise(self, name: str, seen: Seen, secret: Secret, trial: Trial) -> list[float]:
+        """What an attack on words gets from noise alone: some tokens fit any update, and texts have some tokens more often."""
+        known = self.from_noise.setdefault((name, trial.number, id(seen.params)), [])
+        if not known:
+            zeros = {key: torch.zeros_like(leaf) for key, leaf in seen.delta.items()}
+            for draw in range(_DRAWS):
+                noise = noisy(zeros, 1.0, 1.0, self.owner.key.fold("alone", trial.number, draw))
+                guess = self.attacks[name].guess(replace(seen, delta=noise, told={}))
+                outcome = None if guess is None else self.attacks[name].score(guess, seen, secret)
+                known += [] if outcome is None else [outcome.right]
+        return known
 
 
 def _texts(num: int) -> str:

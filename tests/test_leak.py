@@ -74,6 +74,7 @@ def test_each_case_says_what_is_read(tmp_path: Path) -> None:
         assert right is not None and chance is not None and right <= chance + 0.05 and noise[name].word == "near chance"
     assert shown.noise == pytest.approx(noise_multiplier(8.0, 1e-5)) and shown.group == 3 and shown.trials == 3
     assert all(shown.case("raw").marks) and len(shown.words) == len(shown.case("raw").marks)
+    assert "".join(shown.words) in tiny.TEXT
     said = "\n".join(pages.sentences(json.loads(json.dumps(shown.to_json()))))
     assert "the server reads all different words of the text (100.0 %" in said and "That is near chance" in said
     assert "Among the words of the whole sum, 100.0 % of this owner's show" in said

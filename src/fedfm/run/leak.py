@@ -359,10 +359,10 @@ class _Work:
             if outcome is not None and outcome.tokens and (best is None or outcome.right > best.right):
                 best = outcome
         if trial.number == 0 and not case.marks:
-            ids = [int(token) for token in trial.texts.ids(0)[:_WORDS]]
             special, read = set(seen.base.special), set(best.tokens if best is not None else ())
-            self.words = self.words or [self.owner.full.house.foundation.tokenizer.decode([token]) for token in ids if token not in special]
-            case.marks = [token in read for token in ids if token not in special]
+            ids = [int(token) for token in trial.texts.ids(0) if token not in special][:_WORDS]
+            self.words = self.words or _pieces(self.owner.full.house.foundation.tokenizer, ids)
+            case.marks = [token in read for token in ids]
 
     def _from_noise(self, name: str, seen: Seen, secret: Secret, trial: Trial) -> list[float]:
         """What an attack on words gets from noise alone: some tokens fit any update, and texts have some tokens more often."""
@@ -375,6 +375,17 @@ class _Work:
                 outcome = None if guess is None else self.attacks[name].score(guess, seen, secret)
                 known += [] if outcome is None else [outcome.right]
         return known
+
+
+def _pieces(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token, with the spaces that it has among the others."""
+    pieces, before = [], ""
+    for i, token in enumerate(ids):
+        now = tokenizer.decode(ids[: i + 1], clean_up_tokenization_spaces=False)
+        # A token that is half a character changes what stands before it.
+        pieces.append(now[len(before) :] if now.startswith(before) else tokenizer.decode([token]))
+        before = now
+    return pieces
 
 
 def _texts(num: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -30,6 +31,7 @@ from fedfm.tuning import Full, LoRA
 from fedfm.tuning.base import Tuning
 
 _DRAWS = 4  # of the noise in each trial
+_FROM_NOISE = 2  # updates of noise alone in each trial
 _UPDATES = _DRAWS + 4  # that are read in each trial
 NEAR = 0.05
 """How far above chance still counts as near chance."""
@@ -281,7 +283,7 @@ class _Work:
             "noise": Case(
                 "noise",
                 f"With noise for epsilon {question.epsilon:g}",
-                f"as in the first line, with the update shortened and noise added before it leaves (epsilon {question.epsilon:g}, delta {question.delta:g}, one release)",
+                f"as in the first line, with noise added before it leaves (epsilon {question.epsilon:g}, delta {question.delta:g}, one release)",
             ),
             "plan": Case("plan", "As this plan sends it", "the plan's own tuning, trainer, transforms and channel, for one round"),
             "released": Case("released", "What the next model shows", "the sum after the server has added its noise, which everybody sees in the next model"),
@@ -309,7 +311,7 @@ class _Work:
             delta, numbers = adapter.update(owner.owner, trial.texts)
             yield self.by_name["lora"], self._seen(adapter, trial, delta, numbers, RATE), False
         if trial.others:
-            together = [raw, *(full.update(client, examples)[0] for client, examples in trial.others.items())]
+            together = chain([raw], (full.update(client, examples)[0] for client, examples in trial.others.items()))
             yield self.by_name["group"], self._seen(full, trial, mean_of(together), {}, RATE), True
         else:
             self.by_name["group"].why_not = "there is one owner here, so there is no sum to hide in"
@@ -369,7 +371,7 @@ class _Work:
         known = self.from_noise.setdefault((name, trial.number, id(seen.params)), [])
         if not known:
             zeros = {key: torch.zeros_like(leaf) for key, leaf in seen.delta.items()}
-            for draw in range(_DRAWS):
+            for draw in range(_FROM_NOISE):
                 noise = noisy(zeros, 1.0, 1.0, self.owner.key.fold("alone", trial.number, draw))
                 guess = self.attacks[name].guess(replace(seen, delta=noise, told={}))
                 outcome = None if guess is None else self.attacks[name].score(guess, seen, secret)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -39,6 +39,7 @@ RATE = 1.0
 _ONE_STEP = SGD(lr=RATE, steps=1, batch_size=None)
 
 _CANDIDATES = 4  # texts of each kind that the server asks about
+_KEPT = 1 << 26  # parameters of a model whose candidates' updates are remembered
 
 
 class Chosen:
@@ -143,16 +144,20 @@ class Bench:
         return Seen(base, self.params, delta, told, len(trial.texts), rate, self.alone(owner, trial), len(trial.candidates))
 
     def alone(self, client: ClientId, trial: Trial) -> Callable[[int], Tree]:
-        """What each candidate of a trial would make by itself; remembered for the trial's other cases."""
+        """What each candidate of a trial would make by itself; remembered for the trial's other cases where memory holds it."""
         candidates = trial.candidates
+        is_small = self.house.tuned.spec.size <= _KEPT
 
         def of(i: int) -> Tree:
-            if (trial.number, i) not in self._alone:
-                if any(number != trial.number for number, _ in self._alone):
-                    self._alone.clear()
-                examples, place, _ = candidates[i]
-                self._alone[trial.number, i], _ = self.update(client, Chosen(examples, [place]))
-            return self._alone[trial.number, i]
+            if (trial.number, i) in self._alone:
+                return self._alone[trial.number, i]
+            examples, place, _ = candidates[i]
+            change, _ = self.update(client, Chosen(examples, [place]))
+            if any(number != trial.number for number, _ in self._alone):
+                self._alone.clear()
+            if is_small:
+                self._alone[trial.number, i] = change
+            return change
 
         return of
 
@@ -370,9 +375,14 @@ def _slice(number: int, num: int, total: int) -> list[int]:
     return sorted({(number * num + i) % total for i in range(num)})
 
 
-def mean_of(trees: Sequence[Tree]) -> dict[str, torch.Tensor]:
-    """The mean, leaf by leaf."""
-    return {name: torch.stack([tree[name] for tree in trees]).mean(dim=0) for name in trees[0]}
+def mean_of(trees: Iterable[Tree]) -> dict[str, torch.Tensor]:
+    """The mean, leaf by leaf; one tree at a time is held beside it."""
+    total: dict[str, torch.Tensor] = {}
+    num = 0
+    for tree in trees:
+        num += 1
+        total = {name: leaf + total[name] if name in total else leaf.clone() for name, leaf in tree.items()}
+    return {name: leaf / num for name, leaf in total.items()}
 
 
 class _Reached(Exception):

@@ -121,7 +121,6 @@ class Attack(Part, ABC):
     """
 
     room = "attacks"
-    concerns = ("privacy",)
     question: ClassVar[str]
 
     @abstractmethod

@@ -23,6 +23,7 @@ class EmbeddingRows(TokenAttack):
     directions of all rows; what a row has beside the leading directions is the embedding's. Where the embedding is frozen (LoRA), there is nothing to read.
     """
 
+    concerns = ("privacy",)
     question = "Which words does my text have (rows of the embedding)?"
 
     def guess(self, seen: Seen) -> torch.Tensor | None:

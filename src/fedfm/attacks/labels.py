@@ -21,6 +21,7 @@ class Labels(Attack):
     Scored by the share of examples whose class is in the guessed numbers; a guess without the update takes all classes for equally frequent.
     """
 
+    concerns = ("privacy",)
     question = "Which classes do my examples have?"
 
     def guess(self, seen: Seen) -> torch.Tensor | None:

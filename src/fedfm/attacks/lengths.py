@@ -19,6 +19,7 @@ class Lengths(Attack):
     token of a causal text is never read), else 0; a guess without the update takes the owner's most frequent length.
     """
 
+    concerns = ("privacy",)
     question = "How long is my longest text?"
 
     def guess(self, seen: Seen) -> torch.Tensor | None:

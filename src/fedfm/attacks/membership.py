@@ -21,6 +21,7 @@ class Membership(Attack):
     Scored by the chance that a text of the owner's is ranked above one that is not (area under the curve); a guess without the update gets one half.
     """
 
+    concerns = ("privacy",)
     question = "Does my data hold a text that the server has already?"
 
     def guess(self, seen: Seen) -> torch.Tensor | None:

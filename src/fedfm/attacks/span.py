@@ -27,6 +27,7 @@ class Span(TokenAttack):
     Where the change fills the whole space, by noise or by many tokens, its leading directions are looked at, half of them or 64.
     """
 
+    concerns = ("privacy",)
     question = "Which words does my text have (span of the first layer's gradient)?"
 
     def guess(self, seen: Seen) -> torch.Tensor | None:

@@ -263,6 +263,18 @@ def test_bad_questions_are_one_message(words: list[str], told: str, call: Fedfm,
     assert not list(tmp_path.glob("*leak.html"))
 
 
+def test_a_run_of_all_parameters_is_read_where_it_is(tmp_path: Path) -> None:
+    """The span is that of the run's own embeddings, which two rounds of long steps have moved."""
+    from fedfm.run.loop import run
+
+    plan: Federation = tiny.federation(tmp_path, rows=90, rounds=2, tuning=Full(), local=SGD(lr=2.0, steps=3, batch_size=4))
+    for _ in run(plan, out=tmp_path / "out"):
+        pass
+    shown = leak(site_of(plan), Question(trials=2, group=2), run=tmp_path / "out")
+    for name in WORDS:
+        assert shown.case("raw").findings[name].right == 1.0
+
+
 def test_a_base_that_changed_under_a_run_is_refused(tmp_path: Path) -> None:
     from fedfm.run.loop import run
 

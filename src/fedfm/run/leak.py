@@ -339,7 +339,7 @@ class _Work:
 
     def _bench(self, name: str, tuning: Tuning) -> Bench | None:
         """The base under a tuning, loaded once; ``None`` where it does not fit."""
-        if tuning == Full() and self.owner.sent is None:
+        if tuning == Full():
             return self.owner.full
         if tuning not in self.benches:
             try:

@@ -231,8 +231,12 @@ class Owner:
     @cached_property
     def base(self) -> Base:
         """What everybody knows of the base."""
+        foundation = self.full.house.foundation
+        if self.sent is not None and self.plan.tuning == Full():
+            # The server knows the parameters that it sent out, and what their first layer reads.
+            foundation.model.load_state_dict(self.sent, strict=False)
         longest = min(self.plan.task.max_length, int(max(self.train.lengths)))
-        return describe(self.full.house.foundation, self.train.vocabulary, longest)
+        return describe(foundation, self.train.vocabulary, longest)
 
     def round(self, trial: Trial) -> Rounds:
         """A round of the plan in which each owner has the trial's examples.

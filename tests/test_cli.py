@@ -65,7 +65,7 @@ def test_help_and_list_answer_at_once() -> None:
     assert min(seconds("list") for _ in range(3)) < 1.0
 
 
-@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["list"], ["list", "tuning"], ["show", "LoRA"]])
+@pytest.mark.parametrize("words", [["--help"], ["run", "--help"], ["list"], ["list", "tuning"], ["show", "LoRA"], ["leak", "--help"]])
 def test_nothing_heavy_is_imported_before_it_is_needed(words: list[str]) -> None:
     code = (
         "import sys, atexit; heavy = {'torch', 'transformers', 'numpy', 'pydantic', 'yaml'}\n"

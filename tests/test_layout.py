@@ -16,7 +16,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "fedfm"
 LAYERS = [
     {"core"},
     {"privacy"},
-    {"samplers", "transforms", "channels", "pacing", "bounds", "aggregators", "server", "models", "data", "reports", "wire"},
+    {"samplers", "transforms", "channels", "pacing", "bounds", "aggregators", "server", "models", "data", "reports", "wire", "attacks"},
     {"silos"},
     {"tasks", "tuning"},
     {"local"},
@@ -37,7 +37,20 @@ STRICT = {
     "core": set(),
     **{
         room: {"core"}
-        for room in ("samplers", "transforms", "channels", "pacing", "bounds", "aggregators", "server", "models", "data", "wire", "privacy")
+        for room in (
+            "samplers",
+            "transforms",
+            "channels",
+            "pacing",
+            "bounds",
+            "aggregators",
+            "server",
+            "models",
+            "data",
+            "wire",
+            "privacy",
+            "attacks",
+        )
     },
     "transforms": {"core", "privacy"},
     "tasks": {"core", "data"},
@@ -119,6 +132,8 @@ def parts_in(path: Path) -> set[str]:
         "Engine",
         "GradientTrainer",
         "WrappedTrainer",
+        "Attack",
+        "TokenAttack",
     }
     return {
         node.name
@@ -128,7 +143,7 @@ def parts_in(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "room", ["samplers", "transforms", "channels", "bounds", "aggregators", "server", "local", "tasks", "tuning", "engines"]
+    "room", ["samplers", "transforms", "channels", "bounds", "aggregators", "server", "local", "tasks", "tuning", "engines", "attacks"]
 )
 def test_every_technique_is_exported_and_so_under_its_rooms_suite(room: str) -> None:
     written = set().union(*(parts_in(path) for path in (SOURCE / room).glob("*.py") if path.name != "base.py"))
@@ -148,6 +163,7 @@ def test_every_technique_is_exported_and_so_under_its_rooms_suite(room: str) -> 
         ("aggregators", "test_aggregators.py"),
         ("server", "test_server.py"),
         ("methods", "test_methods.py"),
+        ("attacks", "test_attacks.py"),
     ],
 )
 def test_each_rooms_suite_reads_the_index(room: str, suite: str) -> None:

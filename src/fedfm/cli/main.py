@@ -1,4 +1,4 @@
-"""``fedfm``: init, run, resume, compare, sweep, check, list, show, report, export, evaluate, predict, generate, cache, log, approve,
+"""``fedfm``: init, run, resume, compare, sweep, check, leak, list, show, report, export, evaluate, predict, generate, cache, log, approve,
 consortium, serve, join, attach, status, pause, leave, quickstart, completion, and commands of other packages.
 
 Only what ``--help`` needs is imported here; a command imports the rest when it runs.
@@ -211,6 +211,46 @@ def check(
     from fedfm.cli import commands
 
     commands.check(recipe, overrides or [], data, as_json)
+
+
+@app.command(cls=Command)
+def leak(
+    target: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RECIPE|RUN",
+            help="A recipe file, or a run's folder to go on from its last round.",
+            callback=usable_path,
+            click_type=click.Path(path_type=Path),
+        ),
+    ],
+    overrides: Overrides = None,
+    owner: Annotated[str | None, typer.Option(help="Whose update is looked at. Default: the first owner.")] = None,
+    examples: Annotated[int, typer.Option(min=1, help="Examples in one update.")] = 1,
+    trials: Annotated[int, typer.Option(min=1, help="Updates to make, each from other examples; the answer is their mean.")] = 5,
+    group: Annotated[int | None, typer.Option(min=2, help="Owners in a sum. Default: all, at most 10.")] = None,
+    epsilon: Annotated[float, typer.Option(help="Of the noise to compare with.")] = 8.0,
+    delta: Annotated[float, typer.Option(help="The chance that this guarantee fails.")] = 1e-5,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Rows of one owner, instead of the recipe's data: what a member does on its own machine."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page to write. Default: leak.html in the run, or NAME-leak.html here.", callback=usable_path)
+    ] = None,
+    quiet: Quiet = False,
+    as_json: Json = False,
+    log_level: LogLevel = "warning",
+) -> None:
+    """Show what a server could read from an owner's update, before anything leaves.
+
+    Makes updates from the owner's own data and attacks them: sent as they are, with LoRA only, in a sum of owners, with noise, and as the plan sends them. Sends nothing.
+    """
+    from fedfm.cli import commands
+    from fedfm.cli import leak as leaks
+
+    question = {"owner": owner, "num_texts": examples, "trials": trials, "group": group, "epsilon": epsilon, "delta": delta}
+    leaks.leak(leaks.Target(target, overrides or [], data, out), question, commands.Telling(quiet, as_json, log_level))
 
 
 @app.command(name="list", cls=Command)

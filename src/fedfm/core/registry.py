@@ -38,6 +38,7 @@ ROOMS: dict[str, str] = {
     "methods": "papers made of several parts",
     "engines": "where the clients run",
     "observers": "after the round",
+    "attacks": "what a curious server reads from an update",
 }
 
 

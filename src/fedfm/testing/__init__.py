@@ -6,6 +6,7 @@ Example:
 """
 
 from fedfm.testing.aggregators import check_aggregator as check_aggregator
+from fedfm.testing.attacks import check_attack as check_attack
 from fedfm.testing.bounds import check_bounds as check_bounds
 from fedfm.testing.channels import check_channel as check_channel
 from fedfm.testing.engines import check_engine as check_engine

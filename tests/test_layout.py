@@ -15,6 +15,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "fedfm"
 # A room may import, when it is imported, what stands on a line above its own.
 LAYERS = [
     {"core"},
+    {"privacy"},
     {"samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data", "reports", "wire"},
     {"silos"},
     {"tasks", "tuning"},
@@ -34,10 +35,14 @@ LAYERS = [
 # Rooms that know nothing else, not even for annotations or inside a function.
 STRICT = {
     "core": set(),
-    **{room: {"core"} for room in ("samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data", "wire")},
+    **{
+        room: {"core"}
+        for room in ("samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data", "wire", "privacy")
+    },
+    "transforms": {"core", "privacy"},
     "tasks": {"core", "data"},
     "tuning": {"core", "models"},
-    "local": {"core", "tuning"},
+    "local": {"core", "tuning", "privacy"},
     "observers": {"core"},
     "methods": {"core", "local", "transforms", "aggregators", "server", "samplers", "channels"},
     "client": {"core", "data", "models", "tasks", "tuning", "local", "notation"},

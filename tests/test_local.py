@@ -12,13 +12,18 @@ from fedfm.core.errors import ConfigError
 from fedfm.core.leaves import Leaf
 from fedfm.core.parts import Cohort, GradientTrainer, LocalTrainer
 from fedfm.core.tree import Spec
-from fedfm.local import SGD, AdamW, FedProx
+from fedfm.local import SGD, AdamW, ExampleDP, FedProx
 from fedfm.methods.scaffold import ScaffoldLocal, ScaffoldServer
 from fedfm.testing import check_local, examples
 
 EXAMPLES: dict[str, list[LocalTrainer]] = {
     "SGD": [SGD(lr=0.1), SGD(lr=0.1, momentum=0.9, weight_decay=0.01, epochs=1)],
     "AdamW": [AdamW(), AdamW(lr=0.1, weight_decay=0.01, schedule="cosine", warmup=2, decay=0.9)],
+    "ExampleDP": [
+        ExampleDP(SGD(lr=0.1), max_norm=1e9, delta=1e-5, noise_multiplier=0.0),
+        ExampleDP(AdamW(lr=0.1), max_norm=0.5, delta=1e-5, noise_multiplier=0.1),
+        ExampleDP(FedProx(SGD(lr=0.1)), max_norm=1.0, delta=1e-3, epsilon=50.0, rounds=2),
+    ],
     "FedProx": [FedProx(SGD(lr=0.1), mu=0.0), FedProx(AdamW(lr=0.1), mu=0.5)],
 }
 

@@ -21,9 +21,14 @@ from fedfm.local import SGD
 from fedfm.models import Model
 from fedfm.testing import check_transform, examples
 from fedfm.testing.parts import context, like, parameters, same
-from fedfm.transforms import CastBF16, ClipByNorm, Int4, Int8, TopK
+from fedfm.transforms import CastBF16, CentralDP, ClipByNorm, Int4, Int8, TopK
 
 EXAMPLES = {
+    "CentralDP": [
+        CentralDP(clip=0.5, delta=1e-5, noise_multiplier=1.0),
+        CentralDP(clip=0.5, delta=1e-5, noise_multiplier=0.5, quantile=0.5),
+        CentralDP(clip=1e9, delta=1e-5, noise_multiplier=0.0),
+    ],
     "ClipByNorm": [ClipByNorm(max_norm=0.5), ClipByNorm(max_norm=1e9)],
     "Int8": [Int8(), Int8(block=1), Int8(block=5)],
     "Int4": [Int4(), Int4(block=1), Int4(block=5)],

@@ -107,10 +107,9 @@ class Federation:
         return display.table(f"Federation {self.name}", ((item.name, repr(getattr(self, item.name))) for item in fields(self)))
 
     def resolved(self) -> Federation:
-        """The federation with its method's parts in place."""
-        if self.method is None:
-            return self
-        return self.method.apply(replace(self, method=None))
+        """The federation with its method's parts in place, and each part with what it takes from the plan (noise that a budget asks for)."""
+        plan = self if self.method is None else self.method.apply(replace(self, method=None))
+        return replace(plan, local=plan.local.solved(plan), transforms=tuple(transform.solved(plan) for transform in plan.transforms))
 
     def with_parts(self, **parts: Part) -> Self:
         """The federation with these parts in place of its own."""

@@ -14,9 +14,10 @@ from fedfm.client.probe import probe_causal, probe_rows
 from fedfm.core.batch import Batch, IntArray, Row, Shaping
 from fedfm.core.keys import Key
 from fedfm.core.parts import ClientId, Cohort, LocalTrainer, Work
+from fedfm.core.secret import Secret
 from fedfm.core.task import Examples, Scorer, Task
 from fedfm.core.tree import Tree
-from fedfm.data import plan
+from fedfm.data import plan, poisson
 from fedfm.tuning.base import Tuned
 
 log = logging.getLogger(__name__)
@@ -31,11 +32,13 @@ class Job:
     Args:
         examples: Its training examples.
         memory: What its trainer remembers from its last round.
+        secret: Where its batches and noise come from, for a trainer that promises privacy.
     """
 
     client: ClientId
     examples: Examples
     memory: Tree = field(default_factory=dict)
+    secret: Secret | None = None
 
 
 @dataclass
@@ -78,7 +81,7 @@ class Course:
     @staticmethod
     def of(jobs: Sequence[Job], work: Work, round: int, key: Key) -> Course:
         """Plans a round."""
-        steps = [plan(job.examples, work, key.fold("batches", round, job.client), key.fold("buckets", round)) for job in jobs]
+        steps = [_steps(job, work, round, key) for job in jobs]
         places = sorted(range(len(jobs)), key=lambda i: -len(steps[i]))
         return Course([jobs[i] for i in places], places, [steps[i] for i in places], work, round, key)
 
@@ -95,12 +98,21 @@ class Course:
             clients=[job.client for job in self.jobs[:k]],
             examples=[job.examples for job in self.jobs[:k]],
             index=index,
-            size=self.work.batch_size or max(len(own) for own in index),
+            size=self.work.batch_size or max(1, *(len(own) for own in index)),
             max_grad_norm=self.work.max_grad_norm,
             key=self.key,
             round=self.round,
             number=number,
+            secrets=[job.secret for job in self.jobs[:k]],
         )
+
+
+def _steps(job: Job, work: Work, round: int, key: Key) -> list[IntArray]:
+    """The examples of each of a client's steps."""
+    if not work.poisson:
+        return plan(job.examples, work, key.fold("batches", round, job.client), key.fold("buckets", round))
+    assert job.secret is not None, f"{job.client} has no coins for Poisson batches"
+    return poisson(len(job.examples), work, job.secret.stream("batches"))
 
 
 Watch = Callable[[int, Sequence[ClientId], torch.Tensor], None]

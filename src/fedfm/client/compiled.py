@@ -55,6 +55,8 @@ def supported(house: House) -> str | None:
     """Why this model should not be compiled here; ``None`` where it may be."""
     if not isinstance(house.tuned, BankedModel):
         return f"{type(house.plan.tuning).__name__} replaces the model's own parameters in each call"
+    if house.plan.local.work.poisson:
+        return "batches drawn by Poisson sampling differ in size"
     if house.foundation.device.type == "mps":
         return "torch does not compile for MPS well enough"
     if house.foundation.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:

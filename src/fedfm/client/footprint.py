@@ -26,7 +26,9 @@ def client_bytes(house: House) -> int:
     task, work = house.plan.task, house.plan.local.work
     rows = work.batch_size or max(len(house.shard(client).train) for client in house.clients)
     tokens = rows * task.max_length
-    return tokens * _token_bytes(house, task.max_length) + house.tuned.spec.size * _COPIES
+    # Where examples are clipped each is a slice: its parameters, its gradient and a temporary.
+    slices = 3 * 4 * rows if work.poisson else 0
+    return tokens * _token_bytes(house, task.max_length) + house.tuned.spec.size * (_COPIES + slices)
 
 
 def _token_bytes(house: House, length: int) -> int:

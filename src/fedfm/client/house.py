@@ -19,6 +19,7 @@ from fedfm.client.policy import OPEN, Policy
 from fedfm.client.spent import SpentStore
 from fedfm.core.errors import DataError
 from fedfm.core.keys import Key
+from fedfm.core.leaves import Kind
 from fedfm.core.messages import ClientId, Scalar
 from fedfm.core.task import Examples
 from fedfm.core.tree import Tree
@@ -96,6 +97,10 @@ class House:
     def policy(self, client: ClientId) -> Policy:
         """What this owner lets happen."""
         return self.policies.get(client, OPEN)
+
+    def withholds(self, client: ClientId, kind: Kind) -> bool:
+        """Whether this owner does not tell this of itself: its policy says so, or the plan's privacy promise would not cover it."""
+        return self.policy(client).withholds(kind) or (self.plan.is_silent and kind != "evaluation")
 
     def guard(self, client: ClientId) -> Guard | None:
         """Who holds this client to its policy and keeps its log; nobody where it has no policy."""

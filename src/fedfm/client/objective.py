@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,6 +13,7 @@ from fedfm.core.batch import Batch, IntArray, Row, Shaping
 from fedfm.core.errors import ConfigError
 from fedfm.core.keys import Key
 from fedfm.core.parts import ClientId, Objective
+from fedfm.core.secret import Secret
 from fedfm.core.task import Examples, Task
 from fedfm.tuning.base import Tuned
 
@@ -87,6 +88,7 @@ class Step:
         max_grad_norm: Bound on each client's gradient norm.
         key: The run's key, or another end's.
         number: Counted from 0 in the round.
+        secrets: Where each client's noise comes from; none of a trainer that adds none.
     """
 
     clients: Sequence[ClientId]
@@ -97,6 +99,7 @@ class Step:
     key: Key
     round: int
     number: int
+    secrets: Sequence[Secret | None] = ()
 
     def keys(self, *names: str) -> list[Key]:
         """A key for each client."""
@@ -106,7 +109,20 @@ class Step:
     @property
     def micro(self) -> range:
         """Where each micro-batch begins."""
-        return range(0, max(len(own) for own in self.index), self.size)
+        return range(0, max((len(own) for own in self.index), default=0), self.size)
+
+
+@dataclass(frozen=True)
+class _Losses:
+    """What targets cost.
+
+    Args:
+        owner_q: Client of each target.
+        loss_q: Loss of each target.
+    """
+
+    owner_q: torch.Tensor
+    loss_q: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -116,14 +132,12 @@ class _Slices:
     Args:
         owner_n: Client of each example.
         grad_nd: Gradient of each example's own mean loss.
-        owner_q: Client of each target.
-        loss_q: Loss of each target.
+        losses: What the examples' targets cost.
     """
 
     owner_n: torch.Tensor
     grad_nd: torch.Tensor
-    owner_q: torch.Tensor
-    loss_q: torch.Tensor
+    losses: _Losses
 
 
 class StepObjective(Objective):
@@ -180,14 +194,47 @@ class StepObjective(Objective):
                 "Use a tuning that banks (LoRA, IA3, BitFit, Head), on a base whose rows do not mix."
             )
         slices = [self._slices(theta_kd, *micro) for micro in self._examples()]
-        if not self.reported:
-            loss_k, count_k = torch.zeros(2, self.num, dtype=self.learner.exact, device=self.learner.device)
-            for own in slices:
-                loss_k.index_add_(0, own.owner_q, own.loss_q.to(self.learner.exact))
-                count_k.index_add_(0, own.owner_q, torch.ones_like(own.loss_q, dtype=self.learner.exact))
-            self.tally.loss_k[: self.num] += loss_k / count_k.clamp(min=1)
-            self.reported = True
+        self._report([own.losses for own in slices])
         return torch.cat([own.grad_nd for own in slices]), torch.cat([own.owner_n for own in slices])
+
+    def clipped_sum(self, theta_kd: torch.Tensor, max_norm: float) -> torch.Tensor:
+        """The sum over each client's examples ``(K, D)`` of clipped gradients; memory is that of one micro-batch."""
+        theta_kd, sum_kd, losses = theta_kd.detach(), torch.zeros_like(theta_kd), list[_Losses]()
+        for batch, owners, keys in self._examples(apart=not self.shares()):
+            own = self._slices(theta_kd, batch, owners, keys)
+            norm_n = torch.linalg.vector_norm(own.grad_nd, dim=1)
+            # Rounding the factor and the product may add half a unit each.
+            factor_n = (max_norm * (1 - torch.finfo(norm_n.dtype).eps) / norm_n.clamp(min=1e-30)).clamp(max=1.0)
+            # A gradient that is no number has no length that could be bounded, and must not be seen in the sum.
+            clipped_nd = torch.where(norm_n.isfinite().unsqueeze(1), own.grad_nd.mul_(factor_n.unsqueeze(1)), 0.0)
+            sum_kd.index_add_(0, own.owner_n, clipped_nd)
+            losses.append(_Losses(own.losses.owner_q, own.losses.loss_q.nan_to_num(0.0, 0.0, 0.0)))
+        self._report(losses)
+        return sum_kd
+
+    @property
+    def sizes(self) -> list[int]:
+        """How many examples each client has in all."""
+        return [len(examples) for examples in self.step.examples]
+
+    def noisy(self, sum_kd: torch.Tensor, std_k: Sequence[float]) -> torch.Tensor:
+        """``sum_kd`` with normal noise from each client's own coins."""
+        rows = []
+        for row_d, std, client, secret in zip(sum_kd, std_k, self.step.clients, self.step.secrets, strict=True):
+            assert secret is not None, f"{client} has no coins for noise"
+            rows.append(secret.stream("noise", self.step.number).noisy(row_d, std).float())
+        return torch.stack(rows).to(sum_kd.device)
+
+    def _report(self, losses: Sequence[_Losses]) -> None:
+        """Tells the losses of the step's first call."""
+        if self.reported:
+            return
+        loss_k, count_k = torch.zeros(2, self.num, dtype=self.learner.exact, device=self.learner.device)
+        for own in losses:
+            loss_k.index_add_(0, own.owner_q, own.loss_q.to(self.learner.exact))
+            count_k.index_add_(0, own.owner_q, torch.ones_like(own.loss_q, dtype=self.learner.exact))
+        self.tally.loss_k[: self.num] += loss_k / count_k.clamp(min=1)
+        self.reported = True
 
     def _slices(self, theta_kd: torch.Tensor, batch: Batch, owners: list[int], keys: list[Key]) -> _Slices:
         """A micro-batch computed as a bank of its examples."""
@@ -196,20 +243,24 @@ class StepObjective(Objective):
         with torch.enable_grad():
             loss_q = self.learner.losses(theta_nd, batch, keys)
             (grad_nd,) = torch.autograd.grad((loss_q * _weights([batch], len(owners))[batch.owner_q]).sum(), theta_nd)
-        return _Slices(owner_n, grad_nd, owner_n[batch.owner_q], loss_q.detach())
+        return _Slices(owner_n, grad_nd, _Losses(owner_n[batch.owner_q], loss_q.detach()))
 
-    def _examples(self) -> list[tuple[Batch, list[int], list[Key]]]:
-        """The micro-batches once more, each example a slice of its own: the batch, the examples' clients, and their keys for dropout."""
-        step, rngs, batches = self.step, [key.numpy() for key in self.step.keys("rows")], []
+    def _examples(self, apart: bool = False) -> Iterator[tuple[Batch, list[int], list[Key]]]:
+        """The micro-batches once more, each example a slice of its own: the batch, the examples' clients, and their keys for dropout.
+
+        Args:
+            apart: Whether each example is a batch by itself.
+        """
+        step, rngs, counted = self.step, [key.numpy() for key in self.step.keys("rows")], self.reported
         dropout = step.keys("dropout")
         for micro, first in enumerate(step.micro):
             cut = [(k, i, own[i : i + 1]) for k, own in enumerate(step.index) for i in range(first, min(first + step.size, len(own)))]
-            parts = [self.learner.task.rows(step.examples[k], own, rngs[k]) for k, _, own in cut]
-            owners, batch = [k for k, _, _ in cut], self.learner.batch(parts)
-            if not self.reported:
-                self.tally.count(parts, owners, batch)
-            batches.append((batch, owners, [dropout[k].fold(micro, "example", i) for k, i, _ in cut]))
-        return batches
+            for some in [[one] for one in cut] if apart else [cut]:
+                parts = [self.learner.task.rows(step.examples[k], own, rngs[k]) for k, _, own in some]
+                owners, batch = [k for k, _, _ in some], self.learner.batch(parts)
+                if not counted:
+                    self.tally.count(parts, owners, batch)
+                yield batch, owners, [dropout[k].fold(micro, "example", i) for k, i, _ in some]
 
     @cached_property
     def _batches(self) -> list[Batch]:

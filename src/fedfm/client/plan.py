@@ -29,3 +29,8 @@ class ClientPlan:
     local: LocalTrainer
     transforms: tuple[Transform, ...]
     channel: Channel
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether a privacy promise keeps the numbers of a client's work and what it has at home."""
+        return any("silent" in part.traits().is_ for part in (self.local, *self.transforms))

@@ -75,7 +75,10 @@ class _Account(Spent):
         self.store.add(self.client, what, amount)
 
     def total(self, what: str) -> float:
-        return math.fsum(amount for name, amount in self.store.entries(self.client) if name == what)
+        return math.fsum(amount for name, amount in self.entries() if name == what)
+
+    def entries(self) -> list[tuple[str, float]]:
+        return self.store.entries(self.client)
 
 
 def _text(what: Any) -> str:

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 
 import torch
 
-from fedfm.core.errors import PlanError
+from fedfm.core.errors import PlanError, PrivacyError
 from fedfm.core.leaves import Leaf
-from fedfm.core.parts import Finding, Plan, Transform, refuse, transform_place, warn
+from fedfm.core.parts import Finding, Part, Plan, Transform, refuse, transform_place, warn
 from fedfm.core.roster import Roster
 from fedfm.core.tree import Spec
 
@@ -33,8 +33,9 @@ def check(plan: Plan, num_clients: int | None = None, roster: Roster | None = No
         *_withheld(plan, roster),
         *_idle(plan),
     ]
-    for part in plan.parts().values():
+    for place, part in plan.parts().items():
         findings.extend(part.check(plan))
+        findings.extend(_guarantee(place, part, plan, num_clients))
     order = {"refusal": 0, "warning": 1, "note": 2, "promise": 3}
     return sorted(dict.fromkeys(findings), key=lambda finding: order[finding.level])
 
@@ -50,6 +51,19 @@ def require(plan: Plan, num_clients: int | None = None, roster: Roster | None = 
     if refusals:
         raise PlanError("This plan cannot mean what it says.\n" + "\n".join(f"- {text}" for text in refusals))
     return findings
+
+
+def _guarantee(place: str, part: Part, plan: Plan, num_clients: int | None) -> Iterator[Finding]:
+    """What a privacy promise comes to in numbers, or why it cannot be named."""
+    try:
+        guarantee = part.guarantee(plan, num_clients)
+    except PrivacyError as error:
+        yield refuse(place, str(error))
+        return
+    if guarantee is not None:
+        yield Finding("promise", place, guarantee.sentence())
+        if guarantee.caution:
+            yield warn(place, guarantee.caution)
 
 
 def _traits(plan: Plan) -> Iterator[Finding]:

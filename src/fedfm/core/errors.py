@@ -4,7 +4,8 @@
 
     FedfmError                     everything a user can meet; the command line exits with code 2
     ├── ConfigError                a recipe or a part's hyperparameters cannot mean what they say
-    │   └── PlanError              each part is fine, together they are not (``fedfm check``)
+    │   ├── PlanError              each part is fine, together they are not (``fedfm check``)
+    │   └── PrivacyError           a privacy guarantee that is asked for cannot be named
     ├── MissingExtra               an optional dependency is not installed
     ├── DataError                  a file, row, column or owner is unusable
     │   └── RowError               one row is unusable; it may be left out and counted (``data.bad_rows``)
@@ -32,6 +33,10 @@ class ConfigError(FedfmError):
 
 class PlanError(ConfigError):
     """Each part is fine alone; together they are not."""
+
+
+class PrivacyError(ConfigError):
+    """A privacy guarantee that is asked for cannot be named, so nothing is promised."""
 
 
 class MissingExtra(FedfmError):

@@ -19,6 +19,8 @@ from fedfm.core.errors import MessageError
 from fedfm.core.keys import Key
 from fedfm.core.leaves import Leaf
 from fedfm.core.messages import Body, ClientId, Failure, Request, Scalar
+from fedfm.core.privacy import Guarantee, Release
+from fedfm.core.secret import Secret
 from fedfm.core.session import Session
 from fedfm.core.sums import Partial
 from fedfm.core.tree import Spec, Tree
@@ -65,6 +67,14 @@ class Spent(ABC):
     def total(self, what: str) -> float:
         """All that was spent of ``what``, by rounds that count and by rounds that do not."""
 
+    @abstractmethod
+    def entries(self) -> list[tuple[str, float]]:
+        """Every expense, oldest first.
+
+        Raises:
+            RunError: if the account was changed by something else.
+        """
+
 
 @dataclass(frozen=True)
 class RoundContext:
@@ -78,7 +88,9 @@ class RoundContext:
         client: Set where a part acts on one client's behalf.
         leaves: What an aggregate of this round holds.
         received: What the part itself sends to clients (``Transform.broadcast``).
-        spent: Set on a client: what it has spent for good.
+        spent: What the house has spent for good: a client's in its own house, the run's on the server.
+        secret: Under a privacy promise: where cohorts and noise come from.
+        rate: On the server: the probability with which each client is in the cohort, independently of all others; ``None`` where it is not so.
     """
 
     round: int
@@ -89,6 +101,8 @@ class RoundContext:
     leaves: tuple[Leaf, ...] = ()
     received: Tree = field(default_factory=dict)
     spent: Spent | None = None
+    secret: Secret | None = None
+    rate: float | None = None
 
     def draw(self, name: str) -> Key:
         """The key of ``name`` in this round, for this client where there is one."""
@@ -130,7 +144,9 @@ class Traits:
 
     What a part *is* lets others ask for a property instead of a class: ``plain-step`` (the new parameters are the mean of the clients'),
     ``gradient-steps`` (a client moves by its gradients and nothing else), ``linear`` (decoding commutes with addition), ``bounds``
-    (no update leaves it longer than its bound), ``private`` (a privacy promise, which every leaf that leaves must be covered by).
+    (no update leaves it longer than its bound), ``private`` (a privacy promise, which every leaf that leaves must be covered by),
+    ``server-noise`` (a promise whose noise is added after the answers have left their houses), ``silent`` (the numbers of a client's work stay at home),
+    ``simulated`` (a promise whose coins come from the run's key).
     """
 
     needs: frozenset[str] = frozenset()
@@ -188,6 +204,18 @@ class Part:
         """Findings about this part in this plan, beyond its traits."""
         yield from ()
 
+    def guarantee(self, plan: Plan, num_clients: int | None = None, spent: Sequence[Release] | None = None) -> Guarantee | None:
+        """The privacy that all rounds of the plan keep; ``None`` where this part promises none.
+
+        Args:
+            num_clients: How many owners there are, where that is known.
+            spent: What was released, instead of all rounds of the plan.
+
+        Raises:
+            PrivacyError: if what it promises cannot be named in this plan.
+        """
+        return None
+
 
 class Sampler(Part, ABC):
     """Chooses who takes part in a round."""
@@ -201,6 +229,10 @@ class Sampler(Part, ABC):
     @abstractmethod
     def sample(self, clients: Sequence[ClientId], state: Tree, ctx: RoundContext) -> tuple[list[ClientId], Tree]:
         """The cohort of round ``ctx.round``, drawn from ``ctx.key`` and the state alone, in a fixed order; and the new state."""
+
+    def poisson_rate(self) -> float | None:
+        """The probability with which each client joins, independently of all others; ``None`` where it is not so."""
+        return None
 
     @abstractmethod
     def cohort_size(self, num_clients: int) -> int:
@@ -246,6 +278,14 @@ class Transform(Part, ABC):
     def finish(self, aggregate: Update, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """The aggregate after this transform's one step on it, and the new state."""
         return aggregate, state
+
+    def release(self, plan: Plan) -> Release | None:
+        """What a round spends on the server; ``None`` where it adds no noise there."""
+        return None
+
+    def solved(self, plan: Plan) -> Transform:
+        """The same transform with what it takes from the plan: noise that a budget asks for."""
+        return self
 
 
 def transform_place(i: int) -> str:
@@ -334,6 +374,8 @@ class Work:
         epochs: Passes over the client's examples; ``None`` where ``steps`` is given.
         accumulate: Micro-batches per optimizer step.
         max_grad_norm: Bound on each client's own gradient norm; ``None`` for no bound.
+        poisson: Whether each example is in a step's batch with one probability, independently of all others, so that ``batch_size`` is what is
+            expected. Such batches are drawn from the house's own coins.
     """
 
     batch_size: int | None
@@ -341,6 +383,18 @@ class Work:
     epochs: int | None
     accumulate: int = 1
     max_grad_norm: float | None = None
+    poisson: bool = False
+
+    def size(self, num_examples: int) -> int:
+        """Examples of a step of a client that has so many."""
+        return num_examples if self.batch_size is None else min(num_examples, self.batch_size * self.accumulate)
+
+    def num_steps(self, num_examples: int) -> int:
+        """Steps of a round of a client that has so many examples."""
+        if num_examples == 0:
+            return 0
+        assert (self.steps is None) != (self.epochs is None), self
+        return self.steps if self.steps is not None else (self.epochs or 0) * -(-num_examples // self.size(num_examples))
 
 
 class Objective(ABC):
@@ -371,6 +425,22 @@ class Objective(ABC):
     @abstractmethod
     def keys(self, name: str) -> list[Key]:
         """A key for each client in this round and step, for what a trainer draws."""
+
+    @abstractmethod
+    def clipped_sum(self, theta_kd: torch.Tensor, max_norm: float) -> torch.Tensor:
+        """The sum over each client's examples ``(K, D)`` of the gradient of its own mean loss, shortened to ``max_norm`` where it is longer.
+
+        An example whose gradient is not finite adds nothing. Works where the model runs one client at a time, too: an example at a time.
+        """
+
+    @property
+    @abstractmethod
+    def sizes(self) -> list[int]:
+        """How many examples each client has in all."""
+
+    @abstractmethod
+    def noisy(self, sum_kd: torch.Tensor, std_k: Sequence[float]) -> torch.Tensor:
+        """``sum_kd`` with normal noise of each client's standard deviation, from its house's own coins; once in a step."""
 
 
 class LocalTrainer(Part, ABC):
@@ -406,6 +476,24 @@ class LocalTrainer(Part, ABC):
     def finish(self, cohort: Cohort, lr_sum_k: torch.Tensor, steps_k: torch.Tensor) -> dict[str, torch.Tensor]:
         """Leaves added to the payload, each ``(K, ...)``; may write ``cohort.memory``. ``lr_sum_k`` is the sum of the rates used."""
         return {}
+
+    def solved(self, plan: Plan) -> LocalTrainer:
+        """The same trainer with what it takes from the plan: how many rounds a budget must last."""
+        return self
+
+    def release(self, num_examples: int) -> Release | None:
+        """What a round's work of a client with so many examples spends of its privacy; ``None`` where it promises none."""
+        return None
+
+    def require_affordable(self, spent: Sequence[Release], num_examples: int) -> None:
+        """Refuses a round that would spend more than the budget.
+
+        Args:
+            spent: All that the owner has released before.
+
+        Raises:
+            PrivacyError: with what is spent, and what one more round would come to.
+        """
 
 
 class GradientTrainer(LocalTrainer):
@@ -451,9 +539,9 @@ class WrappedTrainer(GradientTrainer):
 
 
 def innermost(local: LocalTrainer) -> LocalTrainer:
-    """The trainer that takes the steps, without the trainers around it (FedProx, SCAFFOLD), which tie it to a federation."""
-    while isinstance(local, WrappedTrainer):
-        local = local.inner
+    """The trainer that takes the steps, without the trainers around it (FedProx, SCAFFOLD, ExampleDP), which tie it to a federation."""
+    while isinstance(inner := getattr(local, "inner", None), LocalTrainer):
+        local = inner
     return local
 
 
@@ -673,6 +761,11 @@ class Plan(Protocol):
         ...
 
     @property
+    def task(self) -> Part:
+        """What is learned."""
+        ...
+
+    @property
     def rounds(self) -> int:
         """How many rounds to run in all."""
         ...
@@ -695,7 +788,7 @@ class Plan(Protocol):
 
 
 __all__ = [
-    "COUNTED", "ERRAND", "TICKET", "Aggregator", "Channel", "ClientId", "Cohort", "Errand", "Finding", "GradientTrainer", "Leaf", "LocalTrainer",
-    "Method", "Objective", "P", "Pacing", "Part", "Partial", "Plan", "RoundContext", "Sampler", "Scratch", "Sealed", "ServerOptimizer", "ServerState", "Session", "Spec",
+    "COUNTED", "ERRAND", "TICKET", "Aggregator", "Channel", "ClientId", "Cohort", "Errand", "Finding", "GradientTrainer", "Guarantee", "Leaf", "LocalTrainer",
+    "Method", "Objective", "P", "Pacing", "Part", "Partial", "Plan", "Release", "RoundContext", "Sampler", "Scratch", "Sealed", "Secret", "ServerOptimizer", "ServerState", "Session", "Spec",
     "Spent", "Traits", "Transform", "Tree", "Update", "Work", "WrappedTrainer", "errand_id", "innermost", "note", "refuse", "traits", "warn",
 ]  # fmt: skip

@@ -14,7 +14,8 @@ from typing import Any
 from fedfm.core import leaves, messages
 from fedfm.core.keys import Key
 from fedfm.core.messages import ClientId, Failure, Reply, Request
-from fedfm.core.parts import Errand, Plan, RoundContext, ServerState, Session, Update, transform_place
+from fedfm.core.parts import Errand, Plan, RoundContext, ServerState, Session, Spent, Update, transform_place
+from fedfm.core.secret import coins
 from fedfm.core.session import Answer, WrappedSession
 from fedfm.core.sums import Partial
 from fedfm.core.tree import Spec, Tree, norm
@@ -89,6 +90,7 @@ def play(
     clients: Sequence[ClientId],
     key: Key,
     watch: Callable[[Answer], None] | None = None,
+    spent: Spent | None = None,
 ) -> tuple[ServerState, RoundRecord]:
     """Plays one round.
 
@@ -96,12 +98,14 @@ def play(
         clients: Everyone registered, in a fixed order.
         key: The run's root key.
         watch: Called with each answer as it arrives.
+        spent: What the run has spent for good.
 
     Raises:
         RoundError: if fewer than ``plan.min_clients`` updates arrive, or one fails under ``on_failure: stop``.
     """
     began = session.clock.now()
-    ctx = RoundContext(state.round + 1, key, state.params, len(clients))
+    secret = coins(plan.parts().values(), key.fold("server", state.round + 1))
+    ctx = RoundContext(state.round + 1, key, state.params, len(clients), spent=spent, secret=secret, rate=plan.sampler.poisson_rate())
     meter = Meter(session, watch)
     cohort, sampler = plan.sampler.sample(clients, state.of("sampler"), ctx)
     errand = plan.work(state, cohort, ctx)

@@ -212,6 +212,11 @@ class Task(Part, ABC):
         return Metric(self.headline, self.lower_is_better)
 
     @property
+    def example_is_row(self) -> bool:
+        """Whether each example is made of one row, and no row is in two: then what hides an example hides a row."""
+        return True
+
+    @property
     def label_column(self) -> str | None:
         """The column that holds a row's class, for tasks and partitioners that need one."""
         return None

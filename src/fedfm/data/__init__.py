@@ -1,6 +1,7 @@
 """Who owns what: sources, owners, partitioners, tokenization, batching."""
 
 from fedfm.data.batching import plan as plan
+from fedfm.data.batching import poisson as poisson
 from fedfm.data.held import Held as Held
 from fedfm.data.owners import Owners as Owners
 from fedfm.data.owners import Shard as Shard

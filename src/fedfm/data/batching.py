@@ -7,6 +7,7 @@ import numpy as np
 from fedfm.core.batch import IntArray
 from fedfm.core.keys import Key
 from fedfm.core.parts import Work
+from fedfm.core.secret import Stream
 from fedfm.core.task import Examples
 
 
@@ -25,10 +26,8 @@ def plan(examples: Examples, work: Work, key_client: Key, key_round: Key) -> lis
     n = len(examples)
     if n == 0:
         return []
-    size = n if work.batch_size is None else min(n, work.batch_size * work.accumulate)
+    size, steps = work.size(n), work.num_steps(n)
     per_shuffle = -(-n // size)
-    assert (work.steps is None) != (work.epochs is None), work
-    steps = work.steps if work.steps is not None else (work.epochs or 0) * per_shuffle
     if size == n:
         return [np.arange(n)] * steps
     lengths = examples.lengths
@@ -47,3 +46,17 @@ def plan(examples: Examples, work: Work, key_client: Key, key_round: Key) -> lis
         rank_s = np.argsort(np.argsort(quantile_s[len(planned) : len(planned) + num]))
         planned += [cut[rank] for rank in rank_s]
     return planned
+
+
+def poisson(num_examples: int, work: Work, stream: Stream) -> list[IntArray]:
+    """The examples of each step: each example on its own with one probability, so that ``work.size`` of them are expected; a step may be empty.
+
+    Args:
+        stream: The client's own coins for this round's batches.
+    """
+    if num_examples == 0:
+        return []
+    size = work.size(num_examples)
+    if size == num_examples:
+        return [np.arange(num_examples)] * work.num_steps(num_examples)
+    return [np.flatnonzero(stream.uniform(num_examples) < size / num_examples) for _ in range(work.num_steps(num_examples))]

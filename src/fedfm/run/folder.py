@@ -6,6 +6,7 @@
     metrics.jsonl             a line for each committed round, round 0 is the evaluation before training
     metrics.csv               the same as a table: a row for each round, without what is told of single owners
     ledger.json               what it cost
+    privacy.jsonl             what it has spent of a privacy promise, append-only; on disk before any noise is drawn
     split.json                who owns how much of what
     clients/                  what simulated clients remember (theirs, not the server's)
     model/                    the result, in the layout the rest of the world loads
@@ -41,6 +42,7 @@ from fedfm.core.plain import finite
 from fedfm.core.round import RoundRecord
 from fedfm.core.score import best
 from fedfm.engines.nats import JOB
+from fedfm.run.budget import PRIVACY
 from fedfm.run.flat import TABLE, Table, flat
 from fedfm.run.ledger import Ledger
 from fedfm.run.log import LOG, OLD
@@ -215,7 +217,7 @@ class RunFolder:
         """Removes a run without a result: only the files that a run writes, and the folder if it is empty then."""
         for name in ("state", "clients", "logs"):
             shutil.rmtree(self.path / name, ignore_errors=True)
-        for name in (RECIPE, JOURNAL, METRICS, TABLE, LEDGER, SPLIT, LOG, OLD, JOB, ".lock"):
+        for name in (RECIPE, JOURNAL, METRICS, TABLE, LEDGER, SPLIT, LOG, OLD, JOB, PRIVACY, ".lock"):
             (self.path / name).unlink(missing_ok=True)
         if not any(self.path.iterdir()):
             self.path.rmdir()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -31,6 +31,8 @@ class Ledger:
             to activations) and ``n`` trainable ones (their gradients); attention's own products are not in it.
         peak_memory: Bytes that this process held at most, on the host or on the accelerator, whichever is more.
         seconds: Wall-clock time of rounds and evaluations.
+        privacy: The privacy that was spent, by promise, as :class:`fedfm.core.privacy.Guarantee` tells it; empty where nothing is promised.
+        privacy_head: The last line of ``privacy.jsonl`` when this was written.
     """
 
     rounds: int = 0
@@ -45,6 +47,8 @@ class Ledger:
     flops: int = 0
     peak_memory: int = 0
     seconds: float = 0.0
+    privacy: Sequence[Mapping[str, Any]] = ()
+    privacy_head: str = ""
 
     def add(self, record: RoundRecord, flops_per_token: int) -> Ledger:
         """The totals after one more round; round 0 is the evaluation before training."""
@@ -70,16 +74,16 @@ class Ledger:
 
     def counts(self) -> dict[str, int]:
         """The totals that do not depend on time or machine."""
-        return {name: value for name, value in asdict(self).items() if name not in ("peak_memory", "seconds")}
+        return {name: value for name, value in asdict(self).items() if isinstance(value, int) and name != "peak_memory"}
 
     def to_json(self) -> dict[str, Any]:
         """The totals as ``ledger.json`` holds them."""
-        return asdict(self)
+        return {**asdict(self), "privacy": list(self.privacy)}
 
     @staticmethod
     def from_json(totals: Mapping[str, Any]) -> Ledger:
         """Undoes :meth:`to_json`."""
-        return Ledger(**totals)
+        return Ledger(**{**totals, "privacy": tuple(totals.get("privacy", ()))})
 
 
 def peak_memory() -> int:

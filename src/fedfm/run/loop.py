@@ -37,6 +37,7 @@ from fedfm.models.foundation import device_of, flops_per_token
 from fedfm.observers.base import RunInfo, Watcher
 from fedfm.recipe import dump, load, located, read
 from fedfm.run.base import digests, require_base
+from fedfm.run.budget import Budget
 from fedfm.run.folder import COMPARE, MODEL, RECIPE, SPLIT, RunFolder
 from fedfm.run.ledger import Ledger
 from fedfm.run.log import logged
@@ -249,7 +250,8 @@ def _go(
             session.settle()
         if folder is not None:
             _note_choices(folder, house)
-        game = _Game(site, session, roster, folder, watch, [] if folder is None else folder.journal.scores)
+        budget = Budget.open(plan, house, path, ledger.privacy_head)
+        game = _Game(site, session, roster, folder, watch, [] if folder is None else folder.journal.scores, budget)
         watch.start(game.info(None if restored is None else state.round))
 
         if restored is None:
@@ -261,7 +263,7 @@ def _go(
         if game.goes_on(state):
             watch.stage(f"Training round {state.round + 1}; the first round takes longer, because the data is read and memory is reserved")
         while game.goes_on(state):
-            state, record = play(plan, state, session, site.clients, site.key, partial(watch.answer, state.round + 1))
+            state, record = play(plan, state, session, site.clients, site.key, partial(watch.answer, state.round + 1), budget.account)
             if state.round == plan.rounds and plan.evaluate.due(state.round, plan.rounds):
                 watch.stage(f"Evaluating after the last round, on {_tests(plan.evaluate.most(state.round, plan.rounds))}")
             record = game.evaluated(state, record)
@@ -344,11 +346,17 @@ class _Game:
     folder: RunFolder | None
     watch: _Watchers
     scores: list[Score]
+    budget: Budget
 
     def goes_on(self, state: ServerState) -> bool:
         """Whether another round follows."""
         plan = self.site.federation
-        return state.round < plan.rounds and not _is_over(plan, self.scores)
+        if state.round >= plan.rounds or _is_over(plan, self.scores):
+            return False
+        refusal = self.budget.refusal()
+        if refusal is not None:
+            log.warning("The run ends after round %d of %d, because its privacy budget is spent: %s.", state.round, plan.rounds, refusal)
+        return refusal is None
 
     def info(self, resumed_from: int | None) -> RunInfo:
         """What is known before the first round."""
@@ -415,6 +423,7 @@ class _Game:
         """Makes a round last; the ledger after it."""
         house, folder = self.site.house, self.folder
         ledger = ledger.add(record, flops_per_token(house.foundation.num_params, house.tuned.spec.size))
+        ledger = replace(ledger, privacy=tuple(self.budget.to_json()), privacy_head=self.budget.account.head)
         if folder is not None:
             with _uninterrupted():
                 _note_choices(folder, house)

@@ -21,6 +21,10 @@ class All(Sampler):
         """All clients."""
         return list(clients), state
 
+    def poisson_rate(self) -> float:
+        """1: who is there does not depend on who else is."""
+        return 1.0
+
     def cohort_size(self, num_clients: int) -> int:
         """``num_clients``."""
         return num_clients

@@ -34,9 +34,16 @@ class Poisson(Sampler):
             raise ConfigError(f"Poisson.rate is {self.rate}; it must be more than 0 and at most 1.")
 
     def sample(self, clients: Sequence[ClientId], state: Tree, ctx: RoundContext) -> tuple[list[ClientId], Tree]:
-        """The clients whose draw is below ``rate``."""
+        """The clients whose draw is below ``rate``. Under a privacy promise the draws are the house's own coins."""
+        if ctx.secret is not None:
+            u_n = ctx.secret.stream("sampler").uniform(len(clients))
+            return [client for client, u in zip(clients, u_n.tolist(), strict=True) if u < self.rate], state
         key = ctx.draw("sampler")
         return [client for client in clients if key.fold(client).uniform() < self.rate], state
+
+    def poisson_rate(self) -> float:
+        """``rate``."""
+        return self.rate
 
     def cohort_size(self, num_clients: int) -> int:
         """The expected size, rounded, at least one."""

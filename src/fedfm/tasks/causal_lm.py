@@ -44,6 +44,11 @@ class CausalLM(Task):
         """Columns that a row must have."""
         return (self.text,)
 
+    @property
+    def example_is_row(self) -> bool:
+        """Not where texts are joined."""
+        return not self.packed
+
     def require(self, row: RawRow) -> None:
         """Refuses a row without text."""
         written_in(row, self.text)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
 from fedfm.core.keys import Key
 from fedfm.core.parts import Cohort, LocalTrainer, Objective, ServerOptimizer
+from fedfm.core.secret import Secret
 from fedfm.core.tree import Spec, Tree
 from fedfm.testing.parts import check_part, copied, same
 
@@ -126,6 +128,19 @@ class _Quadratic(Objective):
         offset_nd = torch.stack([_draw(f"offset-{i}", SIZE) for i in range(NUM_EXAMPLES)])
         offset_nd = (offset_nd - offset_nd.mean(dim=0)).repeat(len(theta_kd), 1)
         return (theta_kd - self.target_kd)[owner_n] + offset_nd, owner_n
+
+    def clipped_sum(self, theta_kd: torch.Tensor, max_norm: float) -> torch.Tensor:
+        grad_nd, owner_n = self.per_example(theta_kd)
+        factor_n1 = (max_norm / grad_nd.norm(dim=1, keepdim=True)).clamp(max=1.0)
+        return torch.zeros_like(theta_kd).index_add_(0, owner_n, grad_nd * factor_n1)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [NUM_EXAMPLES] * len(self._keys)
+
+    def noisy(self, sum_kd: torch.Tensor, std_k: Sequence[float]) -> torch.Tensor:
+        streams = [Secret.simulated(key).stream("noise") for key in self._keys]
+        return torch.stack([stream.noisy(row_d, std).float() for row_d, std, stream in zip(sum_kd, std_k, streams, strict=True)])
 
     def keys(self, name: str) -> list[Key]:
         return [key.fold(name) for key in self._keys]

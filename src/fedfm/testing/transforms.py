@@ -10,7 +10,7 @@ import torch
 from fedfm.core.errors import MessageError
 from fedfm.core.leaves import Leaf, deltas
 from fedfm.core.messages import Reply, pack, unpack
-from fedfm.core.parts import Spec, Transform, Tree, Update
+from fedfm.core.parts import Secret, Spec, Transform, Tree, Update
 from fedfm.testing.parts import check_part, context, copied, fits, like, parameters, same
 
 
@@ -32,7 +32,8 @@ def _round_trip(transform: Transform, params: Tree, rounds: int) -> None:
     state = transform.init(params)
     for round in range(1, rounds + 1):
         received = transform.broadcast(state)
-        ctx = replace(context(params, round, client="client-1"), received=received)
+        ctx = context(params, round, client="client-1")
+        ctx = replace(ctx, received=received, rate=1.0, secret=Secret.simulated(ctx.draw("coins")))
         payload = {**like(params, round), "method.extra": torch.linspace(-1, 1, 11)}
         given, known = copied(payload), copied(memory)
         spec = Spec.of(payload)

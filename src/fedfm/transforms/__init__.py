@@ -1,6 +1,7 @@
 """On an update in flight."""
 
 from fedfm.transforms.cast import CastBF16 as CastBF16
+from fedfm.transforms.central_dp import CentralDP as CentralDP
 from fedfm.transforms.clip import ClipByNorm as ClipByNorm
 from fedfm.transforms.quantize import Int4 as Int4
 from fedfm.transforms.quantize import Int8 as Int8

@@ -24,7 +24,7 @@ _LABELS = "labels"
 
 @dataclass(frozen=True)
 class Describe(Verb):
-    """Asks owners what they have. An owner's policy may withhold the counts, the labels or both; a number that is withheld is NaN."""
+    """Asks owners what they have. An owner's policy may withhold the counts, the labels or both, and a privacy promise does; a number that is withheld is NaN."""
 
     name = "describe"
 
@@ -64,7 +64,7 @@ class Describe(Verb):
         return {"counts": why, "labels": why} if house.labels else {"counts": why}
 
     def answer(self, requests: Mapping[ClientId, Request], house: House) -> Iterator[Contribution | Failure]:
-        """What each owner has, as far as its policy lets it."""
+        """What each owner has, as far as its policy and the plan's privacy promise let it."""
         declared = _declared(len(house.labels))
         for client in requests:
             try:
@@ -80,8 +80,8 @@ def _declared(num_labels: int) -> tuple[Leaf, ...]:
 
 
 def _answer(client: ClientId, house: House) -> Update:
-    shard, policy = house.shard(client), house.policy(client)
-    counts_kept, labels_kept = policy.withholds("counts"), policy.withholds("counts") or policy.withholds("labels")
+    shard, counts_kept = house.shard(client), house.withholds(client, "counts")
+    labels_kept = counts_kept or house.withholds(client, "labels")
     counts = (len(shard.train), len(shard.test), shard.tokens)
     numbers = {name: math.nan if counts_kept else float(value) for name, value in zip(_COUNTS, counts, strict=True)}
     payload: dict[str, torch.Tensor] = {}

@@ -12,7 +12,7 @@ import torch
 from fedfm.client.house import EVALUATE_TOKENS, House
 from fedfm.client.requests import counted, remembered, require_parameters, start_of, stays_home
 from fedfm.client.verb import Contribution, Verb
-from fedfm.core.errors import FedfmError, MessageError
+from fedfm.core.errors import FedfmError, MessageError, PolicyError
 from fedfm.core.keys import Key
 from fedfm.core.leaves import Kind, Leaf
 from fedfm.core.leaves import number as number_leaf
@@ -177,6 +177,8 @@ def _examples(request: Request, house: House, client: ClientId) -> Examples:
     split = request.meta.get(_SPLIT, "test")
     if split not in ("train", "test"):
         raise MessageError(f"a request names the split {split!r:.20}; it is train or test.")
+    if split == "train" and house.plan.is_silent:
+        raise PolicyError("private", "an evaluation on training rows is not covered by the plan's privacy promise.")
     shard = house.shard(client)
     examples: Examples = shard.train if split == "train" else shard.test
     return examples

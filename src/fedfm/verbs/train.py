@@ -19,6 +19,8 @@ from fedfm.core.errors import DataError, FedfmError
 from fedfm.core.leaves import Kind, Leaf
 from fedfm.core.messages import Body, ClientId, Failure, Request, Scalar
 from fedfm.core.parts import COUNTED, TICKET, Errand, LocalTrainer, Plan, RoundContext, ServerState, Transform, Update, transform_place
+from fedfm.core.privacy import released
+from fedfm.core.secret import Secret, coins
 from fedfm.core.task import Examples
 from fedfm.core.tree import Spec, Tree
 from fedfm.data import opened
@@ -87,7 +89,7 @@ class Train(Verb):
                 yield Failure(client, self.name, str(error))
         if not desks:
             return
-        jobs = [Job(client, desk.examples, under(_LOCAL, desk.memory)) for client, desk in desks.items()]
+        jobs = [Job(client, desk.examples, under(_LOCAL, desk.memory), desk.secret) for client, desk in desks.items()]
         some = next(iter(desks.values()))
         start = {**some.start, **{name: leaf for name, leaf in some.received.items() if not name.startswith("transforms.")}}
         starts_kd = None
@@ -135,6 +137,7 @@ class Desk:
         start: All that trains, at full size: what travelled, and what stays at home.
         is_own: Whether the client's start is not everybody's.
         received: What came with the parameters, for the trainer and each transform.
+        secret: Under a privacy promise: the coins of this client in this round.
     """
 
     client: ClientId
@@ -146,18 +149,22 @@ class Desk:
     start: Tree
     is_own: bool
     received: Tree
+    secret: Secret | None
 
     @staticmethod
     def open(client: ClientId, request: Request, house: House) -> Desk:
         """Reads the client's memory and data, and puts its parameters together.
 
         Raises:
-            FedfmError: if one of them is damaged, gone, or not what was asked for.
+            FedfmError: if one of them is damaged, gone, or not what was asked for, or the owner's privacy budget does not allow another round.
         """
         memory = remembered(client, request, house)
         params, start, is_own = start_of(request.tensors, request.own, memory, house)
         received = {name: leaf for name, leaf in request.tensors.items() if name not in house.tuned.spec.names}
-        return Desk(client, request, house, memory, opened(house.shard(client).train), params, start, is_own, received)
+        examples, plan = opened(house.shard(client).train), house.plan
+        plan.local.require_affordable(released(house.spent.of(client)), len(examples))
+        secret = coins((plan.local, *plan.transforms), house.key.fold("client", request.round, client))
+        return Desk(client, request, house, memory, examples, params, start, is_own, received, secret)
 
     @property
     def shapes(self) -> tuple[torch.Size, ...]:
@@ -182,7 +189,11 @@ class Desk:
             values = spec.unflatten(trained.params_d)
             memory |= {HOME + name: values[name] for name in spec.names if name not in self.params}
         update = Update(payload, self.weight(), 1, client, self.numbers(trained))
-        ctx = RoundContext(request.round, house.key, self.params, house.num_clients, client, spent=house.spent.of(client))
+        spent, release = house.spent.of(client), plan.local.release(len(self.examples))
+        if release is not None:
+            # Whatever becomes of this answer, its noise is spent.
+            spent.add(release.name, release.steps)
+        ctx = RoundContext(request.round, house.key, self.params, house.num_clients, client, spent=spent, secret=self.secret)
         for i, transform in enumerate(plan.transforms):
             received = under(f"{transform_place(i)}/", self.received)
             update, after = transform.encode(update, under(f"{transform_place(i)}/", self.memory), replace(ctx, received=received))
@@ -192,15 +203,15 @@ class Desk:
         return Contribution(replace(update, metrics=metrics, ticket=ticket), layout.leaves, plan.transforms)
 
     def weight(self) -> float:
-        """The number of examples; 1 where the owner withholds it."""
-        return 1.0 if self.house.policy(self.client).withholds("counts") else float(len(self.examples))
+        """The number of examples; 1 where it is withheld."""
+        return 1.0 if self.house.withholds(self.client, "counts") else float(len(self.examples))
 
     def numbers(self, trained: Trained) -> dict[str, float]:
-        """The numbers of the client's work. Where the owner withholds them, counts are 0 and the loss is missing."""
-        policy, numbers = self.house.policy(self.client), dict(trained.metrics)
-        if policy.withholds("counts"):
+        """The numbers of the client's work. Where they are withheld, counts are 0 and the loss is missing."""
+        house, numbers = self.house, dict(trained.metrics)
+        if house.withholds(self.client, "counts"):
             numbers = {name: value if name == "loss" else 0.0 for name, value in numbers.items()}
-        if policy.withholds("losses"):
+        if house.withholds(self.client, "losses"):
             del numbers["loss"]
         return numbers
 

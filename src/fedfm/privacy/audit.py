@@ -1,0 +1,365 @@
+"""What guesses about canaries prove of an epsilon, with one run.
+
+Each canary is in the run or not by a fair coin that the mechanism does not see. Afterwards somebody guesses the coins. Too many right guesses are
+improbable under a small epsilon, so they prove a larger one.
+
+``one_run_bound``: Steinke, Nasr, Jagielski, `Privacy Auditing with One (1) Training Run <https://arxiv.org/abs/2305.08846>`_, 2023. It holds for every mechanism::
+
+    P[correct >= c] <= P[Bin(r, e^eps / (1 + e^eps)) >= c] + 2 m delta max_i (P[Bin(r, .) >= c - i] - P[Bin(r, .) >= c]) / i
+
+``fdp_bound``: Mahloujifar, Melis, Chaudhuri, `Auditing f-Differential Privacy in One Run <https://arxiv.org/abs/2410.22235>`_, 2024, algorithm 3, with the trade-off curve of
+the Gaussian mechanism that has this epsilon at this delta. It proves more, of mechanisms whose curve lies nowhere below the Gaussian one: noise that is normal,
+on all owners or on many small samples of them.
+
+Both are lower bounds that hold with probability ``1 - significance``. With no guess both are 0. The number of guesses must be chosen before the scores are seen.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedfm.core.errors import ConfigError, MissingExtra, PrivacyError
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_LARGEST = 200.0  # epsilons that are looked for; e^200 times more likely is as good as certain
+_PRECISION = 1e-7
+_SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03)  # guesses among all canaries that are tried
+_FEWEST, _MOST, _GROWTH = 40, 200_000, 1.15  # canaries that are tried
+
+
+def one_run_p_value(num_canaries: int, num_guesses: int, num_correct: int, epsilon: float, delta: float) -> float:
+    """The largest probability with which a mechanism with this guarantee lets so many guesses be right."""
+    stats, special = _scipy("stats"), _scipy("special")
+    _require_counts(num_canaries, num_guesses, num_correct)
+    right = float(special.expit(epsilon))
+    tail = float(stats.binom.sf(num_correct - 1, num_guesses, right))
+    if delta == 0 or num_correct == 0:
+        return tail
+    i_n = np.arange(1, num_correct + 1)
+    gained = (stats.binom.sf(num_correct - i_n - 1, num_guesses, right) - tail) / i_n
+    return min(1.0, tail + 2 * num_canaries * delta * max(0.0, float(gained.max())))
+
+
+def one_run_bound(num_canaries: int, num_guesses: int, num_correct: int, delta: float, significance: float = 0.05) -> float:
+    """The largest epsilon that the guesses rule out, for every mechanism; 0 where they rule out none.
+
+    Args:
+        num_canaries: ``m``, those that were in and those that were not.
+        num_guesses: How many coins were guessed.
+        num_correct: How many of the guesses were right.
+        significance: Chance that the bound is too high.
+
+    Raises:
+        PrivacyError: if the counts do not fit each other.
+        MissingExtra: if ``scipy`` is not installed.
+
+    Example:
+        >>> round(one_run_bound(1000, 100, 100, delta=1e-5), 4)
+        3.4654
+    """
+    return _largest(lambda epsilon: significance - one_run_p_value(num_canaries, num_guesses, num_correct, epsilon, delta))
+
+
+def fdp_bound(num_canaries: int, num_guesses: int, num_correct: int, delta: float, significance: float = 0.05) -> float:
+    """The largest epsilon whose Gaussian mechanism the guesses rule out; 0 where they rule out none.
+
+    Args:
+        num_canaries: ``m``, those that were in and those that were not.
+        num_guesses: How many coins were guessed.
+        num_correct: How many of the guesses were right.
+        delta: Above 0.
+        significance: Chance that the bound is too high.
+
+    Raises:
+        PrivacyError: if the counts do not fit each other, or ``delta`` is not above 0.
+        MissingExtra: if ``scipy`` is not installed.
+
+    Example:
+        >>> round(fdp_bound(1000, 100, 100, delta=1e-5), 4)
+        5.549
+    """
+    _require_counts(num_canaries, num_guesses, num_correct)
+    return _largest(lambda epsilon: fdp_excess(num_canaries, num_guesses, num_correct, gaussian_mu(epsilon, delta), significance))
+
+
+def fdp_excess(num_canaries: int, num_guesses: int, num_correct: int, mu: float, significance: float) -> float:
+    """Above 0 where the guesses rule out the trade-off curve ``f(x) = Phi(Phi^-1(1 - x) - mu)`` at this significance."""
+    special = _scipy("special")
+    ndtr, ndtri = special.ndtr, special.ndtri
+    wrong = significance * (num_guesses - num_correct) / num_canaries
+    right = significance * num_correct / num_canaries
+    for i in range(num_correct - 1, -1, -1):
+        after = max(wrong, float(ndtr(ndtri(right) - mu)))
+        if after == wrong:
+            break  # nothing changes any more
+        right = min(1.0, right + i / (num_guesses - i) * (after - wrong))
+        wrong = after
+    return right + wrong - num_guesses / num_canaries
+
+
+def gaussian_delta(mu: float, epsilon: float) -> float:
+    """``delta = Phi(mu/2 - eps/mu) - e^eps Phi(-mu/2 - eps/mu)``, of one Gaussian release with noise ``1 / mu`` times its bound.
+
+    Balle, Wang, `Improving the Gaussian Mechanism for Differential Privacy <https://arxiv.org/abs/1805.06530>`_, 2018.
+    """
+    if mu == 0:
+        return 0.0
+    log_ndtr = _scipy("special").log_ndtr
+    first, second = float(log_ndtr(mu / 2 - epsilon / mu)), float(log_ndtr(-mu / 2 - epsilon / mu))
+    return math.exp(first) - math.exp(min(epsilon + second, 0.0))
+
+
+@lru_cache(maxsize=4096)
+def gaussian_mu(epsilon: float, delta: float) -> float:
+    """The inverse noise multiplier of the Gaussian release that has this epsilon at this delta.
+
+    Raises:
+        PrivacyError: if ``delta`` is not between 0 and 1: no normal noise has such a guarantee.
+
+    Example:
+        >>> round(1 / gaussian_mu(1.0, 1e-5), 5)
+        3.73063
+    """
+    if not 0 < delta < 1:
+        raise PrivacyError(f"delta is {delta}; the audit by trade-off curves needs one between 0 and 1. The other bound (one-run) does without.")
+    high = 1.0
+    while gaussian_delta(high, epsilon) < delta:
+        high *= 2
+    return float(_scipy("optimize").brentq(lambda mu: gaussian_delta(mu, epsilon) - delta, 0.0, high, xtol=1e-12))
+
+
+def gaussian_epsilon(mu: float, delta: float) -> float:
+    """Undoes :func:`gaussian_mu`: epsilon at ``delta`` of a Gaussian release with noise ``1 / mu`` times its bound; infinity without noise."""
+    if not math.isfinite(mu):
+        return math.inf
+    if gaussian_delta(mu, 0.0) <= delta:
+        return 0.0
+    high = 1.0
+    while gaussian_delta(mu, high) > delta:
+        high *= 2
+    return float(_scipy("optimize").brentq(lambda epsilon: gaussian_delta(mu, epsilon) - delta, 0.0, high, xtol=1e-9))
+
+
+@dataclass(frozen=True)
+class Observer:
+    """How well the scores of canaries show who was in: scores of absent canaries are standard normal.
+
+    Args:
+        mean: Of the scores of canaries that were in.
+        std: Their standard deviation.
+    """
+
+    mean: float
+    std: float = 1.0
+
+    def right(self, share: float) -> float:
+        """The probability that a guess is right, where the highest and the lowest scores are guessed, ``share`` of all together."""
+        stats = _scipy("stats").norm
+        far = 10 + abs(self.mean) + 10 * self.std
+        tails = []
+        for sign in (1.0, -1.0):  # the highest scores, then the lowest
+
+            def guessed(cut: float, sign: float = sign) -> tuple[float, float]:
+                present = float(stats.sf(cut, sign * self.mean, self.std)) if self.std else float(sign * self.mean >= cut)
+                return present / 2, float(stats.sf(cut)) / 2
+
+            cut = _bisected(lambda cut, guessed=guessed: sum(guessed(cut)) - share / 2, -far, far)  # type: ignore[misc]
+            present, absent = guessed(cut)
+            tails.append(present if sign > 0 else absent)
+        return min(1.0, sum(tails) / share)
+
+
+@dataclass(frozen=True)
+class Design:
+    """How many canaries an audit has, how many of them it guesses, and how likely it then notices what it is meant to notice.
+
+    Args:
+        power: Probability that the bound exceeds the claim, if scores show as much as the fault lets them show.
+    """
+
+    num_canaries: int
+    num_guesses: int
+    num_needed: int
+    power: float
+
+
+def design(num_canaries: int, epsilon: float, delta: float, fault: Observer, significance: float = 0.05) -> Design:
+    """The number of guesses with which the f-DP bound most likely exceeds a claim that a fault has made wrong.
+
+    Args:
+        epsilon: What is claimed, at ``delta``.
+        fault: What scores show under the fault that is to be noticed.
+
+    Raises:
+        ConfigError: if there are too few canaries to guess any.
+    """
+    if num_canaries < _FEWEST:
+        raise ConfigError(f"{num_canaries} canaries are too few to prove anything; take {_FEWEST} or more.")
+    mu, designs = gaussian_mu(epsilon, delta), []
+    for share in _SHARES:
+        guesses = 2 * round(share * num_canaries / 2)
+        if guesses < 4:
+            continue
+        needed = _needed(num_canaries, guesses, mu, significance)
+        power = float(_scipy("stats").binom.sf(needed - 1, guesses, fault.right(guesses / num_canaries)))
+        designs.append(Design(num_canaries, guesses, needed, power))
+    return max(designs, key=lambda one: (round(one.power, 6), one.num_guesses))
+
+
+def designed(epsilon: float, delta: float, fault: Observer, power: float, significance: float = 0.05) -> Design:
+    """The fewest canaries with which a fault is noticed with this probability, within a seventh of their number.
+
+    Raises:
+        ConfigError: if ``power`` is out of range, or more canaries would be needed than can be run.
+    """
+    if not 0 < power < 1:
+        raise ConfigError(f"The power is {power}; it is the probability of noticing a fault, between 0 and 1.")
+    low, high = _FEWEST, _FEWEST
+    while (best := design(high, epsilon, delta, fault, significance)).power < power:
+        low, high = high, 2 * high
+        if high > _MOST:
+            raise ConfigError(
+                f"Even {_MOST} canaries would not notice this fault with probability {power:g}: a claim of epsilon {epsilon:.3g} lets too little be "
+                "seen. Ask for less power, or for a larger fault."
+            )
+    while high / low > _GROWTH:
+        middle = round(math.sqrt(low * high))
+        tried = design(middle, epsilon, delta, fault, significance)
+        low, high, best = (low, middle, tried) if tried.power >= power else (middle, high, best)
+    return best
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What the scores of canaries say.
+
+    Args:
+        num_correct: Of the guesses.
+        fdp: Lower bound on epsilon by trade-off curves.
+        one_run: Lower bound on epsilon for every mechanism.
+        estimate: Epsilon of the Gaussian release that would give such scores. An estimate, which may be too high or too low.
+        exposure: Mean over present canaries, in bits: how far up a canary's score stands among those of absent ones. By chance it is about 1.44.
+        most_exposure: As high as it can be with so many absent canaries.
+        true_positives: Share of present canaries above all but one in a thousand of the absent ones (above all of them where they are fewer).
+    """
+
+    num_canaries: int
+    num_present: int
+    num_guesses: int
+    num_correct: int
+    fdp: float
+    one_run: float
+    estimate: float
+    exposure: float
+    most_exposure: float
+    true_positives: float
+
+
+def evidence(score_n: NDArray[np.float64], present_n: NDArray[np.bool_], num_guesses: int, delta: float, significance: float = 0.05) -> Evidence:
+    """Guesses the coins of the canaries with the highest and the lowest scores, and says what the right guesses prove.
+
+    Args:
+        score_n: ``(n,)``, higher where a canary seems to have been in.
+        present_n: ``(n,)``, whether it was.
+        num_guesses: Chosen before the scores were seen.
+
+    Raises:
+        PrivacyError: if a score is not a number, or the counts do not fit each other.
+    """
+    if not np.isfinite(score_n).all():
+        raise PrivacyError(f"{int((~np.isfinite(score_n)).sum())} of {len(score_n)} canaries have a score that is not a finite number.")
+    # Equal scores say nothing, so their order must not either; coins are independent of places.
+    order = np.argsort(score_n, kind="stable")
+    half = num_guesses // 2
+    correct = int(present_n[order[len(order) - half :]].sum() + (~present_n[order[:half]]).sum())
+    m, guesses = len(score_n), 2 * half
+    inside, outside = score_n[present_n], score_n[~present_n]
+    return Evidence(
+        num_canaries=m,
+        num_present=int(present_n.sum()),
+        num_guesses=guesses,
+        num_correct=correct,
+        fdp=fdp_bound(m, guesses, correct, delta, significance) if delta else 0.0,
+        one_run=one_run_bound(m, guesses, correct, delta, significance),
+        estimate=_estimate(inside, outside, delta),
+        exposure=float(_exposures(inside, outside).mean()) if len(inside) else 0.0,
+        most_exposure=math.log2(len(outside) + 1),
+        true_positives=_true_positives(inside, outside, 1e-3),
+    )
+
+
+def _estimate(inside: NDArray[np.float64], outside: NDArray[np.float64], delta: float) -> float:
+    """A normal curve laid through the scores of both kinds."""
+    if len(inside) < 2 or len(outside) < 2 or not delta:
+        return math.nan
+    spread = math.sqrt((inside.var(ddof=1) + outside.var(ddof=1)) / 2)
+    apart = max(0.0, float(inside.mean() - outside.mean()))
+    return gaussian_epsilon(apart / spread if spread else (math.inf if apart else 0.0), delta)
+
+
+def _exposures(inside: NDArray[np.float64], outside: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``log2 |R| - log2 rank`` of each present canary among itself and the absent ones (Carlini et al., https://arxiv.org/abs/1802.08232, 2019)."""
+    rank_n = 1 + len(outside) - np.searchsorted(np.sort(outside), inside, side="left")
+    exposure_n: NDArray[np.float64] = math.log2(len(outside) + 1) - np.log2(rank_n)
+    return exposure_n
+
+
+def _true_positives(inside: NDArray[np.float64], outside: NDArray[np.float64], false_positives: float) -> float:
+    if not len(inside) or not len(outside):
+        return math.nan
+    allowed = int(false_positives * len(outside))
+    return float((inside > np.sort(outside)[len(outside) - 1 - allowed]).mean())
+
+
+@lru_cache(maxsize=4096)
+def _needed(num_canaries: int, num_guesses: int, mu: float, significance: float) -> int:
+    """The fewest right guesses that rule out ``mu``; one more than all guesses where nothing does."""
+    low, high = num_guesses // 2, num_guesses + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fdp_excess(num_canaries, num_guesses, middle, mu, significance) > 0 else (middle, high)
+    return high
+
+
+def _largest(excess_of: Callable[[float], float]) -> float:
+    """The largest epsilon whose excess is above 0, which is so of all smaller ones."""
+    if excess_of(0.0) <= 0:
+        return 0.0
+    low, high = 0.0, 1.0
+    while excess_of(high) > 0:
+        low, high = high, 2 * high
+        if low > _LARGEST:
+            return low
+    return _bisected(lambda epsilon: excess_of(epsilon), low, high)
+
+
+def _bisected(excess_of: Callable[[float], float], low: float, high: float) -> float:
+    """Where a falling function crosses 0, from the side on which it is still above."""
+    while high - low > _PRECISION:
+        middle = (low + high) / 2
+        low, high = (middle, high) if excess_of(middle) > 0 else (low, middle)
+    return low
+
+
+def _require_counts(num_canaries: int, num_guesses: int, num_correct: int) -> None:
+    if not 0 <= num_correct <= num_guesses <= num_canaries:
+        raise PrivacyError(
+            f"{num_correct} right guesses of {num_guesses} about {num_canaries} canaries cannot be: of m canaries at most m are guessed, and at most all guesses are right."
+        )
+
+
+def _scipy(name: str) -> Any:
+    import importlib
+
+    try:
+        return importlib.import_module(f"scipy.{name}")
+    except ImportError as error:
+        raise MissingExtra("scipy", "privacy", "An audit") from error

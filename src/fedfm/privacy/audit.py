@@ -25,12 +25,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedfm.core.errors import ConfigError, MissingExtra, PrivacyError
+from fedfm.core.privacy import Release
+from fedfm.privacy.accounting import deltas_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _LARGEST = 200.0  # epsilons that are looked for; e^200 times more likely is as good as certain
 _PRECISION = 1e-7
+_UNSEEN = 1e-6  # chances too rare for any number of canaries
 _SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03)  # guesses among all canaries that are tried
 _FEWEST, _MOST, _GROWTH = 40, 200_000, 1.15  # canaries that are tried
 
@@ -146,6 +149,28 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     while gaussian_delta(mu, high) > delta:
         high *= 2
     return float(_scipy("optimize").brentq(lambda epsilon: gaussian_delta(mu, epsilon) - delta, 0.0, high, xtol=1e-9))
+
+
+def dominating_epsilon(release: Release, delta: float) -> float:
+    """Epsilon at ``delta`` of the Gaussian release that shows at least as much as these releases do, up to one chance in a million.
+
+    With sampling it may lie below what the releases have at ``delta``, whose rare events are worse than normal ones.
+
+    Raises:
+        PrivacyError: if the noise is not normal.
+        MissingExtra: if ``dp-accounting`` is not installed.
+    """
+    if release.kind != "gaussian":
+        raise PrivacyError(f"The trade-off curve of {release.kind} noise is not known here, so its audit would prove nothing.")
+    if release.rate == 1:
+        return gaussian_epsilon(math.sqrt(release.steps) / release.noise, delta)
+    epsilons = np.linspace(0.0, 4.0 + 2 * gaussian_epsilon(release.rate * math.sqrt(release.steps) / release.noise, delta), 40)
+    delta_e = np.asarray(deltas_of(release, epsilons.tolist()))
+    mu = 0.0
+    for epsilon, chance in zip(epsilons.tolist(), (delta_e - _UNSEEN).tolist(), strict=True):
+        if chance > 0:
+            mu = max(mu, gaussian_mu(epsilon, chance))
+    return gaussian_epsilon(mu, delta)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,325 @@
+"""An audit of a plan's promise to owners: its own rounds, played with canary owners, and what their traces prove.
+
+Everything that keeps the promise is the plan's own: sampler, transforms with clip and noise, pacing, aggregator, and the loop of rounds. Three things are not:
+the owners (canaries alone, which the promise must hide like any others), the model (as many numbers as the canaries need), and what
+does nothing for the promise (training, the channel, the server's optimizer, which works on what is released already).
+
+The rounds are played a second time with all canaries in. Noise that is new differs, and noise that comes from a fixed seed takes itself away.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from fedfm.channels import Plain
+from fedfm.core import leaves
+from fedfm.core.errors import ConfigError
+from fedfm.core.keys import Key
+from fedfm.core.messages import ClientId, Reply, Request
+from fedfm.core.parts import Guarantee, RoundContext, Sampler, ServerState, Transform, Tree, Update, transform_place
+from fedfm.core.round import play, start
+from fedfm.core.secret import Secret, coins
+from fedfm.core.session import Answer, Session
+from fedfm.core.tree import Spec
+from fedfm.federation import Federation
+from fedfm.privacy.audit import Design, Evidence, Observer, design, designed, dominating_epsilon, evidence
+from fedfm.privacy.canaries import LONG, Canaries
+from fedfm.run.budget import RunAccount
+from fedfm.server import FedAvg
+from fedfm.tuning import Full
+from fedfm.verbs.train import declared
+
+SIGNIFICANCE = 0.05
+# The share of it for the comparison of two runs, in which a fixed seed shows without any doubt.
+_TWICE = 0.1
+_NUMBERS = 4  # of the model, for each canary
+_CLIP = "clip"
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class AuditResult:
+    """What an audit says.
+
+    Args:
+        claim: The guarantee as the plan prints it.
+        threshold: The epsilon that a sound mechanism may show at most: what is claimed, or the Gaussian one whose curve lies below the mechanism's.
+        level: ``owners`` or ``rows``.
+        design: Canaries and guesses, and the power that they have.
+        fault: What the power is for, in words.
+        evidence: From one run; its bounds hold with 95.5 %.
+        twice: From two runs, which share the rest of the 5 %; ``None`` where one was played.
+    """
+
+    claim: Guarantee
+    threshold: float
+    level: str
+    rounds: int
+    design: Design
+    fault: str
+    evidence: Evidence
+    twice: Evidence | None
+    seconds: float
+
+    @property
+    def bound(self) -> float:
+        """The lower bound on epsilon at 95 %."""
+        return max(self.evidence.fdp, 0.0 if self.twice is None else self.twice.fdp)
+
+    @property
+    def one_run(self) -> float:
+        """The same by the bound that holds for every mechanism."""
+        return max(self.evidence.one_run, 0.0 if self.twice is None else self.twice.one_run)
+
+    @property
+    def refuted(self) -> bool:
+        """Whether the claim is wrong."""
+        return self.bound > self.threshold
+
+    def verdict(self) -> str:
+        """The result in a sentence or two."""
+        claimed = f"epsilon {self.claim.epsilon:.3g}"
+        if not self.refuted:
+            return (
+                f"The audit does not contradict the claim: {claimed} is claimed, and at least {self.bound:.3g} is proven with 95 % confidence. "
+                f"It would have noticed {self.fault} with probability {self.design.power:.2g}; a smaller fault may have passed."
+            )
+        first = f"The claim is wrong: {claimed} is claimed, and the canaries prove at least {self.bound:.3g} with 95 % confidence."
+        if self.evidence.fdp > self.threshold:
+            return f"{first} Owners are hidden less than promised. Do not release this model; look at clip, noise, and who samples."
+        return f"{first} It shows when two runs are compared: their noise is the same. Do not release this model; noise must come from the operating system."
+
+    def to_json(self) -> dict[str, Any]:
+        """As ``audit.json`` holds it."""
+        return {
+            "claim": self.claim.to_json(),
+            "level": self.level,
+            "rounds": self.rounds,
+            "bound": self.bound,
+            "one_run_bound": self.one_run,
+            "threshold": self.threshold,
+            "refuted": self.refuted,
+            "verdict": self.verdict(),
+            "fault": self.fault,
+            "design": asdict(self.design),
+            "evidence": asdict(self.evidence),
+            "twice": None if self.twice is None else asdict(self.twice),
+            "seconds": self.seconds,
+        }
+
+
+def audit_owners(
+    plan: Federation, *, num_canaries: int | None = None, power: float = 0.95, fault: float = 2.0, twice: bool = True, progress: Progress | None = None
+) -> AuditResult:
+    """Audits the promise of a plan to its owners.
+
+    Args:
+        plan: Resolved.
+        num_canaries: ``None`` takes as many as the power needs.
+        power: The probability of noticing the fault.
+        fault: How many times too small the noise is, where that is to be noticed.
+        twice: Whether to play a second time, which alone shows a fixed seed.
+        progress: Told which run is played, the round, and how many there are.
+
+    Raises:
+        ConfigError: if the plan promises owners nothing, or a number is out of range.
+    """
+    began = time.monotonic()
+    place, transform, claim = promise_to_owners(plan)
+    release = transform.release(plan)
+    assert release is not None
+    if not fault > 1:
+        raise ConfigError(f"The fault is {fault:g}; it says how many times too small the noise is, above 1.")
+    noise = release.noise / fault * math.sqrt(plan.rounds)
+    spread = math.sqrt(plan.rounds * release.rate * (1 - release.rate))
+    observer = Observer(plan.rounds * release.rate / noise, math.hypot(1.0, spread / noise))
+    significance = SIGNIFICANCE * (1 - _TWICE) if twice else SIGNIFICANCE
+    threshold = max(claim.epsilon, dominating_epsilon(replace(release, steps=plan.rounds), claim.delta))
+    args = (threshold, claim.delta, observer)
+    chosen = designed(*args, power, significance) if num_canaries is None else design(num_canaries, *args, significance)
+    canaries = Canaries.drawn(chosen.num_canaries, _NUMBERS * chosen.num_canaries, Secret.system())
+    first = Play(plan, place, canaries, progress, "first run").observed(canaries.present_n)
+    one = evidence(first.score_n, canaries.present_n, chosen.num_guesses, claim.delta, significance)
+    both = None
+    if twice:
+        everybody = np.ones(len(canaries), dtype=bool)
+        second = Play(plan, place, canaries, progress, "second run").observed(everybody)
+        # Who was in the second run is known, so it is taken out; what is left of both is the first run's secret, and twice the noise or none.
+        score_n = first.score_n - (second.score_n - second.times_n)
+        both = evidence(score_n, canaries.present_n, chosen.num_guesses, claim.delta, SIGNIFICANCE * _TWICE)
+    said = f"noise that is {fault:g} times too small"
+    return AuditResult(claim, threshold, "owners", plan.rounds, chosen, said, one, both, time.monotonic() - began)
+
+
+def promise_to_owners(plan: Federation) -> tuple[str, Transform, Guarantee]:
+    """The part that hides owners with noise on the server, its place, and what it promises.
+
+    Raises:
+        ConfigError: if there is none, or it promises nothing that could be wrong.
+    """
+    for i, transform in enumerate(plan.transforms):
+        release, claim = transform.release(plan), transform.guarantee(plan)
+        if release is None or release.unit != "owner" or claim is None:
+            continue
+        if not math.isfinite(claim.epsilon):
+            raise ConfigError(
+                f"{type(transform).__name__} has no noise: epsilon is infinite, and no audit can contradict it. Set epsilon or noise_multiplier."
+            )
+        if plan.rounds < 1:
+            raise ConfigError("The plan has no rounds, so nothing is released and there is nothing to audit. Set rounds to 1 or more.")
+        return transform_place(i), transform, claim
+    raise ConfigError("No part of this plan hides owners with noise (CentralDP does), so there is no claim to audit. Add one to transforms.")
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What somebody who sees the model after every round knows of the canaries.
+
+    Args:
+        score_n: ``(n,)``, the sum over rounds of a canary's part, in units of the bound.
+        times_n: ``(n,)``, how many rounds each was in.
+    """
+
+    score_n: NDArray[np.float64]
+    times_n: NDArray[np.float64]
+
+
+@dataclass
+class Play:
+    """A plan's rounds with canary owners.
+
+    Args:
+        place: Of the transform that keeps the promise.
+        name: Of this run, for ``progress``.
+    """
+
+    plan: Federation
+    place: str
+    canaries: Canaries
+    progress: Progress | None = None
+    name: str = "run"
+
+    def observed(self, present_n: NDArray[np.bool_]) -> Observed:
+        """Plays all rounds with those who are present.
+
+        Raises:
+            RoundError: if a round of the plan fails.
+        """
+        canaries, ids = self.canaries, [f"canary-{i:06d}" for i in range(len(self.canaries))]
+        here = frozenset(client for client, present in zip(ids, present_n.tolist(), strict=True) if present)
+        plan = replace(self.plan, sampler=_Present(self.plan.sampler, here), channel=Plain(), server=FedAvg(), tuning=Full())
+        state, key = start(plan, _model(len(canaries.owner_d))), Key.root(int.from_bytes(_seed(), "big"))
+        rate = plan.sampler.poisson_rate()
+        assert rate is not None
+        session = CanarySession(plan, ids, canaries, key, lambda: _bound_of(plan, self.place, state))
+        account, score_n, times_n = RunAccount(None), np.zeros(len(ids)), np.zeros(len(ids))
+        spec = Spec.of(state.params)
+        place_of = {client: i for i, client in enumerate(ids)}
+        for _ in range(plan.rounds):
+            bound, before = _bound_of(plan, self.place, state), spec.flatten(state.params, torch.float64)
+            state, record = play(plan, state, session, ids, key, spent=account)
+            sum_d = (spec.flatten(state.params, torch.float64) - before).numpy() * rate * len(ids) / bound
+            score_n += canaries.seen(sum_d, state.round)
+            times_n[[place_of[client] for client in record.cohort]] += 1
+            if self.progress is not None:
+                self.progress(self.name, state.round, plan.rounds)
+        return Observed(score_n, times_n)
+
+
+@dataclass(frozen=True)
+class _Present(Sampler):
+    """The plan's own draw among all, from which those who are absent are taken out: the number of owners that a mean is divided by does not tell who is there."""
+
+    inner: Sampler
+    here: frozenset[ClientId]
+
+    def init(self) -> Tree:
+        return self.inner.init()
+
+    def sample(self, clients: Sequence[ClientId], state: Tree, ctx: RoundContext) -> tuple[list[ClientId], Tree]:
+        drawn, after = self.inner.sample(clients, state, ctx)
+        return [client for client in drawn if client in self.here], after
+
+    def poisson_rate(self) -> float | None:
+        return self.inner.poisson_rate()
+
+    def cohort_size(self, num_clients: int) -> int:
+        return self.inner.cohort_size(num_clients)
+
+
+class CanarySession(Session):
+    """Answers for canary owners: each sends its own numbers, far longer than the bound, through the client's half of the plan's transforms.
+
+    Args:
+        ids: The canaries' names.
+        bound_of: The bound of the current round.
+    """
+
+    def __init__(self, plan: Federation, ids: Sequence[ClientId], canaries: Canaries, key: Key, bound_of: Callable[[], float]) -> None:
+        self.plan, self.ids, self.canaries, self.key, self.bound_of = plan, ids, canaries, key, bound_of
+        self._number = {client: i for i, client in enumerate(ids)}
+        self._waiting: deque[tuple[ClientId, Request]] = deque()
+        self._memory: dict[ClientId, dict[str, Tree]] = {}
+        self._spent: dict[ClientId, RunAccount] = {}
+
+    def send(self, requests: Mapping[ClientId, Request], deadline: float | None = None) -> None:
+        """Notes who owes an answer."""
+        self._waiting.extend(requests.items())
+
+    def receive(self) -> Answer | None:
+        """The answer of the next canary."""
+        return self._answer(*self._waiting.popleft()) if self._waiting else None
+
+    def abandon(self) -> None:
+        """Forgets who owes an answer."""
+        self._waiting.clear()
+
+    def close(self) -> None:
+        """The same; nothing runs."""
+        self.abandon()
+
+    def _answer(self, client: ClientId, request: Request) -> Reply:
+        plan, params = self.plan, _model(len(self.canaries.owner_d))
+        spec = Spec.of(params)
+        sent = plan.local.leaves(spec, spec)
+        moved_d = self.canaries.update(self._number[client], request.round, LONG * self.bound_of())
+        moved = spec.unflatten(torch.from_numpy(moved_d))
+        payload = {leaf.name: moved.get(leaf.name, torch.zeros(leaf.shape, dtype=leaf.dtype)) for leaf in leaves.payload(sent)}
+        told = {leaf.name: leaf.silent for leaf in leaves.numbers(declared(plan.local, (), spec, spec)) if not leaf.optional}
+        update = Update(payload, 1.0, 1, client, {name: value for name, value in told.items() if name != "weight"})
+        secret = coins((plan.local, *plan.transforms), self.key.fold("client", request.round, client))
+        spent = self._spent.setdefault(client, RunAccount(None))
+        ctx = RoundContext(request.round, self.key, params, len(self.ids), client, spent=spent, secret=secret)
+        memory = self._memory.setdefault(client, {})
+        for i, transform in enumerate(plan.transforms):
+            place = transform_place(i)
+            received = {name.removeprefix(f"{place}/"): leaf for name, leaf in request.tensors.items() if name.startswith(f"{place}/")}
+            update, memory[place] = transform.encode(update, memory.get(place, {}), replace(ctx, received=received))
+        contribution = replace(update, metrics={"weight": update.weight, **update.metrics})
+        sealed = plan.channel.seal(contribution, sent, request, {})
+        return Reply(client, request.verb, request.round, sealed.tensors, sealed.meta)
+
+
+def _bound_of(plan: Federation, place: str, state: ServerState) -> float:
+    """The clip of the round that comes next, which may adapt."""
+    adapted = state.of(place).get(_CLIP)
+    return float(adapted) if adapted is not None else float(plan.parts()[place].clip)  # type: ignore[attr-defined]
+
+
+def _model(size: int) -> dict[str, torch.Tensor]:
+    """Parameters for canaries: a matrix and a vector, so that noise on leaves of one kind alone shows."""
+    return {"canaries.matrix": torch.zeros(size // 4, 2), "canaries.vector": torch.zeros(size - size // 4 * 2)}
+
+
+def _seed() -> bytes:
+    return Secret.system().stream("seed of an audit").bytes(8)

@@ -8,17 +8,17 @@ improbable under a small epsilon, so they prove a larger one.
     P[correct >= c] <= P[Bin(r, e^eps / (1 + e^eps)) >= c] + 2 m delta max_i (P[Bin(r, .) >= c - i] - P[Bin(r, .) >= c]) / i
 
 ``fdp_bound``: Mahloujifar, Melis, Chaudhuri, `Auditing f-Differential Privacy in One Run <https://arxiv.org/abs/2410.22235>`_, 2024, algorithm 3, with the trade-off curve of
-the Gaussian mechanism that has this epsilon at this delta. It proves more, of mechanisms whose curve lies nowhere below the Gaussian one: noise that is normal,
-on all owners or on many small samples of them.
+the Gaussian mechanism that has this epsilon at this delta; ``release_bound`` is the same with the curve of the releases that are audited, sampling included. They prove
+more, because they know more than one pair of epsilon and delta of the mechanism.
 
-Both are lower bounds that hold with probability ``1 - significance``. With no guess both are 0. The number of guesses must be chosen before the scores are seen.
+All are lower bounds that hold with probability ``1 - significance``. With no guess they are 0. The number of guesses must be chosen before the scores are seen.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
@@ -26,16 +26,18 @@ import numpy as np
 
 from fedfm.core.errors import ConfigError, MissingExtra, PrivacyError
 from fedfm.core.privacy import Release
-from fedfm.privacy.accounting import deltas_of
+from fedfm.privacy.accounting import deltas_of, epsilon_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 _LARGEST = 200.0  # epsilons that are looked for; e^200 times more likely is as good as certain
 _PRECISION = 1e-7
-_UNSEEN = 1e-6  # chances too rare for any number of canaries
+_LINES = 64  # of a trade-off curve
+_STEP, _FAR = 1.5, 8.0  # noises that are looked at, in units of what is claimed
 _SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03)  # guesses among all canaries that are tried
-_FEWEST, _MOST, _GROWTH = 40, 200_000, 1.15  # canaries that are tried
+_FEWEST, _MOST, _GROWTH = 40, 50_000, 1.15  # canaries that are tried
+_SAMPLES = 10_000  # scores of each kind that a power is computed from
 
 
 def one_run_p_value(num_canaries: int, num_guesses: int, num_correct: int, epsilon: float, delta: float) -> float:
@@ -90,17 +92,15 @@ def fdp_bound(num_canaries: int, num_guesses: int, num_correct: int, delta: floa
         5.549
     """
     _require_counts(num_canaries, num_guesses, num_correct)
-    return _largest(lambda epsilon: fdp_excess(num_canaries, num_guesses, num_correct, gaussian_mu(epsilon, delta), significance))
+    return _largest(lambda epsilon: fdp_excess(num_canaries, num_guesses, num_correct, Curve(gaussian_mu(epsilon, delta)), significance))
 
 
-def fdp_excess(num_canaries: int, num_guesses: int, num_correct: int, mu: float, significance: float) -> float:
-    """Above 0 where the guesses rule out the trade-off curve ``f(x) = Phi(Phi^-1(1 - x) - mu)`` at this significance."""
-    special = _scipy("special")
-    ndtr, ndtri = special.ndtr, special.ndtri
+def fdp_excess(num_canaries: int, num_guesses: int, num_correct: int, curve: Curve, significance: float) -> float:
+    """Above 0 where the guesses rule out the trade-off curve at this significance."""
     wrong = significance * (num_guesses - num_correct) / num_canaries
     right = significance * num_correct / num_canaries
     for i in range(num_correct - 1, -1, -1):
-        after = max(wrong, float(ndtr(ndtri(right) - mu)))
+        after = max(wrong, curve.least(right))
         if after == wrong:
             break  # nothing changes any more
         right = min(1.0, right + i / (num_guesses - i) * (after - wrong))
@@ -132,10 +132,14 @@ def gaussian_mu(epsilon: float, delta: float) -> float:
         3.73063
     """
     if not 0 < delta < 1:
-        raise PrivacyError(f"delta is {delta}; the audit by trade-off curves needs one between 0 and 1. The other bound (one-run) does without.")
+        raise PrivacyError(
+            f"delta is {delta}; the audit by trade-off curves needs one between 0 and 1. The other bound (one-run) does without."
+        )
     high = 1.0
-    while gaussian_delta(high, epsilon) < delta:
+    while gaussian_delta(high, epsilon) < delta and high < _LARGEST:
         high *= 2
+    if gaussian_delta(high, epsilon) < delta:
+        return math.inf
     return float(_scipy("optimize").brentq(lambda mu: gaussian_delta(mu, epsilon) - delta, 0.0, high, xtol=1e-12))
 
 
@@ -151,55 +155,147 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     return float(_scipy("optimize").brentq(lambda epsilon: gaussian_delta(mu, epsilon) - delta, 0.0, high, xtol=1e-9))
 
 
-def dominating_epsilon(release: Release, delta: float) -> float:
-    """Epsilon at ``delta`` of the Gaussian release that shows at least as much as these releases do, up to one chance in a million.
+@dataclass(frozen=True)
+class Curve:
+    """A trade-off curve: how seldom a guess can be wrong in one way, where it is seldom wrong in the other.
 
-    With sampling it may lie below what the releases have at ``delta``, whose rare events are worse than normal ones.
+    Args:
+        mu: Of the Gaussian curve ``f(x) = Phi(Phi^-1(1 - x) - mu)``; ``None`` where ``lines`` give it.
+        lines: Pairs ``(epsilon, delta)``, each of which the mechanism has: ``f(x) = max(0, 1 - delta - e^eps x, e^-eps (1 - delta - x))``.
+    """
+
+    mu: float | None = None
+    lines: tuple[tuple[float, float], ...] = ()
+
+    @staticmethod
+    def of(release: Release) -> Curve:
+        """The curve of releases, or one below it.
+
+        Raises:
+            PrivacyError: if the noise is not normal.
+            MissingExtra: if ``dp-accounting`` is not installed.
+        """
+        if release.kind != "gaussian":
+            raise PrivacyError(f"The trade-off curve of {release.kind} noise is not known here, so its audit would prove nothing.")
+        if release.rate == 1:
+            return Curve(math.sqrt(release.steps) / release.noise)
+        epsilons = [0.0, *np.geomspace(0.02, 40.0, _LINES).tolist()]
+        return Curve(None, tuple(zip(epsilons, deltas_of(release, epsilons), strict=True)))
+
+    def least(self, right: float) -> float:
+        """``f(1 - right)``."""
+        if self.mu is not None:
+            special = _scipy("special")
+            return float(special.ndtr(special.ndtri(right) - self.mu))
+        epsilon_e, delta_e = self._arrays
+        x = 1 - right
+        return max(0.0, float((1 - delta_e - np.exp(epsilon_e) * x).max()), float((np.exp(-epsilon_e) * (1 - delta_e - x)).max()))
+
+    @property
+    def _arrays(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        return _arrays(self.lines)
+
+
+@lru_cache(maxsize=64)
+def _arrays(lines: tuple[tuple[float, float], ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    epsilon_e, delta_e = np.asarray(lines).T
+    return epsilon_e, delta_e
+
+
+def release_bound(
+    num_canaries: int, num_guesses: int, num_correct: int, release: Release, delta: float, significance: float = 0.05
+) -> float:
+    """As :func:`fdp_bound`, with the curves of releases that differ from ``release`` in their noise alone: epsilon at the largest noise that is ruled out.
+
+    With everybody in each sum these are the Gaussian curves.
 
     Raises:
-        PrivacyError: if the noise is not normal.
-        MissingExtra: if ``dp-accounting`` is not installed.
+        PrivacyError: if the counts do not fit each other, or no epsilon can be named.
+        MissingExtra: if ``scipy`` or ``dp-accounting`` is not installed.
     """
-    if release.kind != "gaussian":
-        raise PrivacyError(f"The trade-off curve of {release.kind} noise is not known here, so its audit would prove nothing.")
+    _require_counts(num_canaries, num_guesses, num_correct)
     if release.rate == 1:
-        return gaussian_epsilon(math.sqrt(release.steps) / release.noise, delta)
-    epsilons = np.linspace(0.0, 4.0 + 2 * gaussian_epsilon(release.rate * math.sqrt(release.steps) / release.noise, delta), 40)
-    delta_e = np.asarray(deltas_of(release, epsilons.tolist()))
-    mu = 0.0
-    for epsilon, chance in zip(epsilons.tolist(), (delta_e - _UNSEEN).tolist(), strict=True):
-        if chance > 0:
-            mu = max(mu, gaussian_mu(epsilon, chance))
-    return gaussian_epsilon(mu, delta)
+        return fdp_bound(num_canaries, num_guesses, num_correct, delta, significance)
+
+    def ruled_out(factor: float) -> bool:
+        return fdp_excess(num_canaries, num_guesses, num_correct, _curve(_with_noise(release, factor)), significance) > 0
+
+    # The more noise is claimed, the sooner it is ruled out.
+    out = 1.0
+    if ruled_out(out):
+        while out > 1 / _FAR and ruled_out(out / _STEP):
+            out /= _STEP
+    else:
+        while not ruled_out(out):
+            out *= _STEP
+            if out > _FAR:
+                return 0.0
+    kept = out / _STEP
+    while out / kept > 1.01:
+        middle = math.sqrt(kept * out)
+        kept, out = (kept, middle) if ruled_out(middle) else (middle, out)
+    return epsilon_of([_with_noise(release, out)], delta)
+
+
+def _with_noise(release: Release, factor: float) -> Release:
+    return replace(release, noise=release.noise * factor)
+
+
+@lru_cache(maxsize=256)
+def _curve(release: Release) -> Curve:
+    return Curve.of(release)
 
 
 @dataclass(frozen=True)
 class Observer:
-    """How well the scores of canaries show who was in: scores of absent canaries are standard normal.
+    """What scores look like to somebody who guesses: drawn samples, each sorted.
 
     Args:
-        mean: Of the scores of canaries that were in.
-        std: Their standard deviation.
+        present_n: Scores of canaries that were in.
+        absent_n: Scores of canaries that were not.
     """
 
-    mean: float
-    std: float = 1.0
+    present_n: NDArray[np.float64]
+    absent_n: NDArray[np.float64]
+
+    @staticmethod
+    def of(
+        release: Release, noise: float, normal: Callable[[int], NDArray[np.float64]], uniform: Callable[[int], NDArray[np.float64]]
+    ) -> Observer:
+        """Scores of a mechanism whose noise is ``noise``, read as if it were as much as ``release`` claims.
+
+        Args:
+            normal: Draws standard normal numbers.
+            uniform: Draws numbers uniform in (0, 1).
+        """
+        scores = []
+        for present in (1.0, 0.0):
+            score_n = np.zeros(_SAMPLES)
+            for _ in range(release.steps):
+                here_n = present * (uniform(_SAMPLES) < release.rate)
+                score_n += seen(here_n + noise * normal(_SAMPLES), release)
+            scores.append(np.sort(score_n))
+        return Observer(*scores)
 
     def right(self, share: float) -> float:
         """The probability that a guess is right, where the highest and the lowest scores are guessed, ``share`` of all together."""
-        stats = _scipy("stats").norm
-        far = 10 + abs(self.mean) + 10 * self.std
-        tails = []
-        for sign in (1.0, -1.0):  # the highest scores, then the lowest
+        together = np.sort(np.concatenate([self.present_n, self.absent_n]))
+        half = max(1, round(share * len(together) / 2))
+        high, low = together[-half], together[half - 1]
+        present = len(self.present_n) - np.searchsorted(self.present_n, high, side="left")
+        absent = np.searchsorted(self.absent_n, low, side="right")
+        return min(1.0, float(present + absent) / (2 * half))
 
-            def guessed(cut: float, sign: float = sign) -> tuple[float, float]:
-                present = float(stats.sf(cut, sign * self.mean, self.std)) if self.std else float(sign * self.mean >= cut)
-                return present / 2, float(stats.sf(cut)) / 2
 
-            cut = _bisected(lambda cut, guessed=guessed: sum(guessed(cut)) - share / 2, -far, far)  # type: ignore[misc]
-            present, absent = guessed(cut)
-            tails.append(present if sign > 0 else absent)
-        return min(1.0, sum(tails) / share)
+def seen(part_n: NDArray[np.float64], release: Release) -> NDArray[np.float64]:
+    """How much more likely each part of a round's sum is of a canary that is in the run: the logarithm of the ratio.
+
+    Args:
+        part_n: ``(n,)``, a canary's part in units of the bound; about 1 where it was in the sum, about 0 where it was not.
+        release: Noise and rate of the round.
+    """
+    log_n = (part_n - 0.5) / release.noise**2
+    return log_n if release.rate == 1 else np.logaddexp(math.log1p(-release.rate), math.log(release.rate) + log_n)
 
 
 @dataclass(frozen=True)
@@ -216,11 +312,10 @@ class Design:
     power: float
 
 
-def design(num_canaries: int, epsilon: float, delta: float, fault: Observer, significance: float = 0.05) -> Design:
-    """The number of guesses with which the f-DP bound most likely exceeds a claim that a fault has made wrong.
+def design(num_canaries: int, claim: Curve, fault: Observer, significance: float = 0.05) -> Design:
+    """The number of guesses with which the f-DP test most likely rules out a claim that a fault has made wrong.
 
     Args:
-        epsilon: What is claimed, at ``delta``.
         fault: What scores show under the fault that is to be noticed.
 
     Raises:
@@ -228,18 +323,18 @@ def design(num_canaries: int, epsilon: float, delta: float, fault: Observer, sig
     """
     if num_canaries < _FEWEST:
         raise ConfigError(f"{num_canaries} canaries are too few to prove anything; take {_FEWEST} or more.")
-    mu, designs = gaussian_mu(epsilon, delta), []
+    designs = []
     for share in _SHARES:
         guesses = 2 * round(share * num_canaries / 2)
         if guesses < 4:
             continue
-        needed = _needed(num_canaries, guesses, mu, significance)
+        needed = _needed(num_canaries, guesses, claim, significance)
         power = float(_scipy("stats").binom.sf(needed - 1, guesses, fault.right(guesses / num_canaries)))
         designs.append(Design(num_canaries, guesses, needed, power))
     return max(designs, key=lambda one: (round(one.power, 6), one.num_guesses))
 
 
-def designed(epsilon: float, delta: float, fault: Observer, power: float, significance: float = 0.05) -> Design:
+def designed(claim: Curve, fault: Observer, power: float, significance: float = 0.05) -> Design:
     """The fewest canaries with which a fault is noticed with this probability, within a seventh of their number.
 
     Raises:
@@ -248,16 +343,16 @@ def designed(epsilon: float, delta: float, fault: Observer, power: float, signif
     if not 0 < power < 1:
         raise ConfigError(f"The power is {power}; it is the probability of noticing a fault, between 0 and 1.")
     low, high = _FEWEST, _FEWEST
-    while (best := design(high, epsilon, delta, fault, significance)).power < power:
+    while (best := design(high, claim, fault, significance)).power < power:
         low, high = high, 2 * high
         if high > _MOST:
             raise ConfigError(
-                f"Even {_MOST} canaries would not notice this fault with probability {power:g}: a claim of epsilon {epsilon:.3g} lets too little be "
-                "seen. Ask for less power, or for a larger fault."
+                f"Even {_MOST} canaries would not notice this fault with probability {power:g}: so small an epsilon lets too little be seen. "
+                "Ask for less power, or for a larger fault."
             )
     while high / low > _GROWTH:
         middle = round(math.sqrt(low * high))
-        tried = design(middle, epsilon, delta, fault, significance)
+        tried = design(middle, claim, fault, significance)
         low, high, best = (low, middle, tried) if tried.power >= power else (middle, high, best)
     return best
 
@@ -268,6 +363,7 @@ class Evidence:
 
     Args:
         num_correct: Of the guesses.
+        ruled_out: Whether they rule out the claim.
         fdp: Lower bound on epsilon by trade-off curves.
         one_run: Lower bound on epsilon for every mechanism.
         estimate: Epsilon of the Gaussian release that would give such scores. An estimate, which may be too high or too low.
@@ -280,6 +376,7 @@ class Evidence:
     num_present: int
     num_guesses: int
     num_correct: int
+    ruled_out: bool
     fdp: float
     one_run: float
     estimate: float
@@ -288,13 +385,17 @@ class Evidence:
     true_positives: float
 
 
-def evidence(score_n: NDArray[np.float64], present_n: NDArray[np.bool_], num_guesses: int, delta: float, significance: float = 0.05) -> Evidence:
+def evidence(
+    score_n: NDArray[np.float64], present_n: NDArray[np.bool_], num_guesses: int, release: Release, delta: float, significance: float = 0.05
+) -> Evidence:
     """Guesses the coins of the canaries with the highest and the lowest scores, and says what the right guesses prove.
 
     Args:
         score_n: ``(n,)``, higher where a canary seems to have been in.
         present_n: ``(n,)``, whether it was.
         num_guesses: Chosen before the scores were seen.
+        release: What is claimed of all that was scored.
+        delta: At which epsilons are named; above 0.
 
     Raises:
         PrivacyError: if a score is not a number, or the counts do not fit each other.
@@ -312,7 +413,8 @@ def evidence(score_n: NDArray[np.float64], present_n: NDArray[np.bool_], num_gue
         num_present=int(present_n.sum()),
         num_guesses=guesses,
         num_correct=correct,
-        fdp=fdp_bound(m, guesses, correct, delta, significance) if delta else 0.0,
+        ruled_out=fdp_excess(m, guesses, correct, _curve(release), significance) > 0,
+        fdp=release_bound(m, guesses, correct, release, delta, significance),
         one_run=one_run_bound(m, guesses, correct, delta, significance),
         estimate=_estimate(inside, outside, delta),
         exposure=float(_exposures(inside, outside).mean()) if len(inside) else 0.0,
@@ -345,12 +447,12 @@ def _true_positives(inside: NDArray[np.float64], outside: NDArray[np.float64], f
 
 
 @lru_cache(maxsize=4096)
-def _needed(num_canaries: int, num_guesses: int, mu: float, significance: float) -> int:
-    """The fewest right guesses that rule out ``mu``; one more than all guesses where nothing does."""
+def _needed(num_canaries: int, num_guesses: int, claim: Curve, significance: float) -> int:
+    """The fewest right guesses that rule out the claim; one more than all guesses where nothing does."""
     low, high = num_guesses // 2, num_guesses + 1
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if fdp_excess(num_canaries, num_guesses, middle, mu, significance) > 0 else (middle, high)
+        low, high = (low, middle) if fdp_excess(num_canaries, num_guesses, middle, claim, significance) > 0 else (middle, high)
     return high
 
 

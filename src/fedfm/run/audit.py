@@ -25,13 +25,13 @@ from fedfm.core import leaves
 from fedfm.core.errors import ConfigError
 from fedfm.core.keys import Key
 from fedfm.core.messages import ClientId, Reply, Request
-from fedfm.core.parts import Guarantee, RoundContext, Sampler, ServerState, Transform, Tree, Update, transform_place
+from fedfm.core.parts import Guarantee, Release, RoundContext, Sampler, ServerState, Transform, Tree, Update, transform_place
 from fedfm.core.round import play, start
 from fedfm.core.secret import Secret, coins
 from fedfm.core.session import Answer, Session
 from fedfm.core.tree import Spec
 from fedfm.federation import Federation
-from fedfm.privacy.audit import Design, Evidence, Observer, design, designed, dominating_epsilon, evidence
+from fedfm.privacy.audit import Curve, Design, Evidence, Observer, design, designed, evidence, seen
 from fedfm.privacy.canaries import LONG, Canaries
 from fedfm.run.budget import RunAccount
 from fedfm.server import FedAvg
@@ -39,8 +39,8 @@ from fedfm.tuning import Full
 from fedfm.verbs.train import declared
 
 SIGNIFICANCE = 0.05
-# The share of it for the comparison of two runs, in which a fixed seed shows without any doubt.
-_TWICE = 0.1
+# Shares of it for scores in which noise that repeats shows without any doubt.
+_STEADY, _TWICE = 0.05, 0.05
 _NUMBERS = 4  # of the model, for each canary
 _CLIP = "clip"
 
@@ -53,51 +53,52 @@ class AuditResult:
 
     Args:
         claim: The guarantee as the plan prints it.
-        threshold: The epsilon that a sound mechanism may show at most: what is claimed, or the Gaussian one whose curve lies below the mechanism's.
         level: ``owners`` or ``rows``.
         design: Canaries and guesses, and the power that they have.
         fault: What the power is for, in words.
-        evidence: From one run; its bounds hold with 95.5 %.
-        twice: From two runs, which share the rest of the 5 %; ``None`` where one was played.
+        evidence: From the scores that show most where the noise is what is claimed.
+        more: From scores that show what repeats, by what that is: ``rounds`` (the same noise in each) and ``runs`` (a fixed seed).
     """
 
     claim: Guarantee
-    threshold: float
     level: str
     rounds: int
     design: Design
     fault: str
     evidence: Evidence
-    twice: Evidence | None
+    more: Mapping[str, Evidence]
     seconds: float
 
     @property
     def bound(self) -> float:
-        """The lower bound on epsilon at 95 %."""
-        return max(self.evidence.fdp, 0.0 if self.twice is None else self.twice.fdp)
+        """The lower bound on epsilon at 95 %; all scores share the 5 %."""
+        return max(one.fdp for one in (self.evidence, *self.more.values()))
 
     @property
     def one_run(self) -> float:
         """The same by the bound that holds for every mechanism."""
-        return max(self.evidence.one_run, 0.0 if self.twice is None else self.twice.one_run)
+        return max(one.one_run for one in (self.evidence, *self.more.values()))
 
     @property
     def refuted(self) -> bool:
         """Whether the claim is wrong."""
-        return self.bound > self.threshold
+        return any(one.ruled_out for one in (self.evidence, *self.more.values()))
 
     def verdict(self) -> str:
-        """The result in a sentence or two."""
-        claimed = f"epsilon {self.claim.epsilon:.3g}"
+        """The result in a few sentences."""
+        claimed = f"epsilon {self.claim.epsilon:.3g} is claimed, and"
         if not self.refuted:
             return (
-                f"The audit does not contradict the claim: {claimed} is claimed, and at least {self.bound:.3g} is proven with 95 % confidence. "
+                f"The audit does not contradict the claim: {claimed} at least {self.bound:.3g} is proven with 95 % confidence. "
                 f"It would have noticed {self.fault} with probability {self.design.power:.2g}; a smaller fault may have passed."
             )
-        first = f"The claim is wrong: {claimed} is claimed, and the canaries prove at least {self.bound:.3g} with 95 % confidence."
-        if self.evidence.fdp > self.threshold:
-            return f"{first} Owners are hidden less than promised. Do not release this model; look at clip, noise, and who samples."
-        return f"{first} It shows when two runs are compared: their noise is the same. Do not release this model; noise must come from the operating system."
+        first = f"The claim is wrong: {claimed} the canaries prove at least {self.bound:.3g} with 95 % confidence."
+        remedy = "Do not release this model."
+        if self.evidence.ruled_out:
+            return f"{first} {self.level.capitalize()} are hidden less than promised: look at clip, noise and sampling. {remedy}"
+        if "rounds" in self.more and self.more["rounds"].ruled_out:
+            return f"{first} It shows when rounds are added up: their noise is not drawn anew. {remedy}"
+        return f"{first} It shows when two runs are compared: their noise is the same, so it comes from a fixed seed. {remedy}"
 
     def to_json(self) -> dict[str, Any]:
         """As ``audit.json`` holds it."""
@@ -107,19 +108,24 @@ class AuditResult:
             "rounds": self.rounds,
             "bound": self.bound,
             "one_run_bound": self.one_run,
-            "threshold": self.threshold,
             "refuted": self.refuted,
             "verdict": self.verdict(),
             "fault": self.fault,
             "design": asdict(self.design),
             "evidence": asdict(self.evidence),
-            "twice": None if self.twice is None else asdict(self.twice),
+            "more": {name: asdict(one) for name, one in self.more.items()},
             "seconds": self.seconds,
         }
 
 
 def audit_owners(
-    plan: Federation, *, num_canaries: int | None = None, power: float = 0.95, fault: float = 2.0, twice: bool = True, progress: Progress | None = None
+    plan: Federation,
+    *,
+    num_canaries: int | None = None,
+    power: float = 0.95,
+    fault: float = 2.0,
+    twice: bool = True,
+    progress: Progress | None = None,
 ) -> AuditResult:
     """Audits the promise of a plan to its owners.
 
@@ -136,29 +142,43 @@ def audit_owners(
     """
     began = time.monotonic()
     place, transform, claim = promise_to_owners(plan)
-    release = transform.release(plan)
-    assert release is not None
-    if not fault > 1:
+    release, level = _release_of(plan, transform), _levels(twice, plan)
+    if not (fault > 1 and math.isfinite(fault)):
         raise ConfigError(f"The fault is {fault:g}; it says how many times too small the noise is, above 1.")
-    noise = release.noise / fault * math.sqrt(plan.rounds)
-    spread = math.sqrt(plan.rounds * release.rate * (1 - release.rate))
-    observer = Observer(plan.rounds * release.rate / noise, math.hypot(1.0, spread / noise))
-    significance = SIGNIFICANCE * (1 - _TWICE) if twice else SIGNIFICANCE
-    threshold = max(claim.epsilon, dominating_epsilon(replace(release, steps=plan.rounds), claim.delta))
-    args = (threshold, claim.delta, observer)
-    chosen = designed(*args, power, significance) if num_canaries is None else design(num_canaries, *args, significance)
-    canaries = Canaries.drawn(chosen.num_canaries, _NUMBERS * chosen.num_canaries, Secret.system())
-    first = Play(plan, place, canaries, progress, "first run").observed(canaries.present_n)
-    one = evidence(first.score_n, canaries.present_n, chosen.num_guesses, claim.delta, significance)
-    both = None
+    secret = Secret.system()
+    normal, uniform = secret.stream("normal").normal, secret.stream("uniform").uniform
+    released = replace(release, steps=plan.rounds)
+    observer, curve = Observer.of(released, release.noise / fault, normal, uniform), Curve.of(released)
+    if num_canaries is None:
+        chosen = designed(curve, observer, power, level["best"])
+    else:
+        chosen = design(num_canaries, curve, observer, level["best"])
+    canaries = Canaries.drawn(chosen.num_canaries, _NUMBERS * chosen.num_canaries, secret)
+    first = Play(plan, place, release, canaries, progress, "first run").observed(canaries.present_n)
+    scores = {"best": first.best_n, "rounds": first.steady_n}
     if twice:
         everybody = np.ones(len(canaries), dtype=bool)
-        second = Play(plan, place, canaries, progress, "second run").observed(everybody)
+        second = Play(plan, place, release, canaries, progress, "second run").observed(everybody)
         # Who was in the second run is known, so it is taken out; what is left of both is the first run's secret, and twice the noise or none.
-        score_n = first.score_n - (second.score_n - second.times_n)
-        both = evidence(score_n, canaries.present_n, chosen.num_guesses, claim.delta, SIGNIFICANCE * _TWICE)
-    said = f"noise that is {fault:g} times too small"
-    return AuditResult(claim, threshold, "owners", plan.rounds, chosen, said, one, both, time.monotonic() - began)
+        scores["runs"] = first.steady_n - (second.steady_n - second.times_n)
+    said = {
+        name: evidence(scores[name], canaries.present_n, chosen.num_guesses, released, claim.delta, share) for name, share in level.items()
+    }
+    fault_said = f"noise that is {fault:g} times too small"
+    return AuditResult(claim, "owners", plan.rounds, chosen, fault_said, said.pop("best"), said, time.monotonic() - began)
+
+
+def _levels(twice: bool, plan: Federation) -> dict[str, float]:
+    """The significance of each kind of score, which add up to 5 %."""
+    # With everybody in each round the best score is the sum over rounds already.
+    shares = ({} if plan.sampler.poisson_rate() == 1 else {"rounds": _STEADY}) | ({"runs": _TWICE} if twice else {})
+    return {name: SIGNIFICANCE * share for name, share in {"best": 1 - sum(shares.values()), **shares}.items()}
+
+
+def _release_of(plan: Federation, transform: Transform) -> Release:
+    release = transform.release(plan)
+    assert release is not None
+    return release
 
 
 def promise_to_owners(plan: Federation) -> tuple[str, Transform, Guarantee]:
@@ -178,7 +198,9 @@ def promise_to_owners(plan: Federation) -> tuple[str, Transform, Guarantee]:
         if plan.rounds < 1:
             raise ConfigError("The plan has no rounds, so nothing is released and there is nothing to audit. Set rounds to 1 or more.")
         return transform_place(i), transform, claim
-    raise ConfigError("No part of this plan hides owners with noise (CentralDP does), so there is no claim to audit. Add one to transforms.")
+    raise ConfigError(
+        "No part of this plan hides owners with noise (CentralDP does), so there is no claim to audit. Add one to transforms."
+    )
 
 
 @dataclass(frozen=True)
@@ -186,11 +208,13 @@ class Observed:
     """What somebody who sees the model after every round knows of the canaries.
 
     Args:
-        score_n: ``(n,)``, the sum over rounds of a canary's part, in units of the bound.
-        times_n: ``(n,)``, how many rounds each was in.
+        best_n: ``(n,)``, how much more likely it all is with the canary in, where the noise is what is claimed.
+        steady_n: ``(n,)``, the sum over rounds of the canary's part, in units of the bound.
+        times_n: ``(n,)``, how many rounds it was in.
     """
 
-    score_n: NDArray[np.float64]
+    best_n: NDArray[np.float64]
+    steady_n: NDArray[np.float64]
     times_n: NDArray[np.float64]
 
 
@@ -200,11 +224,13 @@ class Play:
 
     Args:
         place: Of the transform that keeps the promise.
+        release: What a round of it releases.
         name: Of this run, for ``progress``.
     """
 
     plan: Federation
     place: str
+    release: Release
     canaries: Canaries
     progress: Progress | None = None
     name: str = "run"
@@ -222,18 +248,20 @@ class Play:
         rate = plan.sampler.poisson_rate()
         assert rate is not None
         session = CanarySession(plan, ids, canaries, key, lambda: _bound_of(plan, self.place, state))
-        account, score_n, times_n = RunAccount(None), np.zeros(len(ids)), np.zeros(len(ids))
+        account, best_n, steady_n, times_n = RunAccount(None), np.zeros(len(ids)), np.zeros(len(ids)), np.zeros(len(ids))
         spec = Spec.of(state.params)
         place_of = {client: i for i, client in enumerate(ids)}
         for _ in range(plan.rounds):
             bound, before = _bound_of(plan, self.place, state), spec.flatten(state.params, torch.float64)
             state, record = play(plan, state, session, ids, key, spent=account)
             sum_d = (spec.flatten(state.params, torch.float64) - before).numpy() * rate * len(ids) / bound
-            score_n += canaries.seen(sum_d, state.round)
+            part_n = canaries.seen(sum_d, state.round)
+            best_n += seen(part_n, self.release)
+            steady_n += part_n
             times_n[[place_of[client] for client in record.cohort]] += 1
             if self.progress is not None:
                 self.progress(self.name, state.round, plan.rounds)
-        return Observed(score_n, times_n)
+        return Observed(best_n, steady_n, times_n)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""``fedfm``: init, run, resume, compare, sweep, check, list, show, report, export, evaluate, predict, generate, cache, log, approve,
+"""``fedfm``: init, run, resume, compare, sweep, check, audit, list, show, report, export, evaluate, predict, generate, cache, log, approve,
 consortium, serve, join, attach, status, quickstart, completion, and commands of other packages.
 
 Only what ``--help`` needs is imported here; a command imports the rest when it runs.
@@ -210,6 +210,33 @@ def check(
     from fedfm.cli import commands
 
     commands.check(recipe, overrides or [], data, as_json)
+
+
+@app.command(cls=Command)
+def audit(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="A run's folder, whose report then shows the audit, or a recipe file.",
+            callback=usable_path,
+            click_type=click.Path(path_type=Path),
+        ),
+    ],
+    overrides: Overrides = None,
+    canaries: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="How many canaries. Default: as many as --power needs.", show_default=False)
+    ] = None,
+    power: Annotated[float, typer.Option(help="The probability with which the fault of --fault is to be noticed.")] = 0.95,
+    fault: Annotated[float, typer.Option(help="The fault to be noticed: noise that is so many times too small.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Play once: twice as fast, and blind to noise from a fixed seed.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Test a privacy promise: canaries join by secret coins, and guesses about them bound epsilon from below. Exit code 1: the claim is wrong."""
+    from fedfm.cli import audit
+
+    audit.audit(path, overrides or [], audit.Wanted(canaries, power, fault, not once), quiet, as_json)
 
 
 @app.command(name="list", cls=Command)

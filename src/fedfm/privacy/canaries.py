@@ -7,13 +7,14 @@ every round then takes itself away, and noise that is new does not.
 A fair coin decides for each canary whether it is in the run. Directions and coins come from the operating system and leave no file.
 
 Covered here: promises to owners that are kept by a clip and noise on the sum of their updates. Not covered: rows inside an owner
-(:mod:`fedfm.privacy.sequences`), and whatever a canary does not do, such as sending a message that no client sends.
+(:mod:`fedfm.run.audit_rows`), and whatever a canary does not do, such as sending a message that no client sends.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -60,6 +61,11 @@ class Canaries:
     def __len__(self) -> int:
         return len(self.present_n)
 
+    @cached_property
+    def _places(self) -> list[NDArray[np.int64]]:
+        """The numbers of each canary."""
+        return np.split(np.argsort(self.owner_d, kind="stable"), np.cumsum(self.size_n)[:-1])
+
     @property
     def size_n(self) -> NDArray[np.int64]:
         """``(n,)``, how many numbers each canary has."""
@@ -67,8 +73,9 @@ class Canaries:
 
     def update(self, canary: int, round: int, length: float) -> NDArray[np.float64]:
         """``(d,)``, what a canary sends in a round."""
-        mine_d = self.owner_d == canary
-        return turn(round) * length / math.sqrt(mine_d.sum()) * self.sign_d * mine_d
+        mine, update_d = self._places[canary], np.zeros(len(self.owner_d))
+        update_d[mine] = turn(round) * length / math.sqrt(len(mine)) * self.sign_d[mine]
+        return update_d
 
     def seen(self, sum_d: NDArray[np.float64], round: int) -> NDArray[np.float64]:
         """``(n,)``, the part of each canary in a sum of round ``round``: its length where it was in, 0 where it was not."""

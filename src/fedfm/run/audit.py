@@ -38,10 +38,11 @@ from fedfm.server import FedAvg
 from fedfm.tuning import Full
 from fedfm.verbs.train import declared
 
+AUDIT = "audit.json"
 SIGNIFICANCE = 0.05
 # Shares of it for scores in which noise that repeats shows without any doubt.
 _STEADY, _TWICE = 0.05, 0.05
-_NUMBERS = 4  # of the model, for each canary
+_NUMBERS = 2  # of the model, for each canary
 _CLIP = "clip"
 
 Progress = Callable[[str, int, int], None]
@@ -100,6 +101,22 @@ class AuditResult:
             return f"{first} It shows when rounds are added up: their noise is not drawn anew. {remedy}"
         return f"{first} It shows when two runs are compared: their noise is the same, so it comes from a fixed seed. {remedy}"
 
+    def lines(self) -> list[tuple[str, str]]:
+        """The result as rows of a table: a name, and what it says."""
+        claim, best = self.claim, self.evidence
+        return [
+            ("claimed", f"epsilon {claim.epsilon:.4g} at delta {claim.delta:.3g}, {claim.adjacency}{' (simulated)' if claim.simulated else ''}"),
+            ("proven", f"epsilon at least {self.bound:.4g} with 95 % confidence, by trade-off curves (f-DP)"),
+            ("", f"at least {self.one_run:.4g} by the one-run bound, which holds for every mechanism"),
+            ("estimate", f"epsilon {best.estimate:.4g}, a point estimate and no bound"),
+            ("canaries", f"{best.num_canaries}, of which {best.num_present} were in; {best.num_guesses} guesses, {best.num_correct} right"),
+            ("power", f"{self.design.power:.3g} for {self.fault}"),
+            ("exposure", f"{best.exposure:.3g} bits on average, of {best.most_exposure:.3g}; 1.44 by chance"),
+            ("caught", f"{100 * best.true_positives:.3g} % of present canaries at 0.1 % false positives"),
+            ("time", f"{self.rounds} rounds{' twice' if 'runs' in self.more else ''}, {self.seconds:.1f} s"),
+            ("verdict", self.verdict()),
+        ]
+
     def to_json(self) -> dict[str, Any]:
         """As ``audit.json`` holds it."""
         return {
@@ -110,6 +127,7 @@ class AuditResult:
             "one_run_bound": self.one_run,
             "refuted": self.refuted,
             "verdict": self.verdict(),
+            "lines": self.lines(),
             "fault": self.fault,
             "design": asdict(self.design),
             "evidence": asdict(self.evidence),

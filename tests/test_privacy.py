@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +44,7 @@ def test_epsilon_is_that_of_the_vectors(rate: float, noise: float, steps: int, d
     assert epsilon_of(releases, delta) == pytest.approx(pld, abs=1e-3)
     assert epsilon_of(releases, delta, "rdp") == pytest.approx(rdp, abs=1e-3)
     coarse = epsilon_of(releases, delta, fine=False)
-    assert pld - 1e-6 <= coarse <= 1.02 * pld
+    assert pld - 1e-6 <= coarse <= 1.05 * pld
 
 
 @pytest.mark.parametrize(
@@ -133,6 +135,7 @@ def test_an_epsilon_never_stands_alone() -> None:
     for word in ("epsilon 3", "delta 1e-05", "one row", "added or removed", "Poisson", "the server", "PLD", "Assumes: honesty"):
         assert word in told.sentence()
     assert Guarantee.from_json(told.to_json()) == told
+    assert Guarantee.from_json(json.loads(json.dumps(replace(told, epsilon=math.inf).to_json(), allow_nan=False))).epsilon == math.inf
     simulated = Guarantee.from_json({**told.to_json(), "simulated": True}).sentence()
     assert "simulated epsilon 3" in simulated and "protects nobody" in simulated
 

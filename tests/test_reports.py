@@ -128,7 +128,7 @@ def test_a_whole_run_reads_from_the_headline_to_the_recipe(tmp_path: Path) -> No
         "flops": 3 * 10**12,
         "peak_memory": 5 * 10**8,
         "seconds": 6.0,
-        "epsilon": 1.5,
+        "privacy": [{"epsilon": 1.5, "text": "epsilon 1.5 at delta 1e-05 for one row"}],
     }
     folder = write(tmp_path / "run", rounds, split=split, ledger=ledger, compare=comparison())
     journal = begun(folder, versions={"torch": "2.13.0"})
@@ -138,7 +138,7 @@ def test_a_whole_run_reads_from_the_headline_to_the_recipe(tmp_path: Path) -> No
     found = page(folder)
     for part in (
         "2 rounds across 2 owners brought the held\u2011out loss down from 4.500 to 2.500 (-44.4 %).", "federating closes 80 % of the gap", "from 50.0 %", "Worst owner", "2 answers failed; 4 updates were asked for", "test data unreadable",
-        "1 of 2 owners gains by federating; o0 loses", "100 times as much", "12.3 k tokens", "out of memory", "3.00 TFLOP", "500 MB", "ε = 1.5", "versions.torch", "2.13.0", "16", "LoRA", "local-only",
+        "1 of 2 owners gains by federating; o0 loses", "100 times as much", "12.3 k tokens", "out of memory", "3.00 TFLOP", "500 MB", "epsilon 1.5 at delta 1e-05 for one row", "versions.torch", "2.13.0", "16", "LoRA", "local-only",
     ):  # fmt: skip
         assert part in found.text, part
     assert found.tags.count("svg") >= 1 + 2 + 2  # the curves, an owner each, a comparison each

@@ -64,6 +64,8 @@ def _play(rounds: Iterable[object], out: Path, telling: Telling) -> None:
         ledger = json.loads((out / LEDGER).read_text(encoding="utf-8"))
         show_json({"run": str(out), "model": model, "report": report, "last_round": last[0] if last else None, "ledger": ledger})
     elif not telling.quiet:
+        for told in json.loads((out / LEDGER).read_text(encoding="utf-8")).get("privacy", ()):
+            print(f"privacy {words.clean(told['text'], 2000)}")
         print(f"model   {model}\nreport  {report}")
 
 

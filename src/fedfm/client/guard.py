@@ -28,7 +28,7 @@ from fedfm.core import messages, registry, words
 from fedfm.core.errors import FedfmError, PolicyError, RunError
 from fedfm.core.leaves import Kind
 from fedfm.core.messages import ClientId, Failure, Reply, Request
-from fedfm.core.parts import Channel, Transform, errand_id
+from fedfm.core.parts import Channel, LocalTrainer, Transform, errand_id
 from fedfm.core.tree import raw
 
 _ANSWER = "answer"
@@ -138,7 +138,7 @@ class Guard:
                 f"the coordinator says that a round asks {self.asker.cohort}, and the owner wants {policy.min_cohort} or more.",
             )
         for demand in policy.demand:
-            if not _meets(plan.channel, demand) and not any(_meets(part, demand) for part in plan.transforms):
+            if not any(_meets(part, demand) for part in (plan.channel, plan.local, *plan.transforms)):
                 raise PolicyError(
                     "demand", f"the owner demands {demand!r} before anything leaves, and no part of this plan meets it. {_offered(demand)}"
                 )
@@ -222,7 +222,12 @@ class Guard:
                 )
         groups = {leaf.group for leaf in leaves}
         for demand in self.policy.demand:
-            if not _stands(demand, self.plan.channel, contribution.transforms, groups):
+            if demand == PRIVATE and _meets(self.plan.local, demand):
+                # What the trainer has made is covered; what else is told is not, so it must say nothing.
+                stands = all(leaf.is_silent(values[leaf.name]) for leaf in leaves if leaf.tells and leaf.name in values)
+            else:
+                stands = _stands(demand, self.plan.channel, contribution.transforms, groups)
+            if not stands:
                 raise PolicyError(
                     "demand", f"the owner demands {demand!r}, which does not cover all of this answer ({', '.join(sorted(groups))})."
                 )
@@ -290,7 +295,9 @@ class Guard:
         """Under which guarantee an answer leaves, in words."""
         chain = self.plan.transforms if transforms is None else transforms
         through = f"after {', '.join(map(repr, chain))}" if chain else "unchanged by any transform"
-        private = " Nothing promises differential privacy." if not any("private" in t.traits().is_ for t in chain) else ""
+        private = (
+            "" if any(_meets(part, PRIVATE) for part in (self.plan.local, *chain)) else " Nothing promises differential privacy at home."
+        )
         channel = type(self.plan.channel).__name__
         seen = "sums alone are seen" if _meets(self.plan.channel, SUMS) else "the coordinator sees this owner's answer by itself"
         return f"{through}, by the channel {channel}: {seen}.{private}"
@@ -321,12 +328,13 @@ def _listed(names: Sequence[str]) -> str:
     return words.listed(names, 8) or "nothing"
 
 
-def _meets(part: Channel | Transform, demand: str) -> bool:
+def _meets(part: Channel | LocalTrainer | Transform, demand: str) -> bool:
     """Whether a part of the plan is what the owner demands."""
     if demand == SUMS:
         return isinstance(part, Channel) and "single-updates" in part.traits().hides
     if demand == PRIVATE:
-        return isinstance(part, Transform) and "private" in part.traits().is_
+        # Noise that the server adds does not keep an answer from the server.
+        return not isinstance(part, Channel) and "private" in part.traits().is_ and "server-noise" not in part.traits().is_
     if demand == BOUNDED:
         return isinstance(part, Transform) and "bounds" in part.traits().is_
     return type(part).__name__ == demand
@@ -346,13 +354,13 @@ def _stands(demand: str, channel: Channel, transforms: Sequence[Transform], grou
 def _offered(demand: str) -> str:
     """Which parts would meet a demand, in words."""
     offered = []
-    for room in ("channels", "transforms"):
+    for room in ("channels", "local", "transforms"):
         for name, entry in registry.entries(room).items():
             try:
                 part = entry.load()()
             except (TypeError, FedfmError):
                 continue  # Whether it meets a demand depends on what it is given.
-            if isinstance(part, Channel | Transform) and _meets(part, demand):
+            if isinstance(part, Channel | LocalTrainer | Transform) and _meets(part, demand):
                 offered.append(name)
     return f"It is met by {words.listed(offered, 8)}." if offered else "No part that is known here meets it without more ado."
 

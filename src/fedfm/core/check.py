@@ -128,7 +128,15 @@ def _leaves(plan: Plan) -> tuple[Leaf, ...]:
 
 
 def _privacy(plan: Plan) -> Iterator[Finding]:
-    """A privacy promise holds for what it covers; one leaf beside it breaks it."""
+    """A privacy promise holds for what it covers; one leaf beside it breaks it. Coins that one part repeats are no secret of another."""
+    promises = {place: part for place, part in plan.parts().items() if "private" in part.traits().is_}
+    simulated = {place for place, part in promises.items() if "simulated" in part.traits().is_}
+    if simulated and simulated != set(promises):
+        yield refuse(
+            min(simulated),
+            f"{', '.join(sorted(simulated))} is simulated and {', '.join(sorted(set(promises) - simulated))} is not. A run protects or it can be repeated: "
+            "set simulated alike in all.",
+        )
     groups = {"delta", "told", *(leaf.group for leaf in _leaves(plan))}
     for i, transform in enumerate(plan.transforms):
         bare = sorted(groups - transform.covers)

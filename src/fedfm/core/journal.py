@@ -199,7 +199,16 @@ def _fields(**tests: Test) -> Test:
 
 _HEX = re.compile("[0-9a-f]{32}")
 _ENVELOPE = {"time": _text, "fedfm": _text, "torch": _text, "threads": _count}
-_LEDGER = _dict(_number)
+_PRIVACY = {"privacy": _list(lambda value: isinstance(value, dict) and _text(value.get("text"))), "privacy_head": _text}
+
+
+def _ledger(value: Any) -> bool:
+    if not isinstance(value, dict):
+        return False
+    numbers = {name: number for name, number in value.items() if name not in _PRIVACY}
+    return _dict(_number)(numbers) and all(test(value[name]) for name, test in _PRIVACY.items() if name in value)
+
+
 _RECORD = _fields(
     round=_count,
     cohort=_list(_text),
@@ -218,9 +227,9 @@ EVENTS: Mapping[str, Mapping[str, Test]] = {
     "data": {"fingerprint": _text, "left_out": _dict(_text), "dropped": _count, "labels": _list(_text)},
     "roster": {"ids": _list(_text), "holdings": _dict(_HOLDING), "totals": _HOLDING},
     "plan": {},
-    "round": {"round": _count, "state": lambda value: _text(value) and bool(_HEX.fullmatch(value)), "record": _RECORD, "ledger": _LEDGER},
+    "round": {"round": _count, "state": lambda value: _text(value) and bool(_HEX.fullmatch(value)), "record": _RECORD, "ledger": _ledger},
     "resume": {**_ENVELOPE, "round": _count, "rounds": _count},
-    "end": {"round": _count, "ledger": _LEDGER},
+    "end": {"round": _count, "ledger": _ledger},
 }
 """Fields that each kind of line must hold. It may hold more."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -100,13 +101,17 @@ class Guarantee:
         return text
 
     def to_json(self) -> dict[str, Any]:
-        """As ``ledger.json`` holds it, with the sentence."""
-        return {**asdict(self), "assumes": list(self.assumes), "text": self.sentence()}
+        """As ``ledger.json`` holds it, with the sentence; an epsilon that is infinite is ``None`` there."""
+        epsilon = self.epsilon if math.isfinite(self.epsilon) else None
+        return {**asdict(self), "epsilon": epsilon, "assumes": list(self.assumes), "text": self.sentence()}
 
     @staticmethod
     def from_json(words: Mapping[str, Any]) -> Guarantee:
         """Undoes :meth:`to_json`."""
-        return Guarantee(**{**{name: value for name, value in words.items() if name != "text"}, "assumes": tuple(words["assumes"])})
+        epsilon = math.inf if words["epsilon"] is None else words["epsilon"]
+        return Guarantee(
+            **{**{name: words[name] for name in words if name != "text"}, "epsilon": epsilon, "assumes": tuple(words["assumes"])}
+        )
 
 
 class HasEntries(Protocol):

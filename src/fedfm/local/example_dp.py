@@ -78,8 +78,14 @@ class ExampleDP(LocalTrainer):
         return replace(self, rounds=self.rounds or max(plan.rounds, 1))
 
     def check(self, plan: Plan) -> Iterator[Finding]:
-        """An example must be a row."""
+        """An example must be a row, and nothing may go round the noise."""
         task = plan.task
+        if plan.local is not self:
+            name = type(plan.local).__name__
+            yield refuse(
+                "local",
+                f"ExampleDP stands inside {name}, which would ask for gradients that are neither clipped nor noisy. Put {name} inside ExampleDP.",
+            )
         if isinstance(task, Task) and not task.example_is_row:
             yield refuse(
                 "local",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from fedfm.core.errors import ConfigError
 from fedfm.core.messages import ClientId
-from fedfm.core.parts import Part
+from fedfm.core.parts import Finding, Part, Plan, warn
 from fedfm.core.task import SQUARES, Task
 from fedfm.core.tree import Tree
 
@@ -64,6 +64,16 @@ class Evaluate(Part):
             raise ConfigError("Evaluate.patience needs evaluations, but every is 0, which never evaluates. Set every to 1 or more.")
         if not (self.min_delta >= 0 and math.isfinite(self.min_delta)):
             raise ConfigError(f"Evaluate.min_delta is {self.min_delta}; it must be a finite number from 0 up.")
+
+    def check(self, plan: Plan) -> Iterator[Finding]:
+        """An evaluation tells of each owner's test rows, which no privacy promise covers."""
+        private = [type(part).__name__ for part in plan.parts().values() if "private" in part.traits().is_]
+        if private and self.every:
+            yield warn(
+                "evaluate",
+                f"owners tell the loss and the number of their test rows, which {private[0]} does not cover. Those rows are not trained on. "
+                "Set evaluate: {every: 0} where nothing of them may be known.",
+            )
 
     def chosen(self, clients: Sequence[ClientId]) -> Sequence[ClientId]:
         """The owners that are evaluated, of all in their fixed order."""

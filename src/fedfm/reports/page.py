@@ -134,6 +134,7 @@ def picture(run: Run) -> dict[str, Any]:
         "num_split": len(run.split),
         "audit": audit(run),
         "costs": costs(run),
+        "privacy": privacy(run),
         "time": time_bar(run),
         "failures": failures[:FAILURES_SHOWN],
         "num_failures": len(failures),
@@ -406,6 +407,12 @@ def split_area(rows: Sequence[Mapping[str, Any]]) -> Markup:
     return svg.area([number(row.get("tokens")) or 0.0 for row in rows], f"Tokens of {len(rows)} owners, largest to smallest.")
 
 
+def privacy(run: Run) -> list[str]:
+    """What has been spent of each privacy promise, in full sentences."""
+    told = run.ledger.get("privacy")
+    return [str(one["text"]) for one in told if isinstance(one, dict) and "text" in one] if isinstance(told, list) else []
+
+
 def costs(run: Run) -> list[tuple[str, str]]:
     """What the run cost."""
     up, down = total(run, "bytes_up"), total(run, "bytes_down")
@@ -432,8 +439,6 @@ def costs(run: Run) -> list[tuple[str, str]]:
         found.append(("Arithmetic (estimate)", f"{count(told['flops'])}FLOP"))
     if told.get("peak_memory"):
         found.append(("Peak memory", size(told["peak_memory"])))
-    if told.get("epsilon") is not None:
-        found.append(("Privacy spent", f"ε = {told['epsilon']:.3g}"))
     return [*found, ("Time", duration(total(run, "seconds")))]
 
 

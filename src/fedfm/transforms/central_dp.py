@@ -30,7 +30,7 @@ from fedfm.core.parts import Finding, Plan, RoundContext, Traits, Transform, Tre
 from fedfm.core.privacy import Accountant, Guarantee, Release
 from fedfm.core.tree import Spec
 from fedfm.privacy import calibrate, epsilon_of, require_numbers
-from fedfm.transforms.clip import shortened
+from fedfm.transforms.clip import ClipByNorm
 
 CLIP, BELOW = "clip", "dp.below"
 _FEW = 100
@@ -111,8 +111,15 @@ class CentralDP(Transform):
         return None if rate is None or self.noise_multiplier is None else Release(rate, self.noise_multiplier)
 
     def caution(self, rate: float, num_clients: int | None) -> str:
-        """What a small federation must know of its noise; nothing where it is large."""
-        if num_clients is None or rate * num_clients >= _FEW or not self.noise_multiplier:
+        """What a small federation must know of its noise, or of its delta; nothing where both are fine."""
+        if num_clients is None or not self.noise_multiplier:
+            return ""
+        if self.delta * num_clients >= 1:
+            return (
+                f"CentralDP has delta {self.delta:g}, and there are {num_clients} owners: to publish one of them, drawn by chance, would keep such a promise. "
+                f"Set delta well below {1 / num_clients:.2g}."
+            )
+        if rate * num_clients >= _FEW:
             return ""
         expected = rate * num_clients
         share = self.noise_multiplier / expected
@@ -187,11 +194,11 @@ class CentralDP(Transform):
         if self.quantile is not None:
             deltas = {name: leaf for name, leaf in update.payload.items() if not tree.added(name, ctx.params)}
             metrics[BELOW] = float(tree.norm(deltas) <= bound)
-        return replace(update, payload=shortened(update.payload, bound, ctx.params), metrics=metrics), memory
+        return replace(_shortened(update, bound, ctx), metrics=metrics), memory
 
     def decode(self, update: Update, ctx: RoundContext) -> Update:
         """Shortens it again on the server, whoever sent it."""
-        return update.with_payload(shortened(update.payload, self._bound(ctx), ctx.params))
+        return _shortened(update, self._bound(ctx), ctx)
 
     def finish(self, aggregate: Update, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """The noisy sum over the number of owners that is expected. What it spends is written down before the noise is drawn."""
@@ -232,6 +239,10 @@ class CentralDP(Transform):
         if not bound > 0:
             raise MessageError(f"the server sent the bound {bound} for CentralDP; it is above 0.")
         return bound
+
+
+def _shortened(update: Update, bound: float, ctx: RoundContext) -> Update:
+    return ClipByNorm(bound).encode(update, {}, ctx)[0]
 
 
 def failing(plan: Plan, rate: float, num_clients: int | None) -> float:

@@ -47,19 +47,14 @@ class ClipByNorm(Transform):
 
     def encode(self, update: Update, memory: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """Shortens the payload where it is too long."""
-        return update.with_payload(shortened(update.payload, self.max_norm, ctx.params)), memory
+        norm = tree.norm({name: leaf for name, leaf in update.payload.items() if not tree.added(name, ctx.params)})
+        if not norm > self.max_norm:
+            return update, memory
 
+        def shorten(name: str, leaf: torch.Tensor) -> torch.Tensor:
+            if tree.added(name, ctx.params) or not leaf.is_floating_point():
+                return leaf
+            # Rounding the factor and the product may add half a unit each.
+            return leaf * (self.max_norm / norm * (1 - torch.finfo(leaf.dtype).eps))
 
-def shortened(payload: Tree, max_norm: float, params: Tree) -> Tree:
-    """The payload with all deltas together at most ``max_norm`` long, after rounding too; the payload itself where they are."""
-    norm = tree.norm({name: leaf for name, leaf in payload.items() if not tree.added(name, params)})
-    if not norm > max_norm:
-        return payload
-
-    def shorten(name: str, leaf: torch.Tensor) -> torch.Tensor:
-        if tree.added(name, params) or not leaf.is_floating_point():
-            return leaf
-        # Rounding the factor and the product may add half a unit each.
-        return leaf * (max_norm / norm * (1 - torch.finfo(leaf.dtype).eps))
-
-    return {name: shorten(name, leaf) for name, leaf in payload.items()}
+        return update.with_payload({name: shorten(name, leaf) for name, leaf in update.payload.items()}), memory

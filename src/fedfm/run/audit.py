@@ -42,6 +42,7 @@ AUDIT = "audit.json"
 SIGNIFICANCE = 0.05
 # Shares of it for scores in which noise that repeats shows without any doubt.
 _STEADY, _TWICE = 0.05, 0.05
+_SURE = 0.75
 _NUMBERS = 2  # of the model, for each canary
 _CLIP = "clip"
 
@@ -179,9 +180,9 @@ def audit_owners(
         second = Play(plan, place, release, canaries, progress, "second run").observed(everybody)
         # Who was in the second run is known, so it is taken out; what is left of both is the first run's secret, and twice the noise or none.
         scores["runs"] = first.steady_n - (second.steady_n - second.times_n)
-    said = {
-        name: evidence(scores[name], canaries.present_n, chosen.num_guesses, released, claim.delta, share) for name, share in level.items()
-    }
+    # What repeats shows in every canary, so nearly all are guessed; not quite all, because coins seldom fall half and half.
+    guesses = {name: chosen.num_guesses if name == "best" else 2 * int(_SURE * len(canaries) / 2) for name in level}
+    said = {name: evidence(scores[name], canaries.present_n, guesses[name], released, claim.delta, share) for name, share in level.items()}
     fault_said = f"noise that is {fault:g} times too small"
     return AuditResult(claim, "owners", plan.rounds, chosen, fault_said, said.pop("best"), said, time.monotonic() - began)
 

@@ -20,7 +20,6 @@ from typing import Literal
 from fedfm.core.leaves import Leaf
 from fedfm.core.parts import Finding, Guarantee, Plan, Release, RoundContext, Secret, Traits, Transform, Tree, Update
 from fedfm.transforms.central_dp import CentralDP
-from fedfm.transforms.clip import shortened
 
 Fault = Literal["no-clip", "clip-late", "half-noise", "same-noise", "cohort-noise", "fixed-seed"]
 FAULTS: tuple[Fault, ...] = ("no-clip", "clip-late", "half-noise", "same-noise", "cohort-noise", "fixed-seed")
@@ -82,7 +81,7 @@ class Faulty(Transform):
         inner = self.inner
         assert inner.noise_multiplier is not None
         if self.fault == "clip-late":
-            aggregate = aggregate.with_payload(shortened(aggregate.payload, inner.clip, ctx.params))
+            aggregate = inner.decode(aggregate, ctx)
         elif self.fault == "half-noise":
             inner = replace(inner, noise_multiplier=inner.noise_multiplier / 2)
         elif self.fault == "cohort-noise":

@@ -12,9 +12,10 @@ import pytest
 from fedfm.aggregators import Mean
 from fedfm.core.errors import ConfigError, PrivacyError
 from fedfm.core.privacy import Release
-from fedfm.core.secret import Secret
+from fedfm.core.secret import Secret, Stream
 from fedfm.data import Data
 from fedfm.federation import Federation
+from fedfm.local import SGD, ExampleDP
 from fedfm.models import Model
 from fedfm.privacy.audit import (
     Curve,
@@ -32,7 +33,7 @@ from fedfm.privacy.audit import (
     seen,
 )
 from fedfm.privacy.canaries import Canaries
-from fedfm.run.audit import audit_owners
+from fedfm.run.audit import AuditResult, Wanted, audit_plan
 from fedfm.samplers import Poisson
 from fedfm.testing import tiny
 from fedfm.testing.faults import FAULTS, Fault, Faulty
@@ -60,6 +61,10 @@ def plan(**parts: object) -> Federation:
     """Two rounds of everybody, epsilon 4.377."""
     federation = Federation(model=Model("none"), data=Data("none"), transforms=(DP,), aggregator=Mean("uniform"), rounds=2)
     return replace(federation, **parts).resolved()  # type: ignore[arg-type]
+
+
+def audit_owners(federation: Federation, **wanted: object) -> AuditResult:
+    return audit_plan(federation, Wanted(**wanted))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("canaries", "guesses", "correct", "delta", "bound"), ONE_RUN)
@@ -113,8 +118,12 @@ def test_sampling_is_part_of_the_curve() -> None:
 
 def test_power_grows_with_canaries_and_is_what_was_asked_for() -> None:
     secret, claim = Secret.system(), Release(1.0, 1.0)
-    observer = Observer.of(claim, 0.5, secret.stream("normal").normal, secret.stream("uniform").uniform)
-    assert design(100, Curve.of(claim), observer).power < design(300, Curve.of(claim), observer).power < design(900, Curve.of(claim), observer).power
+    observer = Observer.of(claim, 1, 0.5, secret.stream("normal").normal, secret.stream("uniform").uniform)
+    assert (
+        design(100, Curve.of(claim), observer).power
+        < design(300, Curve.of(claim), observer).power
+        < design(900, Curve.of(claim), observer).power
+    )
     chosen = designed(Curve.of(claim), observer, 0.95)
     assert chosen.power >= 0.95 and 300 < chosen.num_canaries < 700, chosen
     assert fdp_excess(chosen.num_canaries, chosen.num_guesses, chosen.num_needed, Curve(1.0), 0.05) > 0
@@ -124,7 +133,7 @@ def test_power_grows_with_canaries_and_is_what_was_asked_for() -> None:
 def test_power_is_how_often_the_fault_is_noticed() -> None:
     coins, claim = Secret.system(), Release(1.0, 1.0)
     noise = coins.stream("noise")
-    observer = Observer.of(claim, 0.5, coins.stream("normal").normal, coins.stream("uniform").uniform)
+    observer = Observer.of(claim, 1, 0.5, coins.stream("normal").normal, coins.stream("uniform").uniform)
     chosen, noticed = design(200, Curve.of(claim), observer), 0
     for i in range(200):
         present_n = (coins.stream("coins", i).words(200) & np.uint64(1)).astype(bool)
@@ -160,7 +169,7 @@ def test_sound_runs_raise_at_most_16_false_alarms_in_200() -> None:
     federation = plan(rounds=1)
     results = [audit_owners(federation, num_canaries=100) for _ in range(200)]
     assert sum(result.refuted for result in results) <= 16
-    assert all(result.claim.epsilon == pytest.approx(2.882, abs=0.01) for result in results)
+    assert all(result.claim.epsilon == pytest.approx(gaussian_epsilon(0.5**0.5, 1e-5), abs=0.01) for result in results)
 
 
 # Half the noise needs 1,000 canaries for a power of 0.999; any other fault shows all of them.
@@ -180,6 +189,11 @@ def test_a_fixed_seed_shows_across_two_runs_and_in_no_single_one() -> None:
     assert twice.more["runs"].num_correct == twice.more["runs"].num_guesses
     alone = [audit_owners(federation, num_canaries=120, twice=False) for _ in range(4)]
     assert not all(result.refuted for result in alone)
+    assert any("could not have noticed noise from a fixed seed" in result.verdict() for result in alone)
+    few = audit_owners(federation, num_canaries=60)
+    assert few.blind == ("runs",) and not few.more["runs"].ruled_out
+    enough = audit_owners(plan(transforms=(replace(DP, noise_multiplier=0.8),)), power=0.5)
+    assert not enough.blind and enough.claim.epsilon > 8
 
 
 def test_with_sampling_noise_that_repeats_shows_when_rounds_are_added_up() -> None:
@@ -227,7 +241,7 @@ def test_an_audit_says_what_is_claimed_and_what_is_proven() -> None:
 
 
 def test_the_report_shows_the_audit_beside_the_claim(tmp_path: Path) -> None:
-    from fedfm.cli.audit import Wanted, audit
+    from fedfm.cli.audit import audit
     from fedfm.reports import html
     from fedfm.run.loop import run
 
@@ -241,3 +255,46 @@ def test_the_report_shows_the_audit_beside_the_claim(tmp_path: Path) -> None:
     assert "Audited" in page and "does not contradict the claim" in page and "epsilon at least" in page
     with pytest.raises(ConfigError, match="is a run"):
         audit(tmp_path / "run", ["rounds=2"], Wanted(100, 0.95, 2.0, True), quiet=True, as_json=True)
+
+
+def rows(**local: object) -> Federation:
+    """Three rounds of two steps in which an owner's rows are hidden."""
+    usual = {"inner": SGD(lr=0.5, steps=2, batch_size=32), "max_norm": 0.5, "delta": 1e-5, "epsilon": 8.0}
+    hidden = ExampleDP(**{**usual, **local})  # type: ignore[arg-type]
+    return plan(transforms=(), local=hidden, rounds=3)
+
+
+def test_a_promise_to_rows_is_audited_and_kept() -> None:
+    result = audit_plan(rows(), Wanted(num_canaries=200), num_rows=200)
+    assert result.level == "rows" and not result.refuted and result.claim.unit.startswith("one row")
+    assert result.claim.epsilon == pytest.approx(8.0, rel=0.02) and result.bound < result.claim.epsilon
+    shown = audit_plan(rows(), Wanted(num_canaries=200), num_rows=200).evidence
+    assert shown.estimate > 0.5 and shown.num_correct > shown.num_guesses / 2, "the canaries are seen, if not well enough to refute"
+
+
+@pytest.mark.parametrize("fault", ["no-clip", "half-noise", "fixed-seed"])
+def test_a_broken_promise_to_rows_is_noticed(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedfm.client import bank, objective
+
+    noisy = objective.StepObjective.noisy
+    if fault == "no-clip":
+        clipped_sum = objective.StepObjective.clipped_sum
+        monkeypatch.setattr(objective.StepObjective, "clipped_sum", lambda self, theta_kd, max_norm: clipped_sum(self, theta_kd, 1e9))
+    elif fault == "half-noise":
+        monkeypatch.setattr(objective.StepObjective, "noisy", lambda self, sum_kd, std_k: noisy(self, sum_kd, [std / 2 for std in std_k]))
+    else:
+
+        class Fixed(Secret):
+            def stream(self, *names: str | int) -> Stream:
+                return Secret(bytes(32)).stream(*names)
+
+        train = bank.Bank.train
+        monkeypatch.setattr(
+            bank.Bank,
+            "train",
+            lambda self, start, jobs, round: train(self, start, [replace(job, secret=Fixed(bytes(32))) for job in jobs], round),
+        )
+    everything = SGD(lr=0.5, steps=1, batch_size=None)
+    federation = rows(inner=everything, epsilon=None, noise_multiplier=3.0)
+    result = audit_plan(federation, Wanted(num_canaries=1000), num_rows=1000)
+    assert result.refuted, result

@@ -5,25 +5,16 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from fedfm.cli.parts import show_json
 from fedfm.core.errors import ConfigError
 from fedfm.federation import Federation
 from fedfm.recipe import located, read
-from fedfm.run.audit import AUDIT, AuditResult, audit_owners
+from fedfm.run.audit import AUDIT, AuditResult, Wanted, audit_plan
+from fedfm.run.audit_rows import ROWS, split_of, typical_rows
 from fedfm.run.folder import LEDGER, RECIPE, RunFolder
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """What is asked of an audit; the fields of :func:`fedfm.run.audit.audit_owners`."""
-
-    num_canaries: int | None
-    power: float
-    fault: float
-    twice: bool
 
 
 def audit(path: Path, overrides: Sequence[str], wanted: Wanted, quiet: bool, as_json: bool) -> None:
@@ -40,9 +31,8 @@ def audit(path: Path, overrides: Sequence[str], wanted: Wanted, quiet: bool, as_
         if not quiet and stream.isatty():
             print(f"\r\033[K{name}, round {round} of {rounds}", end="" if round < rounds else "\r\033[K", file=stream, flush=True)
 
-    result = audit_owners(
-        plan, num_canaries=wanted.num_canaries, power=wanted.power, fault=wanted.fault, twice=wanted.twice, progress=progress
-    )
+    num_rows = ROWS if run is None else typical_rows(split_of(run))
+    result = audit_plan(plan, replace(wanted, progress=progress), num_rows)
     if run is not None:
         _keep(run, result)
     if as_json:

@@ -235,8 +235,9 @@ def audit(
 ) -> None:
     """Test a privacy promise: canaries join by secret coins, and guesses about them bound epsilon from below. Exit code 1: the claim is wrong."""
     from fedfm.cli import audit
+    from fedfm.run.audit import Wanted
 
-    audit.audit(path, overrides or [], audit.Wanted(canaries, power, fault, not once), quiet, as_json)
+    audit.audit(path, overrides or [], Wanted(canaries, power, fault, not once), quiet, as_json)
 
 
 @app.command(name="list", cls=Command)

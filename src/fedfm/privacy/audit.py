@@ -260,20 +260,25 @@ class Observer:
 
     @staticmethod
     def of(
-        release: Release, noise: float, normal: Callable[[int], NDArray[np.float64]], uniform: Callable[[int], NDArray[np.float64]]
+        release: Release,
+        rounds: int,
+        noise: float,
+        normal: Callable[[int], NDArray[np.float64]],
+        uniform: Callable[[int], NDArray[np.float64]],
     ) -> Observer:
-        """Scores of a mechanism whose noise is ``noise``, read as if it were as much as ``release`` claims.
+        """Scores of rounds whose noise is ``noise``, read as if it were as much as ``release`` claims.
 
         Args:
+            release: Of one round.
             normal: Draws standard normal numbers.
             uniform: Draws numbers uniform in (0, 1).
         """
-        scores = []
+        binom, scores = _scipy("stats").binom, []
         for present in (1.0, 0.0):
             score_n = np.zeros(_SAMPLES)
-            for _ in range(release.steps):
-                here_n = present * (uniform(_SAMPLES) < release.rate)
-                score_n += seen(here_n + noise * normal(_SAMPLES), release)
+            for _ in range(rounds):
+                here_n = present * binom.ppf(uniform(_SAMPLES), release.steps, release.rate)
+                score_n += seen(here_n + noise * math.sqrt(release.steps) * normal(_SAMPLES), release)
             scores.append(np.sort(score_n))
         return Observer(*scores)
 
@@ -291,11 +296,18 @@ def seen(part_n: NDArray[np.float64], release: Release) -> NDArray[np.float64]:
     """How much more likely each part of a round's sum is of a canary that is in the run: the logarithm of the ratio.
 
     Args:
-        part_n: ``(n,)``, a canary's part in units of the bound; about 1 where it was in the sum, about 0 where it was not.
-        release: Noise and rate of the round.
+        part_n: ``(n,)``, a canary's part in units of the bound, the sum over the round's steps; about 1 for each step it was in.
+        release: Noise, rate and steps of the round.
     """
-    log_n = (part_n - 0.5) / release.noise**2
-    return log_n if release.rate == 1 else np.logaddexp(math.log1p(-release.rate), math.log(release.rate) + log_n)
+    if release.rate == 1:
+        return (part_n - 0.5 * release.steps) / release.noise**2
+    # The canary was in k of the steps; terms of k that hardly ever happen are left out.
+    most = min(release.steps, int(release.rate * release.steps + 8 * math.sqrt(release.rate * release.steps) + 8))
+    k_1k = np.arange(most + 1)[None, :]
+    log_k = _scipy("stats").binom.logpmf(k_1k, release.steps, release.rate)
+    log_nk = log_k + (k_1k * part_n[:, None] - k_1k**2 / 2) / (release.steps * release.noise**2)
+    log_n: NDArray[np.float64] = _scipy("special").logsumexp(log_nk, axis=1)
+    return log_n
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""An audit of a plan's promise to owners: its own rounds, played with canary owners, and what their traces prove.
+"""An audit of a plan's promise: its own rounds, played with canary owners, and what their traces prove. For rows see :mod:`fedfm.run.audit_rows`.
 
 Everything that keeps the promise is the plan's own: sampler, transforms with clip and noise, pacing, aggregator, and the loop of rounds. Three things are not:
 the owners (canaries alone, which the promise must hide like any others), the model (as many numbers as the canaries need), and what
@@ -31,8 +31,10 @@ from fedfm.core.secret import Secret, coins
 from fedfm.core.session import Answer, Session
 from fedfm.core.tree import Spec
 from fedfm.federation import Federation
-from fedfm.privacy.audit import Curve, Design, Evidence, Observer, design, designed, evidence, seen
+from fedfm.local import ExampleDP
+from fedfm.privacy.audit import Curve, Design, Evidence, Observer, design, designed, evidence, fdp_excess, seen
 from fedfm.privacy.canaries import LONG, Canaries
+from fedfm.run.audit_rows import ROWS, RowPlay, promise_to_rows
 from fedfm.run.budget import RunAccount
 from fedfm.server import FedAvg
 from fedfm.tuning import Full
@@ -60,6 +62,7 @@ class AuditResult:
         fault: What the power is for, in words.
         evidence: From the scores that show most where the noise is what is claimed.
         more: From scores that show what repeats, by what that is: ``rounds`` (the same noise in each) and ``runs`` (a fixed seed).
+        blind: Those of ``more`` that could not have shown anything with so few canaries.
     """
 
     claim: Guarantee
@@ -69,6 +72,7 @@ class AuditResult:
     fault: str
     evidence: Evidence
     more: Mapping[str, Evidence]
+    blind: tuple[str, ...]
     seconds: float
 
     @property
@@ -92,7 +96,7 @@ class AuditResult:
         if not self.refuted:
             return (
                 f"The audit does not contradict the claim: {claimed} at least {self.bound:.3g} is proven with 95 % confidence. "
-                f"It would have noticed {self.fault} with probability {self.design.power:.2g}; a smaller fault may have passed."
+                f"It would have noticed {self.fault} with probability {self.design.power:.2g}; a smaller fault may have passed.{self._missed()}"
             )
         first = f"The claim is wrong: {claimed} the canaries prove at least {self.bound:.3g} with 95 % confidence."
         remedy = "Do not release this model."
@@ -102,11 +106,20 @@ class AuditResult:
             return f"{first} It shows when rounds are added up: their noise is not drawn anew. {remedy}"
         return f"{first} It shows when two runs are compared: their noise is the same, so it comes from a fixed seed. {remedy}"
 
+    def _missed(self) -> str:
+        """What could not have been noticed at all."""
+        kinds = {"rounds": "noise that is the same in each round", "runs": "noise from a fixed seed"}
+        missed = [text for name, text in kinds.items() if name in self.blind or (name == "runs" and name not in self.more)]
+        return f" It could not have noticed {' or '.join(missed)}: play twice, with more canaries." if missed else ""
+
     def lines(self) -> list[tuple[str, str]]:
         """The result as rows of a table: a name, and what it says."""
         claim, best = self.claim, self.evidence
         return [
-            ("claimed", f"epsilon {claim.epsilon:.4g} at delta {claim.delta:.3g}, {claim.adjacency}{' (simulated)' if claim.simulated else ''}"),
+            (
+                "claimed",
+                f"epsilon {claim.epsilon:.4g} at delta {claim.delta:.3g}, {claim.adjacency}{' (simulated)' if claim.simulated else ''}",
+            ),
             ("proven", f"epsilon at least {self.bound:.4g} with 95 % confidence, by trade-off curves (f-DP)"),
             ("", f"at least {self.one_run:.4g} by the one-run bound, which holds for every mechanism"),
             ("estimate", f"epsilon {best.estimate:.4g}, a point estimate and no bound"),
@@ -130,6 +143,7 @@ class AuditResult:
             "verdict": self.verdict(),
             "lines": self.lines(),
             "fault": self.fault,
+            "blind": list(self.blind),
             "design": asdict(self.design),
             "evidence": asdict(self.evidence),
             "more": {name: asdict(one) for name, one in self.more.items()},
@@ -137,19 +151,11 @@ class AuditResult:
         }
 
 
-def audit_owners(
-    plan: Federation,
-    *,
-    num_canaries: int | None = None,
-    power: float = 0.95,
-    fault: float = 2.0,
-    twice: bool = True,
-    progress: Progress | None = None,
-) -> AuditResult:
-    """Audits the promise of a plan to its owners.
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked of an audit.
 
     Args:
-        plan: Resolved.
         num_canaries: ``None`` takes as many as the power needs.
         power: The probability of noticing the fault.
         fault: How many times too small the noise is, where that is to be noticed.
@@ -157,47 +163,157 @@ def audit_owners(
         progress: Told which run is played, the round, and how many there are.
 
     Raises:
-        ConfigError: if the plan promises owners nothing, or a number is out of range.
+        ConfigError: if a number is out of range.
     """
+
+    num_canaries: int | None = None
+    power: float = 0.95
+    fault: float = 2.0
+    twice: bool = True
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if not (self.fault > 1 and math.isfinite(self.fault)):
+            raise ConfigError(f"The fault is {self.fault:g}; it says how many times too small the noise is, above 1.")
+
+    def design(self, release: Release, rounds: int, level: Mapping[str, float]) -> Design:
+        """The canaries and guesses for rounds that each release this.
+
+        Raises:
+            ConfigError: if no number of canaries has the power.
+        """
+        secret = Secret.system()
+        normal, uniform = secret.stream("normal").normal, secret.stream("uniform").uniform
+        observer = Observer.of(release, rounds, release.noise / self.fault, normal, uniform)
+        curve = Curve.of(replace(release, steps=rounds * release.steps))
+        if self.num_canaries is not None:
+            return design(self.num_canaries, curve, observer, level["best"])
+        chosen = designed(curve, observer, self.power, level["best"])
+        while _blind(chosen.num_canaries, curve, level):
+            chosen = design(round(1.2 * chosen.num_canaries), curve, observer, level["best"])
+        return chosen
+
+
+def audit_plan(plan: Federation, wanted: Wanted | None = None, num_rows: int = ROWS) -> AuditResult:
+    """Audits the promise of a plan: to its owners where it makes one, else to their rows.
+
+    Args:
+        plan: Resolved.
+        num_rows: Rows of the owner that is played, where rows are what is hidden.
+
+    Raises:
+        ConfigError: if the plan promises nothing, or a number is out of range.
+        PrivacyError: if what it promises has no curve here.
+    """
+    wanted = wanted or Wanted()
+    if plan.rounds < 1:
+        raise ConfigError("The plan has no rounds, so nothing is released and there is nothing to audit. Set rounds to 1 or more.")
+    owners = any(transform.release(plan) is not None for transform in plan.transforms)
+    local = None if owners else promise_to_rows(plan)
+    return _audit_owners(plan, wanted) if local is None else _audit_rows(plan, wanted, num_rows, local)
+
+
+def _audit_owners(plan: Federation, wanted: Wanted) -> AuditResult:
     began = time.monotonic()
     place, transform, claim = promise_to_owners(plan)
-    release, level = _release_of(plan, transform), _levels(twice, plan)
-    if not (fault > 1 and math.isfinite(fault)):
-        raise ConfigError(f"The fault is {fault:g}; it says how many times too small the noise is, above 1.")
-    secret = Secret.system()
-    normal, uniform = secret.stream("normal").normal, secret.stream("uniform").uniform
-    released = replace(release, steps=plan.rounds)
-    observer, curve = Observer.of(released, release.noise / fault, normal, uniform), Curve.of(released)
-    if num_canaries is None:
-        chosen = designed(curve, observer, power, level["best"])
-    else:
-        chosen = design(num_canaries, curve, observer, level["best"])
-    canaries = Canaries.drawn(chosen.num_canaries, _NUMBERS * chosen.num_canaries, secret)
-    first = Play(plan, place, release, canaries, progress, "first run").observed(canaries.present_n)
-    scores = {"best": first.best_n, "rounds": first.steady_n}
-    if twice:
-        everybody = np.ones(len(canaries), dtype=bool)
-        second = Play(plan, place, release, canaries, progress, "second run").observed(everybody)
-        # Who was in the second run is known, so it is taken out; what is left of both is the first run's secret, and twice the noise or none.
-        scores["runs"] = first.steady_n - (second.steady_n - second.times_n)
-    # What repeats shows in every canary, so nearly all are guessed; not quite all, because coins seldom fall half and half.
-    guesses = {name: chosen.num_guesses if name == "best" else 2 * int(_SURE * len(canaries) / 2) for name in level}
-    said = {name: evidence(scores[name], canaries.present_n, guesses[name], released, claim.delta, share) for name, share in level.items()}
-    fault_said = f"noise that is {fault:g} times too small"
-    return AuditResult(claim, "owners", plan.rounds, chosen, fault_said, said.pop("best"), said, time.monotonic() - began)
-
-
-def _levels(twice: bool, plan: Federation) -> dict[str, float]:
-    """The significance of each kind of score, which add up to 5 %."""
-    # With everybody in each round the best score is the sum over rounds already.
-    shares = ({} if plan.sampler.poisson_rate() == 1 else {"rounds": _STEADY}) | ({"runs": _TWICE} if twice else {})
-    return {name: SIGNIFICANCE * share for name, share in {"best": 1 - sum(shares.values()), **shares}.items()}
-
-
-def _release_of(plan: Federation, transform: Transform) -> Release:
     release = transform.release(plan)
     assert release is not None
+    level = _levels(wanted.twice, release, plan.rounds)
+    chosen = wanted.design(release, plan.rounds, level)
+    canaries = Canaries.drawn(chosen.num_canaries, _NUMBERS * chosen.num_canaries, Secret.system())
+    first = Play(plan, place, release, canaries, wanted.progress, "first run").observed(canaries.present_n)
+    scores = {"best": first.best_n, "rounds": first.steady_n}
+    if wanted.twice:
+        everybody = np.ones(len(canaries), dtype=bool)
+        second = Play(plan, place, release, canaries, wanted.progress, "second run").observed(everybody)
+        # Who was in the second run is known, so it is taken out; what is left of both is the first run's secret, and twice the noise or none.
+        scores["runs"] = first.steady_n - (second.steady_n - second.times_n)
+    return _result(Claim(claim, "owners", plan.rounds, release), chosen, canaries, scores, level, wanted, began)
+
+
+def _audit_rows(plan: Federation, wanted: Wanted, num_rows: int, local: ExampleDP) -> AuditResult:
+    began = time.monotonic()
+    release = _release_of(local, num_rows)
+    level = _levels(wanted.twice, release, plan.rounds)
+    chosen = wanted.design(release, plan.rounds, level)
+    while chosen.num_canaries > num_rows:
+        # An owner with more rows draws each less often, and is promised the same.
+        num_rows = round(1.2 * chosen.num_canaries)
+        release = _release_of(local, num_rows)
+        chosen = wanted.design(release, plan.rounds, level)
+    canaries = Canaries.drawn(chosen.num_canaries, _NUMBERS * chosen.num_canaries, Secret.system())
+    best_n, steady_n = RowPlay(plan, num_rows, release, canaries, wanted.progress, "first run").observed(canaries.present_n)
+    scores = {"best": best_n, "rounds": steady_n}
+    if wanted.twice:
+        # Nobody is in the second run, so that its noise is all that is left of it.
+        nobody = np.zeros(len(canaries), dtype=bool)
+        _, noise_n = RowPlay(plan, num_rows, release, canaries, wanted.progress, "second run").observed(nobody)
+        scores["runs"] = steady_n - noise_n
+    claim = local.guarantee(plan, spent=[replace(release, steps=release.steps * plan.rounds)])
+    return _result(Claim(claim, "rows", plan.rounds, release), chosen, canaries, scores, level, wanted, began)
+
+
+def _release_of(local: ExampleDP, num_rows: int) -> Release:
+    release = local.release(num_rows)
+    assert release is not None
     return release
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is claimed, and of what.
+
+    Args:
+        level: ``owners`` or ``rows``.
+        release: What a round releases.
+    """
+
+    guarantee: Guarantee
+    level: str
+    rounds: int
+    release: Release
+
+    @property
+    def released(self) -> Release:
+        """What all rounds release."""
+        return replace(self.release, steps=self.rounds * self.release.steps)
+
+
+def _result(
+    claim: Claim,
+    chosen: Design,
+    canaries: Canaries,
+    scores: Mapping[str, NDArray[np.float64]],
+    level: Mapping[str, float],
+    wanted: Wanted,
+    began: float,
+) -> AuditResult:
+    """What the scores of all kinds say together."""
+    # What repeats shows in every canary, so nearly all are guessed; not quite all, because coins seldom fall half and half.
+    guesses = {name: chosen.num_guesses if name == "best" else _sure(len(canaries)) for name in level}
+    delta, present_n = claim.guarantee.delta, canaries.present_n
+    said = {name: evidence(scores[name], present_n, guesses[name], claim.released, delta, share) for name, share in level.items()}
+    fault, blind = f"noise that is {wanted.fault:g} times too small", _blind(len(canaries), Curve.of(claim.released), level)
+    best = said.pop("best")
+    return AuditResult(claim.guarantee, claim.level, claim.rounds, chosen, fault, best, said, blind, time.monotonic() - began)
+
+
+def _sure(num_canaries: int) -> int:
+    return 2 * int(_SURE * num_canaries / 2)
+
+
+def _blind(num_canaries: int, curve: Curve, level: Mapping[str, float]) -> tuple[str, ...]:
+    """The kinds of score in which so many canaries rule out nothing, even if every guess is right."""
+    guesses = _sure(num_canaries)
+    return tuple(name for name, share in level.items() if name != "best" and fdp_excess(num_canaries, guesses, guesses, curve, share) <= 0)
+
+
+def _levels(twice: bool, release: Release, rounds: int) -> dict[str, float]:
+    """The significance of each kind of score, which add up to 5 %."""
+    # With everybody in each round the best score is the sum over rounds already, and one round repeats nothing.
+    steady = {} if release.rate == 1 or rounds == 1 else {"rounds": _STEADY}
+    shares = steady | ({"runs": _TWICE} if twice else {})
+    return {name: SIGNIFICANCE * share for name, share in {"best": 1 - sum(shares.values()), **shares}.items()}
 
 
 def promise_to_owners(plan: Federation) -> tuple[str, Transform, Guarantee]:
@@ -214,11 +330,9 @@ def promise_to_owners(plan: Federation) -> tuple[str, Transform, Guarantee]:
             raise ConfigError(
                 f"{type(transform).__name__} has no noise: epsilon is infinite, and no audit can contradict it. Set epsilon or noise_multiplier."
             )
-        if plan.rounds < 1:
-            raise ConfigError("The plan has no rounds, so nothing is released and there is nothing to audit. Set rounds to 1 or more.")
         return transform_place(i), transform, claim
     raise ConfigError(
-        "No part of this plan hides owners with noise (CentralDP does), so there is no claim to audit. Add one to transforms."
+        "No part of this plan hides owners with noise (CentralDP does) or rows (ExampleDP does), so there is no claim to audit."
     )
 
 

@@ -228,7 +228,14 @@ def audit(
         int | None, typer.Option(min=1, metavar="N", help="How many canaries. Default: as many as --power needs.", show_default=False)
     ] = None,
     power: Annotated[float, typer.Option(help="The probability with which the fault of --fault is to be noticed.")] = 0.95,
-    fault: Annotated[float, typer.Option(help="The fault to be noticed: noise that is so many times too small.")] = 2.0,
+    fault: Annotated[
+        float | None,
+        typer.Option(
+            metavar="TIMES",
+            help="The fault to be noticed: noise that is so many times too small. Default: 2, or more where 2 cannot be noticed.",
+            show_default=False,
+        ),
+    ] = None,
     once: Annotated[bool, typer.Option("--once", help="Play once: twice as fast, and blind to noise from a fixed seed.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,

@@ -36,7 +36,7 @@ _PRECISION = 1e-7
 _LINES = 64  # of a trade-off curve
 _STEP, _FAR = 1.5, 8.0  # noises that are looked at, in units of what is claimed
 _SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03)  # guesses among all canaries that are tried
-_FEWEST, _MOST, _GROWTH = 40, 50_000, 1.15  # canaries that are tried
+_FEWEST, _MOST, _GROWTH = 40, 5000, 1.15  # canaries that are tried
 _SAMPLES = 10_000  # scores of each kind that a power is computed from
 
 
@@ -282,14 +282,18 @@ class Observer:
             scores.append(np.sort(score_n))
         return Observer(*scores)
 
-    def right(self, share: float) -> float:
-        """The probability that a guess is right, where the highest and the lowest scores are guessed, ``share`` of all together."""
+    def right(self, share: float, both: bool = True) -> float:
+        """The probability that a guess is right, where the highest scores are guessed to be in, and the lowest not to be, ``share`` of all together.
+
+        Args:
+            both: Whether the lowest are guessed at all. With sampling they say little: a canary that was never drawn looks like one that was not in.
+        """
         together = np.sort(np.concatenate([self.present_n, self.absent_n]))
-        half = max(1, round(share * len(together) / 2))
-        high, low = together[-half], together[half - 1]
-        present = len(self.present_n) - np.searchsorted(self.present_n, high, side="left")
-        absent = np.searchsorted(self.absent_n, low, side="right")
-        return min(1.0, float(present + absent) / (2 * half))
+        num_high = max(1, round(share * len(together) / (2 if both else 1)))
+        correct = len(self.present_n) - np.searchsorted(self.present_n, together[-num_high], side="left")
+        if both:
+            correct += np.searchsorted(self.absent_n, together[num_high - 1], side="right")
+        return min(1.0, float(correct) / (2 * num_high if both else num_high))
 
 
 def seen(part_n: NDArray[np.float64], release: Release) -> NDArray[np.float64]:
@@ -315,13 +319,16 @@ class Design:
     """How many canaries an audit has, how many of them it guesses, and how likely it then notices what it is meant to notice.
 
     Args:
-        power: Probability that the bound exceeds the claim, if scores show as much as the fault lets them show.
+        num_needed: Right guesses that rule the claim out.
+        power: Probability of so many, if scores show as much as the fault lets them show.
+        both: Whether the lowest scores are guessed too, and not only the highest.
     """
 
     num_canaries: int
     num_guesses: int
     num_needed: int
     power: float
+    both: bool = True
 
 
 def design(num_canaries: int, claim: Curve, fault: Observer, significance: float = 0.05) -> Design:
@@ -341,8 +348,9 @@ def design(num_canaries: int, claim: Curve, fault: Observer, significance: float
         if guesses < 4:
             continue
         needed = _needed(num_canaries, guesses, claim, significance)
-        power = float(_scipy("stats").binom.sf(needed - 1, guesses, fault.right(guesses / num_canaries)))
-        designs.append(Design(num_canaries, guesses, needed, power))
+        for both in (True, False):
+            right = fault.right(guesses / num_canaries, both)
+            designs.append(Design(num_canaries, guesses, needed, float(_scipy("stats").binom.sf(needed - 1, guesses, right)), both))
     return max(designs, key=lambda one: (round(one.power, 6), one.num_guesses))
 
 
@@ -398,7 +406,13 @@ class Evidence:
 
 
 def evidence(
-    score_n: NDArray[np.float64], present_n: NDArray[np.bool_], num_guesses: int, release: Release, delta: float, significance: float = 0.05
+    score_n: NDArray[np.float64],
+    present_n: NDArray[np.bool_],
+    num_guesses: int,
+    release: Release,
+    delta: float,
+    significance: float = 0.05,
+    both: bool = True,
 ) -> Evidence:
     """Guesses the coins of the canaries with the highest and the lowest scores, and says what the right guesses prove.
 
@@ -408,6 +422,7 @@ def evidence(
         num_guesses: Chosen before the scores were seen.
         release: What is claimed of all that was scored.
         delta: At which epsilons are named; above 0.
+        both: Whether the lowest scores are guessed too, and not only the highest.
 
     Raises:
         PrivacyError: if a score is not a number, or the counts do not fit each other.
@@ -415,10 +430,10 @@ def evidence(
     if not np.isfinite(score_n).all():
         raise PrivacyError(f"{int((~np.isfinite(score_n)).sum())} of {len(score_n)} canaries have a score that is not a finite number.")
     # Equal scores say nothing, so their order must not either; coins are independent of places.
-    order = np.argsort(score_n, kind="stable")
-    half = num_guesses // 2
-    correct = int(present_n[order[len(order) - half :]].sum() + (~present_n[order[:half]]).sum())
-    m, guesses = len(score_n), 2 * half
+    order, m = np.argsort(score_n, kind="stable"), len(score_n)
+    num_low = num_guesses // 2 if both else 0
+    guesses = 2 * num_low if both else num_guesses
+    correct = int(present_n[order[m - (guesses - num_low) :]].sum() + (~present_n[order[:num_low]]).sum())
     inside, outside = score_n[present_n], score_n[~present_n]
     return Evidence(
         num_canaries=m,

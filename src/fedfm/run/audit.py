@@ -45,6 +45,7 @@ SIGNIFICANCE = 0.05
 # Shares of it for scores in which noise that repeats shows without any doubt.
 _STEADY, _TWICE = 0.05, 0.05
 _SURE = 0.75
+_FAULTS = (2.0, 4.0, 8.0, 16.0)
 _NUMBERS = 2  # of the model, for each canary
 _CLIP = "clip"
 
@@ -158,7 +159,7 @@ class Wanted:
     Args:
         num_canaries: ``None`` takes as many as the power needs.
         power: The probability of noticing the fault.
-        fault: How many times too small the noise is, where that is to be noticed.
+        fault: How many times too small the noise is, where that is to be noticed; ``None`` takes 2, or more where no number of canaries would notice it.
         twice: Whether to play a second time, which alone shows a fixed seed.
         progress: Told which run is played, the round, and how many there are.
 
@@ -168,30 +169,38 @@ class Wanted:
 
     num_canaries: int | None = None
     power: float = 0.95
-    fault: float = 2.0
+    fault: float | None = None
     twice: bool = True
     progress: Progress | None = None
 
     def __post_init__(self) -> None:
-        if not (self.fault > 1 and math.isfinite(self.fault)):
+        if self.fault is not None and not (self.fault > 1 and math.isfinite(self.fault)):
             raise ConfigError(f"The fault is {self.fault:g}; it says how many times too small the noise is, above 1.")
 
-    def design(self, release: Release, rounds: int, level: Mapping[str, float]) -> Design:
-        """The canaries and guesses for rounds that each release this.
+    def design(self, release: Release, rounds: int, level: Mapping[str, float]) -> tuple[Design, float]:
+        """The canaries and guesses for rounds that each release this, and the fault for which they have their power.
 
         Raises:
             ConfigError: if no number of canaries has the power.
         """
-        secret = Secret.system()
-        normal, uniform = secret.stream("normal").normal, secret.stream("uniform").uniform
-        observer = Observer.of(release, rounds, release.noise / self.fault, normal, uniform)
         curve = Curve.of(replace(release, steps=rounds * release.steps))
-        if self.num_canaries is not None:
-            return design(self.num_canaries, curve, observer, level["best"])
-        chosen = designed(curve, observer, self.power, level["best"])
-        while _blind(chosen.num_canaries, curve, level):
-            chosen = design(round(1.2 * chosen.num_canaries), curve, observer, level["best"])
-        return chosen
+        faults = _FAULTS if self.fault is None else (self.fault,)
+        for fault in faults:
+            secret = Secret.system()
+            normal, uniform = secret.stream("normal").normal, secret.stream("uniform").uniform
+            observer = Observer.of(release, rounds, release.noise / fault, normal, uniform)
+            if self.num_canaries is not None:
+                return design(self.num_canaries, curve, observer, level["best"]), fault
+            try:
+                chosen = designed(curve, observer, self.power, level["best"])
+            except ConfigError:
+                if fault == faults[-1] or not 0 < self.power < 1:
+                    raise
+                continue
+            while _blind(chosen.num_canaries, curve, level):
+                chosen = design(round(1.2 * chosen.num_canaries), curve, observer, level["best"])
+            return chosen, fault
+        raise AssertionError("the last fault returns or raises")
 
 
 def audit_plan(plan: Federation, wanted: Wanted | None = None, num_rows: int = ROWS) -> AuditResult:
@@ -219,7 +228,7 @@ def _audit_owners(plan: Federation, wanted: Wanted) -> AuditResult:
     release = transform.release(plan)
     assert release is not None
     level = _levels(wanted.twice, release, plan.rounds)
-    chosen = wanted.design(release, plan.rounds, level)
+    chosen, fault = wanted.design(release, plan.rounds, level)
     canaries = Canaries.drawn(chosen.num_canaries, _NUMBERS * chosen.num_canaries, Secret.system())
     first = Play(plan, place, release, canaries, wanted.progress, "first run").observed(canaries.present_n)
     scores = {"best": first.best_n, "rounds": first.steady_n}
@@ -228,19 +237,19 @@ def _audit_owners(plan: Federation, wanted: Wanted) -> AuditResult:
         second = Play(plan, place, release, canaries, wanted.progress, "second run").observed(everybody)
         # Who was in the second run is known, so it is taken out; what is left of both is the first run's secret, and twice the noise or none.
         scores["runs"] = first.steady_n - (second.steady_n - second.times_n)
-    return _result(Claim(claim, "owners", plan.rounds, release), chosen, canaries, scores, level, wanted, began)
+    return _result(Claim(claim, "owners", plan.rounds, release), (chosen, fault), canaries, scores, level, began)
 
 
 def _audit_rows(plan: Federation, wanted: Wanted, num_rows: int, local: ExampleDP) -> AuditResult:
     began = time.monotonic()
     release = _release_of(local, num_rows)
     level = _levels(wanted.twice, release, plan.rounds)
-    chosen = wanted.design(release, plan.rounds, level)
+    chosen, fault = wanted.design(release, plan.rounds, level)
     while chosen.num_canaries > num_rows:
         # An owner with more rows draws each less often, and is promised the same.
         num_rows = round(1.2 * chosen.num_canaries)
         release = _release_of(local, num_rows)
-        chosen = wanted.design(release, plan.rounds, level)
+        chosen, fault = wanted.design(release, plan.rounds, level)
     canaries = Canaries.drawn(chosen.num_canaries, _NUMBERS * chosen.num_canaries, Secret.system())
     best_n, steady_n = RowPlay(plan, num_rows, release, canaries, wanted.progress, "first run").observed(canaries.present_n)
     scores = {"best": best_n, "rounds": steady_n}
@@ -250,7 +259,7 @@ def _audit_rows(plan: Federation, wanted: Wanted, num_rows: int, local: ExampleD
         _, noise_n = RowPlay(plan, num_rows, release, canaries, wanted.progress, "second run").observed(nobody)
         scores["runs"] = steady_n - noise_n
     claim = local.guarantee(plan, spent=[replace(release, steps=release.steps * plan.rounds)])
-    return _result(Claim(claim, "rows", plan.rounds, release), chosen, canaries, scores, level, wanted, began)
+    return _result(Claim(claim, "rows", plan.rounds, release), (chosen, fault), canaries, scores, level, began)
 
 
 def _release_of(local: ExampleDP, num_rows: int) -> Release:
@@ -281,21 +290,22 @@ class Claim:
 
 def _result(
     claim: Claim,
-    chosen: Design,
+    plan_of: tuple[Design, float],
     canaries: Canaries,
     scores: Mapping[str, NDArray[np.float64]],
     level: Mapping[str, float],
-    wanted: Wanted,
     began: float,
 ) -> AuditResult:
     """What the scores of all kinds say together."""
-    # What repeats shows in every canary, so nearly all are guessed; not quite all, because coins seldom fall half and half.
-    guesses = {name: chosen.num_guesses if name == "best" else _sure(len(canaries)) for name in level}
-    delta, present_n = claim.guarantee.delta, canaries.present_n
-    said = {name: evidence(scores[name], present_n, guesses[name], claim.released, delta, share) for name, share in level.items()}
-    fault, blind = f"noise that is {wanted.fault:g} times too small", _blind(len(canaries), Curve.of(claim.released), level)
+    chosen, fault = plan_of
+    delta, present_n, said = claim.guarantee.delta, canaries.present_n, dict[str, Evidence]()
+    for name, share in level.items():
+        # What repeats shows in every canary, so nearly all are guessed; not quite all, because coins seldom fall half and half.
+        guesses, both = (chosen.num_guesses, chosen.both) if name == "best" else (_sure(len(canaries)), True)
+        said[name] = evidence(scores[name], present_n, guesses, claim.released, delta, share, both)
+    text, blind = f"noise that is {fault:g} times too small", _blind(len(canaries), Curve.of(claim.released), level)
     best = said.pop("best")
-    return AuditResult(claim.guarantee, claim.level, claim.rounds, chosen, fault, best, said, blind, time.monotonic() - began)
+    return AuditResult(claim.guarantee, claim.level, claim.rounds, chosen, text, best, said, blind, time.monotonic() - began)
 
 
 def _sure(num_canaries: int) -> int:

@@ -78,14 +78,14 @@ class Faulty(Transform):
 
     def finish(self, aggregate: Update, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """Adds the noise, with the fault."""
-        inner = self.inner
-        assert inner.noise_multiplier is not None
+        inner, noise = self.inner, self.inner.noise_multiplier
+        assert noise is not None
         if self.fault == "clip-late":
             aggregate = inner.decode(aggregate, ctx)
         elif self.fault == "half-noise":
-            inner = replace(inner, noise_multiplier=inner.noise_multiplier / 2)
+            inner = replace(inner, noise_multiplier=noise / 2)
         elif self.fault == "cohort-noise":
-            inner = replace(inner, noise_multiplier=inner.noise_multiplier / max(1, aggregate.num_clients))
+            inner = replace(inner, noise_multiplier=noise / max(1, aggregate.num_clients))
         elif self.fault == "same-noise":
             ctx = replace(ctx, secret=_fixed("a run", ctx.key.digest))
         elif self.fault == "fixed-seed":

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from fedfm.aggregators import Mean
 from fedfm.core.errors import ConfigError, PrivacyError
@@ -245,8 +246,7 @@ def test_the_report_shows_the_audit_beside_the_claim(tmp_path: Path) -> None:
     from fedfm.reports import html
     from fedfm.run.loop import run
 
-    base = tiny.federation(tmp_path)
-    federation = replace(base, transforms=(replace(DP, simulated=True),), aggregator=Mean("uniform"), rounds=1)
+    federation = replace(tiny.federation(tmp_path), transforms=(replace(DP, simulated=True),), aggregator=Mean("uniform"), rounds=1)
     for _ in run(federation, out=tmp_path / "run"):
         pass
     assert "Audited" not in html(tmp_path / "run")
@@ -298,3 +298,23 @@ def test_a_broken_promise_to_rows_is_noticed(fault: str, monkeypatch: pytest.Mon
     federation = rows(inner=everything, epsilon=None, noise_multiplier=3.0)
     result = audit_plan(federation, Wanted(num_canaries=1000), num_rows=1000)
     assert result.refuted, result
+
+
+def test_a_run_can_be_audited_in_one_go(tmp_path: Path) -> None:
+    from fedfm.cli.main import app
+    from fedfm.recipe import dump
+
+    runner, recipe = CliRunner(), tmp_path / "recipe.yaml"
+    base = replace(tiny.federation(tmp_path), aggregator=Mean("uniform"), rounds=1)
+    recipe.write_text(dump(base))
+    refused = runner.invoke(app, ["run", str(recipe), "--audit", "--out", str(tmp_path / "none")])
+    assert isinstance(refused.exception, ConfigError) and "no claim to audit" in str(refused.exception)
+    assert not (tmp_path / "none").exists(), "refused before anything is played"
+    recipe.write_text(dump(replace(base, transforms=(replace(DP, simulated=True),))))
+    done = runner.invoke(app, ["run", str(recipe), "--audit", "--out", str(tmp_path / "run")])
+    assert done.exit_code == 0 and "does not contradict the claim" in done.output, done.output
+    kept = json.loads((tmp_path / "run" / "audit.json").read_text())
+    assert kept["design"]["power"] >= 0.95 and kept["claim"]["simulated"] and kept["level"] == "owners"
+    asked = runner.invoke(app, ["audit", str(recipe), "--canaries", "100", "--once", "--json"])
+    words = json.loads(asked.stdout)
+    assert asked.exit_code == 0 and words["design"]["num_canaries"] == 100 and not words["more"]

@@ -6,14 +6,16 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TextIO
 
 from fedfm.cli.parts import show_json
 from fedfm.core.errors import ConfigError
 from fedfm.federation import Federation
 from fedfm.recipe import located, read
 from fedfm.run.audit import AUDIT, AuditResult, Wanted, audit_plan
-from fedfm.run.audit_rows import ROWS, split_of, typical_rows
+from fedfm.run.audit_rows import split_of, typical_rows
 from fedfm.run.folder import LEDGER, RECIPE, RunFolder
 
 
@@ -22,27 +24,47 @@ def audit(path: Path, overrides: Sequence[str], wanted: Wanted, quiet: bool, as_
     run = path if path.is_dir() else None
     if run is not None and overrides:
         raise ConfigError(f"{run} is a run, whose recipe is what it is. Audit a recipe file to change fields ({overrides[0]!r}).")
-    plan = located(read(path if run is None else run / RECIPE, overrides)).resolved()
-    if run is not None:
-        plan = replace(plan, rounds=_rounds(run, plan))
-    stream = sys.stderr if as_json else sys.stdout
-
-    def progress(name: str, round: int, rounds: int) -> None:
-        if not quiet and stream.isatty():
-            print(f"\r\033[K{name}, round {round} of {rounds}", end="" if round < rounds else "\r\033[K", file=stream, flush=True)
-
-    num_rows = ROWS if run is None else typical_rows(split_of(run))
-    result = audit_plan(plan, replace(wanted, progress=progress), num_rows)
-    if run is not None:
-        _keep(run, result)
+    wanted = replace(wanted, progress=None if quiet else partial(_progress, sys.stderr if as_json else sys.stdout))
+    result = _audited(run, wanted) if run is not None else audit_plan(located(read(path, overrides)).resolved(), wanted)
     if as_json:
         show_json(result.to_json())
     else:
-        print("\n".join(f"{name:<10} {text}" for name, text in result.lines()))
+        _show(result)
         if run is not None:
             print(f"\nreport     {run / 'report.html'}")
     if result.refuted:
         sys.exit(1)
+
+
+def after_run(run: Path, quiet: bool) -> None:
+    """Audits a run that has just ended, and ends the program with 1 where its claim is wrong.
+
+    Args:
+        quiet: Whether the result is written into the run's folder alone.
+    """
+    result = _audited(run, Wanted(progress=None if quiet else partial(_progress, sys.stdout)))
+    if not quiet:
+        print()
+        _show(result)
+    if result.refuted:
+        sys.exit(1)
+
+
+def _audited(run: Path, wanted: Wanted) -> AuditResult:
+    """The audit of a run's promise, which its folder keeps and its report shows."""
+    plan = located(read(run / RECIPE)).resolved()
+    result = audit_plan(replace(plan, rounds=_rounds(run, plan)), wanted, typical_rows(split_of(run)))
+    _keep(run, result)
+    return result
+
+
+def _progress(stream: TextIO, name: str, round: int, rounds: int) -> None:
+    if stream.isatty():
+        print(f"\r\033[K{name}, round {round} of {rounds}", end="" if round < rounds else "\r\033[K", file=stream, flush=True)
+
+
+def _show(result: AuditResult) -> None:
+    print("\n".join(f"{name:<10} {text}" for name, text in result.lines()))
 
 
 def _rounds(run: Path, plan: Federation) -> int:

@@ -107,6 +107,7 @@ def run(
         Path | None,
         typer.Option(metavar="DIR", help="Submit it to the coordinator of this folder, and show its progress.", callback=usable_path),
     ] = None,
+    audited: Annotated[bool, typer.Option("--audit", help="Audit its privacy promise afterwards, as fedfm audit does.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
     log_level: LogLevel = "warning",
@@ -119,12 +120,14 @@ def run(
             raise ConfigError(
                 f"--out is for a run on this machine; a run of a consortium lies in {consortium}/runs. Leave one of them out."
             )
+        if audited:
+            raise ConfigError("--audit is for a run on this machine. Audit a run of a consortium once it has ended: fedfm audit RUN")
         from fedfm.cli import silos
 
         silos.submit(consortium, recipe, overrides or [], commands.Telling(quiet, as_json, log_level))
         return
 
-    commands.run(recipe, overrides or [], out, dry_run, commands.Telling(quiet, as_json, log_level))
+    commands.run(recipe, overrides or [], out, dry_run, commands.Telling(quiet, as_json, log_level), audited)
 
 
 @app.command(cls=Command)

@@ -344,7 +344,7 @@ def design(num_canaries: int, claim: Curve, fault: Observer, significance: float
         raise ConfigError(f"{num_canaries} canaries are too few to prove anything; take {_FEWEST} or more.")
     designs = []
     for share in _SHARES:
-        guesses = 2 * round(share * num_canaries / 2)
+        guesses = 2 * int(share * num_canaries / 2)
         if guesses < 4:
             continue
         needed = _needed(num_canaries, guesses, claim, significance)

@@ -217,9 +217,21 @@ def audit_plan(plan: Federation, wanted: Wanted | None = None, num_rows: int = R
     wanted = wanted or Wanted()
     if plan.rounds < 1:
         raise ConfigError("The plan has no rounds, so nothing is released and there is nothing to audit. Set rounds to 1 or more.")
+    local = require_promise(plan)
+    return _audit_owners(plan, wanted) if local is None else _audit_rows(plan, wanted, num_rows, local)
+
+
+def require_promise(plan: Federation) -> ExampleDP | None:
+    """The trainer that hides rows, where that is the promise; ``None`` where owners are hidden.
+
+    Raises:
+        ConfigError: if the plan promises nothing, or nothing that could be wrong.
+    """
     owners = any(transform.release(plan) is not None for transform in plan.transforms)
     local = None if owners else promise_to_rows(plan)
-    return _audit_owners(plan, wanted) if local is None else _audit_rows(plan, wanted, num_rows, local)
+    if local is None:
+        promise_to_owners(plan)
+    return local
 
 
 def _audit_owners(plan: Federation, wanted: Wanted) -> AuditResult:

@@ -295,7 +295,7 @@ def test_a_broken_promise_to_rows_is_noticed(fault: str, monkeypatch: pytest.Mon
             lambda self, start, jobs, round: train(self, start, [replace(job, secret=Fixed(bytes(32))) for job in jobs], round),
         )
     everything = SGD(lr=0.5, steps=1, batch_size=None)
-    federation = rows(inner=everything, epsilon=None, noise_multiplier=3.0)
+    federation = rows(inner=everything, epsilon=None, noise_multiplier=3**0.5)
     result = audit_plan(federation, Wanted(num_canaries=1000), num_rows=1000)
     assert result.refuted, result
 
@@ -318,3 +318,20 @@ def test_a_run_can_be_audited_in_one_go(tmp_path: Path) -> None:
     asked = runner.invoke(app, ["audit", str(recipe), "--canaries", "100", "--once", "--json"])
     words = json.loads(asked.stdout)
     assert asked.exit_code == 0 and words["design"]["num_canaries"] == 100 and not words["more"]
+
+
+@pytest.mark.parametrize("release", [Release(0.25, 1.0, 1), Release(0.1, 0.8, 5)])
+def test_sound_sampling_raises_few_false_alarms(release: Release) -> None:
+    secret, rounds, num = Secret.system(), 4, 300
+    all_ = replace(release, steps=rounds * release.steps)
+    observer = Observer.of(release, rounds, release.noise / 4, secret.stream("normal").normal, secret.stream("uniform").uniform)
+    chosen, alarms = design(num, Curve.of(all_), observer), 0
+    coin, noise = secret.stream("coins"), secret.stream("noise")
+    for _ in range(200):
+        present_n = coin.uniform(num) < 0.5
+        score_n = np.zeros(num)
+        for _ in range(rounds):
+            times_n = (coin.uniform(num * release.steps).reshape(num, -1) < release.rate).sum(1)
+            score_n += seen(present_n * times_n + release.noise * release.steps**0.5 * noise.normal(num), release)
+        alarms += evidence(score_n, present_n, chosen.num_guesses, all_, 1e-5, both=chosen.both).ruled_out
+    assert alarms <= 16

@@ -335,3 +335,13 @@ def test_sound_sampling_raises_few_false_alarms(release: Release) -> None:
             score_n += seen(present_n * times_n + release.noise * release.steps**0.5 * noise.normal(num), release)
         alarms += evidence(score_n, present_n, chosen.num_guesses, all_, 1e-5, both=chosen.both).ruled_out
     assert alarms <= 16
+
+
+def test_with_sampled_rows_a_fixed_seed_shows_in_those_that_were_drawn() -> None:
+    from fedfm.run.audit import _blind, _sure
+
+    released = Release(0.01, 0.8, 40, "row")
+    guesses, both = _sure(2000, released)
+    assert not both and guesses < 0.4 * 2000 * (1 - 0.99**40)
+    assert _sure(1001, Release(1.0, 1.0)) == (750, True)
+    assert _blind(60, released, {"best": 0.045, "runs": 0.0025}) == ("runs",) and not _blind(4000, released, {"best": 0.045, "runs": 0.0025})

@@ -36,7 +36,8 @@ _PRECISION = 1e-7
 _LINES = 64  # of a trade-off curve
 _STEP, _FAR = 1.5, 8.0  # noises that are looked at, in units of what is claimed
 _SHARES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12, 0.08, 0.05, 0.03)  # guesses among all canaries that are tried
-_FEWEST, _MOST, _GROWTH = 40, 5000, 1.15  # canaries that are tried
+MOST = 5000  # canaries that are tried
+_FEWEST, _GROWTH = 40, 1.15
 _SAMPLES = 10_000  # scores of each kind that a power is computed from
 
 
@@ -179,8 +180,7 @@ class Curve:
             raise PrivacyError(f"The trade-off curve of {release.kind} noise is not known here, so its audit would prove nothing.")
         if release.rate == 1:
             return Curve(math.sqrt(release.steps) / release.noise)
-        epsilons = [0.0, *np.geomspace(0.02, 40.0, _LINES).tolist()]
-        return Curve(None, tuple(zip(epsilons, deltas_of(release, epsilons), strict=True)))
+        return Curve(None, _lines(release))
 
     def least(self, right: float) -> float:
         """``f(1 - right)``."""
@@ -196,7 +196,13 @@ class Curve:
         return _arrays(self.lines)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=256)
+def _lines(release: Release) -> tuple[tuple[float, float], ...]:
+    epsilons = [0.0, *np.geomspace(0.02, 40.0, _LINES).tolist()]
+    return tuple(zip(epsilons, deltas_of(release, epsilons), strict=True))
+
+
+@lru_cache(maxsize=256)
 def _arrays(lines: tuple[tuple[float, float], ...]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     epsilon_e, delta_e = np.asarray(lines).T
     return epsilon_e, delta_e
@@ -218,7 +224,7 @@ def release_bound(
         return fdp_bound(num_canaries, num_guesses, num_correct, delta, significance)
 
     def ruled_out(factor: float) -> bool:
-        return fdp_excess(num_canaries, num_guesses, num_correct, _curve(_with_noise(release, factor)), significance) > 0
+        return fdp_excess(num_canaries, num_guesses, num_correct, Curve.of(_with_noise(release, factor)), significance) > 0
 
     # The more noise is claimed, the sooner it is ruled out.
     out = 1.0
@@ -239,11 +245,6 @@ def release_bound(
 
 def _with_noise(release: Release, factor: float) -> Release:
     return replace(release, noise=release.noise * factor)
-
-
-@lru_cache(maxsize=256)
-def _curve(release: Release) -> Curve:
-    return Curve.of(release)
 
 
 @dataclass(frozen=True)
@@ -365,9 +366,9 @@ def designed(claim: Curve, fault: Observer, power: float, significance: float = 
     low, high = _FEWEST, _FEWEST
     while (best := design(high, claim, fault, significance)).power < power:
         low, high = high, 2 * high
-        if high > _MOST:
+        if high > MOST:
             raise ConfigError(
-                f"Even {_MOST} canaries would not notice this fault with probability {power:g}: so small an epsilon lets too little be seen. "
+                f"Even {MOST} canaries would not notice this fault with probability {power:g}: so small an epsilon lets too little be seen. "
                 "Ask for less power, or for a larger fault."
             )
     while high / low > _GROWTH:
@@ -440,7 +441,7 @@ def evidence(
         num_present=int(present_n.sum()),
         num_guesses=guesses,
         num_correct=correct,
-        ruled_out=fdp_excess(m, guesses, correct, _curve(release), significance) > 0,
+        ruled_out=fdp_excess(m, guesses, correct, Curve.of(release), significance) > 0,
         fdp=release_bound(m, guesses, correct, release, delta, significance),
         one_run=one_run_bound(m, guesses, correct, delta, significance),
         estimate=_estimate(inside, outside, delta),

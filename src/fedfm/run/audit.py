@@ -32,7 +32,7 @@ from fedfm.core.session import Answer, Session
 from fedfm.core.tree import Spec
 from fedfm.federation import Federation
 from fedfm.local import ExampleDP
-from fedfm.privacy.audit import Curve, Design, Evidence, Observer, design, designed, evidence, fdp_excess, seen
+from fedfm.privacy.audit import MOST, Curve, Design, Evidence, Observer, design, designed, evidence, fdp_excess, seen
 from fedfm.privacy.canaries import LONG, Canaries
 from fedfm.run.audit_rows import ROWS, RowPlay, promise_to_rows
 from fedfm.run.budget import RunAccount
@@ -183,7 +183,8 @@ class Wanted:
         Raises:
             ConfigError: if no number of canaries has the power.
         """
-        curve = Curve.of(replace(release, steps=rounds * release.steps))
+        released = replace(release, steps=rounds * release.steps)
+        curve = Curve.of(released)
         faults = _FAULTS if self.fault is None else (self.fault,)
         for fault in faults:
             secret = Secret.system()
@@ -197,7 +198,7 @@ class Wanted:
                 if fault == faults[-1] or not 0 < self.power < 1:
                     raise
                 continue
-            while _blind(chosen.num_canaries, curve, level):
+            while _blind(chosen.num_canaries, released, level) and chosen.num_canaries < MOST:
                 chosen = design(round(1.2 * chosen.num_canaries), curve, observer, level["best"])
             return chosen, fault
         raise AssertionError("the last fault returns or raises")
@@ -312,21 +313,27 @@ def _result(
     chosen, fault = plan_of
     delta, present_n, said = claim.guarantee.delta, canaries.present_n, dict[str, Evidence]()
     for name, share in level.items():
-        # What repeats shows in every canary, so nearly all are guessed; not quite all, because coins seldom fall half and half.
-        guesses, both = (chosen.num_guesses, chosen.both) if name == "best" else (_sure(len(canaries)), True)
+        guesses, both = (chosen.num_guesses, chosen.both) if name == "best" else _sure(len(canaries), claim.released)
         said[name] = evidence(scores[name], present_n, guesses, claim.released, delta, share, both)
-    text, blind = f"noise that is {fault:g} times too small", _blind(len(canaries), Curve.of(claim.released), level)
+    text, blind = f"noise that is {fault:g} times too small", _blind(len(canaries), claim.released, level)
     best = said.pop("best")
     return AuditResult(claim.guarantee, claim.level, claim.rounds, chosen, text, best, said, blind, time.monotonic() - began)
 
 
-def _sure(num_canaries: int) -> int:
-    return 2 * int(_SURE * num_canaries / 2)
+def _sure(num_canaries: int, released: Release) -> tuple[int, bool]:
+    """How many guesses are made where noise that repeats would show every canary, and whether some are that a canary was not in.
+
+    Not quite all are guessed, because coins seldom fall half and half. With sampling a canary may be in and never drawn, so only those that show are guessed.
+    """
+    if released.rate == 1:
+        return 2 * int(_SURE * num_canaries / 2), True
+    drawn = 1 - (1 - released.rate) ** released.steps
+    return int(_SURE * num_canaries / 2 * drawn), False
 
 
-def _blind(num_canaries: int, curve: Curve, level: Mapping[str, float]) -> tuple[str, ...]:
+def _blind(num_canaries: int, released: Release, level: Mapping[str, float]) -> tuple[str, ...]:
     """The kinds of score in which so many canaries rule out nothing, even if every guess is right."""
-    guesses = _sure(num_canaries)
+    curve, (guesses, _) = Curve.of(released), _sure(num_canaries, released)
     return tuple(name for name, share in level.items() if name != "best" and fdp_excess(num_canaries, guesses, guesses, curve, share) <= 0)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -23,9 +24,11 @@ from fedfm.core.privacy import Release, released
 from fedfm.core.round import start
 from fedfm.core.secret import Secret
 from fedfm.data import poisson
+from fedfm.engines import Embedded, Process
 from fedfm.local import SGD, AdamW, ExampleDP, FedProx
 from fedfm.methods import Scaffold
 from fedfm.privacy import epsilon_of
+from fedfm.run.loop import run
 from fedfm.simulation import Simulation
 from fedfm.tasks import CausalLM
 from fedfm.testing import tiny
@@ -273,6 +276,17 @@ def test_an_owner_that_demands_privacy_gets_it(folder: Path) -> None:
     with plain.open() as session:
         failed = [answer.client for answer in session.exchange(work(plain)) if isinstance(answer, Failure)]
     assert failed == ["a"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", [Embedded(bank=1, device="cpu"), Process(device="cpu", threads=1)], ids=["embedded", "process"])
+def test_a_run_tells_what_its_worst_owner_has_spent(folder: Path, engine: Embedded | Process) -> None:
+    trainer = ExampleDP(SGD(lr=0.1, steps=2, batch_size=4), max_norm=1.0, delta=1e-3, noise_multiplier=1.5)
+    list(run(private(folder, trainer=trainer, owners=("a", "a", "b"), engine=engine), out=folder / "run"))
+    (told,) = json.loads((folder / "run" / "ledger.json").read_text())["privacy"]
+    few = len(Simulation.build(private(folder, trainer=trainer, owners=("a", "a", "b"))).house.shard("b").train)
+    assert told["epsilon"] == pytest.approx(epsilon_of([Release(4 / few, 1.5, 6, "row")], 1e-3, fine=False))
+    assert "the owner that has spent most" in told["sampling"] and told["unit"].startswith("one row")
 
 
 def test_no_noise_is_enough_is_said() -> None:

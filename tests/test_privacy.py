@@ -85,7 +85,7 @@ def test_releases_with_other_noise_are_composed() -> None:
     [
         ([Release(0.1, 1.0), Release(0.1, 1.0, unit="row")], 1e-5, "different things"),
         ([Release(1, 1.0), Release(1, 1.0, kind="skellam")], 1e-5, "No accountant here composes"),
-        ([Release(1, 1.0, kind="skellam")], 1e-5, "with its dimension"),
+        ([Release(0.5, 1.0, kind="skellam")], 1e-5, "gains from sampling"),
         ([Release(0.0, 1.0)], 1e-5, "sampling rate is 0"),
         ([Release(1.1, 1.0)], 1e-5, "sampling rate is 1.1"),
         ([Release(0.1, math.nan)], 1e-5, "noise multiplier is nan"),
@@ -237,6 +237,8 @@ def test_what_makes_noise_draws_from_no_generator_that_can_be_guessed() -> None:
     makers = [
         SOURCE / "core/secret.py",
         SOURCE / "transforms/central_dp.py",
+        SOURCE / "transforms/distributed_dp.py",
+        SOURCE / "transforms/local_dp.py",
         SOURCE / "local/example_dp.py",
         *(SOURCE / "privacy").glob("*.py"),
     ]

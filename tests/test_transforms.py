@@ -21,7 +21,7 @@ from fedfm.local import SGD
 from fedfm.models import Model
 from fedfm.testing import check_transform, examples
 from fedfm.testing.parts import context, like, parameters, same
-from fedfm.transforms import CastBF16, CentralDP, ClipByNorm, Int4, Int8, TopK
+from fedfm.transforms import CastBF16, CentralDP, ClipByNorm, DistributedDP, Int4, Int8, LocalDP, TopK
 
 EXAMPLES = {
     "CentralDP": [
@@ -29,6 +29,11 @@ EXAMPLES = {
         CentralDP(clip=0.5, delta=1e-5, noise_multiplier=0.5, quantile=0.5),
         CentralDP(clip=1e9, delta=1e-5, noise_multiplier=0.0),
     ],
+    "DistributedDP": [
+        DistributedDP(clip=0.5, delta=1e-5, noise_multiplier=1.0, sharers=3),
+        DistributedDP(clip=10.0, delta=1e-5, noise_multiplier=0.0),
+    ],
+    "LocalDP": [LocalDP(epsilon=1.0)],
     "ClipByNorm": [ClipByNorm(max_norm=0.5), ClipByNorm(max_norm=1e9)],
     "Int8": [Int8(), Int8(block=1), Int8(block=5)],
     "Int4": [Int4(), Int4(block=1), Int4(block=5)],

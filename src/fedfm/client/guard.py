@@ -28,7 +28,7 @@ from fedfm.core import messages, registry, words
 from fedfm.core.errors import FedfmError, PolicyError, RunError
 from fedfm.core.leaves import Kind
 from fedfm.core.messages import ClientId, Failure, Reply, Request
-from fedfm.core.parts import Channel, LocalTrainer, Transform, errand_id
+from fedfm.core.parts import Channel, LocalTrainer, Part, Transform, errand_id
 from fedfm.core.tree import raw
 
 _ANSWER = "answer"
@@ -328,7 +328,7 @@ def _listed(names: Sequence[str]) -> str:
     return words.listed(names, 8) or "nothing"
 
 
-def _meets(part: Channel | LocalTrainer | Transform, demand: str) -> bool:
+def _meets(part: Part, demand: str) -> bool:
     """Whether a part of the plan is what the owner demands."""
     if demand == SUMS:
         return isinstance(part, Channel) and "single-updates" in part.traits().hides

@@ -20,7 +20,7 @@ from fedfm.core.keys import Key
 from fedfm.core.leaves import Leaf
 from fedfm.core.messages import Body, ClientId, Failure, Request, Scalar
 from fedfm.core.privacy import Guarantee, Release
-from fedfm.core.secret import Secret
+from fedfm.core.secret import Secret, Stream
 from fedfm.core.session import Session
 from fedfm.core.sums import Partial
 from fedfm.core.tree import Spec, Tree
@@ -146,7 +146,7 @@ class Traits:
     ``gradient-steps`` (a client moves by its gradients and nothing else), ``linear`` (decoding commutes with addition), ``bounds``
     (no update leaves it longer than its bound), ``private`` (a privacy promise, which every leaf that leaves must be covered by),
     ``server-noise`` (a promise whose noise is added after the answers have left their houses), ``silent`` (the numbers of a client's work stay at home),
-    ``simulated`` (a promise whose coins come from the run's key).
+    ``noisy-counts`` (counts are told with noise), ``simulated`` (a promise whose coins come from the run's key).
     """
 
     needs: frozenset[str] = frozenset()
@@ -278,6 +278,18 @@ class Transform(Part, ABC):
     def finish(self, aggregate: Update, state: Tree, ctx: RoundContext) -> tuple[Update, Tree]:
         """The aggregate after this transform's one step on it, and the new state."""
         return aggregate, state
+
+    def told_counts(self, counts: Sequence[float], sensitivity: float, stream: Stream) -> list[float] | None:
+        """Counts as an owner may tell them under this part; ``None`` where it says nothing of counts.
+
+        Args:
+            sensitivity: By how much one row changes them, all together.
+            stream: The owner's own coins.
+        """
+        return None
+
+    def begin(self, ctx: RoundContext) -> None:
+        """Called on the server before a cohort is asked: a transform whose noise is in the answers writes down here what they spend."""
 
     def release(self, plan: Plan) -> Release | None:
         """What a round spends on the server; ``None`` where it adds no noise there."""

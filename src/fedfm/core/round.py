@@ -108,6 +108,8 @@ def play(
     ctx = RoundContext(state.round + 1, key, state.params, len(clients), spent=spent, secret=secret, rate=plan.sampler.poisson_rate())
     meter = Meter(session, watch)
     cohort, sampler = plan.sampler.sample(clients, state.of("sampler"), ctx)
+    for transform in plan.transforms:
+        transform.begin(ctx)
     errand = plan.work(state, cohort, ctx)
     ctx = replace(ctx, params=errand.params, leaves=errand.leaves)
     arrivals = Arrivals(errand)

@@ -103,7 +103,7 @@ class ExampleDP(LocalTrainer):
         """
         if spent is not None:
             rates = sorted({release.rate for release in spent})
-            rows = f"Poisson sampling of rows (rate {', '.join(f'{rate:.3g}' for rate in rates)}, {sum(release.steps for release in spent)} steps)"
+            rows = f"Poisson sampling of rows (of the owner that has spent most: rate {', '.join(f'{rate:.3g}' for rate in rates)}, {sum(release.steps for release in spent)} steps)"
             return self._named(epsilon_of(spent, self.delta, self.accountant, fine=False), rows)
         if self.epsilon is None and self.noise_multiplier is not None:
             # Nobody has a higher sampling rate than 1.

@@ -112,6 +112,9 @@ class Budget:
         for transform in self._transforms:
             if guarantee := self._of(transform, released(self.account)):
                 yield guarantee
+        for transform in self.plan.transforms:
+            if transform not in self._transforms and (told := transform.guarantee(self.plan, len(self.house.clients))):
+                yield told
         local = self.plan.local
         spent = {client: own for client in self.house.shards if (own := released(self.house.spent.of(client)))}
         if not spent:

@@ -48,7 +48,7 @@ def _round_trip(transform: Transform, params: Tree, rounds: int) -> None:
             f"{name}.encode changed more than the payload, and what it declares"
         )
         assert added <= encoded.metrics.keys() | encoded.payload.keys(), f"{name} declares {added}, and does not tell it"
-        again, after_again = transform.encode(update, memory, ctx)
+        again, after_again = transform.encode(update, memory, replace(ctx, secret=Secret.simulated(ctx.draw("coins"))))
         assert same(encoded.payload, again.payload) and same(after, after_again), f"{name} is not decided by the key"
         arrived = unpack(pack(Reply("client-1", "train", round, encoded.payload)))
         assert isinstance(arrived, Reply)
@@ -81,7 +81,7 @@ def _check_covers(transform: Transform, update: Update, decoded: Update) -> None
 def _refusals(transform: Transform, params: Tree) -> None:
     name, ctx = type(transform).__name__, context(params, client="client-1")
     payload = {**like(params, 1), "method.extra": torch.linspace(-1, 1, 11)}
-    ctx = replace(ctx, received=transform.broadcast(transform.init(params)))
+    ctx = replace(ctx, received=transform.broadcast(transform.init(params)), secret=Secret.simulated(ctx.draw("coins")))
     encoded, _ = transform.encode(Update(payload, client="client-1"), {}, ctx)
     for what, broken in _mutations(encoded.payload):
         try:

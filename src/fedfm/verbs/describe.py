@@ -15,8 +15,9 @@ from fedfm.core.errors import DataError, FedfmError
 from fedfm.core.keys import Key
 from fedfm.core.leaves import Kind, Leaf
 from fedfm.core.messages import Body, ClientId, Failure, Request
-from fedfm.core.parts import Channel, Errand, Partial, RoundContext, Session, Update
+from fedfm.core.parts import Channel, Errand, Partial, RoundContext, Session, Transform, Update
 from fedfm.core.roster import Holding, Roster, count, total_of
+from fedfm.core.secret import Secret
 
 _COUNTS = ("train", "test", "tokens")
 _LABELS = "labels"
@@ -80,6 +81,9 @@ def _declared(num_labels: int) -> tuple[Leaf, ...]:
 
 
 def _answer(client: ClientId, house: House) -> Update:
+    noisy = next((part for part in house.plan.transforms if "noisy-counts" in part.traits().is_), None)
+    if noisy is not None and not house.policy(client).withholds("counts"):
+        return _noisy(client, house, noisy)
     shard, counts_kept = house.shard(client), house.withholds(client, "counts")
     labels_kept = counts_kept or house.withholds(client, "labels")
     counts = (len(shard.train), len(shard.test), shard.tokens)
@@ -90,6 +94,33 @@ def _answer(client: ClientId, house: House) -> Update:
         values = [math.nan if labels_kept else float(histogram.get(label, 0)) for label in house.labels]
         payload[_LABELS] = torch.tensor(values, dtype=torch.float64)
     return Update(payload, client=client, metrics=numbers)
+
+
+def _noisy(client: ClientId, house: House, part: Transform) -> Update:
+    """The counts with noise, once in a run: noise that is drawn twice can be averaged away. Asked again, an owner tells nothing."""
+    shard, spent = house.shard(client), house.spent.of(client)
+    expense = f"counts told with noise in {house.run}"
+    if spent.total(expense):
+        nothing = {_LABELS: torch.full((len(house.labels),), math.nan, dtype=torch.float64)} if house.labels else {}
+        return Update(nothing, client=client, metrics=dict.fromkeys(_COUNTS, math.nan))
+    spent.add(expense, 1)
+    simulated = "simulated" in part.traits().is_
+    secret = Secret.simulated(house.key.fold("counts", client)) if simulated else Secret.system()
+    stream = secret.stream("counts")
+
+    def told(counts: Sequence[float], sensitivity: float) -> list[float]:
+        values = part.told_counts(counts, sensitivity, stream)
+        assert values is not None, part
+        return values
+
+    train, test = told([len(shard.train), len(shard.test)], 1.0)
+    (tokens,) = told([shard.tokens], float(house.plan.task.max_length))
+    histogram, payload = shard.histogram(), dict[str, torch.Tensor]()
+    if house.labels:
+        values = told([histogram.get(label, 0) for label in house.labels], 1.0)
+        kept = house.policy(client).withholds("labels")
+        payload[_LABELS] = torch.tensor([math.nan] * len(values) if kept else values, dtype=torch.float64)
+    return Update(payload, client=client, metrics=dict(zip(_COUNTS, (train, test, tokens), strict=True)))
 
 
 def _holding(numbers: Mapping[str, torch.Tensor | float], labels: Sequence[str]) -> Holding:

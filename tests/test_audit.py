@@ -222,7 +222,7 @@ def test_an_adapting_clip_is_audited_with_the_bound_of_each_round() -> None:
         ({}, {"num_canaries": 10}, "10 canaries are too few"),
         ({}, {"power": 1.0}, "power is 1"),
         ({}, {"fault": 1.0}, "The fault is 1"),
-        ({"transforms": (replace(DP, noise_multiplier=1e4),)}, {}, "so small an epsilon"),
+        ({"transforms": (replace(DP, noise_multiplier=1e4),)}, {"fault": 2.0}, "too little be seen"),
     ],
 )
 def test_an_audit_that_would_say_nothing_is_refused(parts: dict[str, object], asked: dict[str, float], words: str) -> None:
@@ -344,4 +344,12 @@ def test_with_sampled_rows_a_fixed_seed_shows_in_those_that_were_drawn() -> None
     guesses, both = _sure(2000, released)
     assert not both and guesses < 0.4 * 2000 * (1 - 0.99**40)
     assert _sure(1001, Release(1.0, 1.0)) == (750, True)
-    assert _blind(60, released, {"best": 0.045, "runs": 0.0025}) == ("runs",) and not _blind(4000, released, {"best": 0.045, "runs": 0.0025})
+    assert _blind(60, released, {"best": 0.045, "runs": 0.0025}) == ("runs",) and not _blind(
+        4000, released, {"best": 0.045, "runs": 0.0025}
+    )
+
+
+def test_where_nothing_can_be_noticed_the_power_says_so() -> None:
+    result = audit_owners(plan(transforms=(replace(DP, noise_multiplier=1e4),), rounds=1), twice=False)
+    assert result.design.num_canaries == 1000 and result.design.power < 0.2 and not result.refuted
+    assert "means little" in result.verdict() and f"probability {result.design.power:.2f} alone" in result.verdict()

@@ -343,7 +343,7 @@ def design(num_canaries: int, claim: Curve, fault: Observer, significance: float
     """
     if num_canaries < _FEWEST:
         raise ConfigError(f"{num_canaries} canaries are too few to prove anything; take {_FEWEST} or more.")
-    designs = []
+    designs: list[tuple[float, float, Design]] = []
     for share in _SHARES:
         guesses = 2 * int(share * num_canaries / 2)
         if guesses < 4:
@@ -351,8 +351,9 @@ def design(num_canaries: int, claim: Curve, fault: Observer, significance: float
         needed = _needed(num_canaries, guesses, claim, significance)
         for both in (True, False):
             right = fault.right(guesses / num_canaries, both)
-            designs.append(Design(num_canaries, guesses, needed, float(_scipy("stats").binom.sf(needed - 1, guesses, right)), both))
-    return max(designs, key=lambda one: (round(one.power, 6), one.num_guesses))
+            power = float(_scipy("stats").binom.sf(needed - 1, guesses, right))
+            designs.append((round(power, 6), right - needed / guesses, Design(num_canaries, guesses, needed, power, both)))
+    return max(designs, key=lambda one: one[:2])[2]
 
 
 def designed(claim: Curve, fault: Observer, power: float, significance: float = 0.05) -> Design:
@@ -368,7 +369,7 @@ def designed(claim: Curve, fault: Observer, power: float, significance: float = 
         low, high = high, 2 * high
         if high > MOST:
             raise ConfigError(
-                f"Even {MOST} canaries would not notice this fault with probability {power:g}: so small an epsilon lets too little be seen. "
+                f"Even {MOST} canaries would not notice this fault with probability {power:g}: it lets too little be seen. "
                 "Ask for less power, or for a larger fault."
             )
     while high / low > _GROWTH:

@@ -45,6 +45,8 @@ SIGNIFICANCE = 0.05
 # Shares of it for scores in which noise that repeats shows without any doubt.
 _STEADY, _TWICE = 0.05, 0.05
 _SURE = 0.75
+_WITHOUT_POWER = 1000  # canaries where no number of them has the power
+_MEANS_LITTLE = 0.5  # of power
 _FAULTS = (2.0, 4.0, 8.0, 16.0)
 _NUMBERS = 2  # of the model, for each canary
 _CLIP = "clip"
@@ -95,10 +97,13 @@ class AuditResult:
         """The result in a few sentences."""
         claimed = f"epsilon {self.claim.epsilon:.3g} is claimed, and"
         if not self.refuted:
-            return (
-                f"The audit does not contradict the claim: {claimed} at least {self.bound:.3g} is proven with 95 % confidence. "
-                f"It would have noticed {self.fault} with probability {self.design.power:.2g}; a smaller fault may have passed.{self._missed()}"
-            )
+            noticed = f"It would have noticed {self.fault} with probability {self.design.power:.2f}; a smaller fault may have passed."
+            if self.design.power < _MEANS_LITTLE:
+                noticed = (
+                    f"But it means little: it would have noticed even {self.fault} with probability {self.design.power:.2f} alone, because with so much "
+                    "noise, or rows drawn so seldom, one run shows too little."
+                )
+            return f"The audit does not contradict the claim: {claimed} at least {self.bound:.3g} is proven with 95 % confidence. {noticed}{self._missed()}"
         first = f"The claim is wrong: {claimed} the canaries prove at least {self.bound:.3g} with 95 % confidence."
         remedy = "Do not release this model."
         if self.evidence.ruled_out:
@@ -125,7 +130,7 @@ class AuditResult:
             ("", f"at least {self.one_run:.4g} by the one-run bound, which holds for every mechanism"),
             ("estimate", f"epsilon {best.estimate:.4g}, a point estimate and no bound"),
             ("canaries", f"{best.num_canaries}, of which {best.num_present} were in; {best.num_guesses} guesses, {best.num_correct} right"),
-            ("power", f"{self.design.power:.3g} for {self.fault}"),
+            ("power", f"{self.design.power:.3f} for {self.fault}"),
             ("exposure", f"{best.exposure:.3g} bits on average, of {best.most_exposure:.3g}; 1.44 by chance"),
             ("caught", f"{100 * best.true_positives:.3g} % of present canaries at 0.1 % false positives"),
             ("time", f"{self.rounds} rounds{' twice' if 'runs' in self.more else ''}, {self.seconds:.1f} s"),
@@ -181,7 +186,7 @@ class Wanted:
         """The canaries and guesses for rounds that each release this, and the fault for which they have their power.
 
         Raises:
-            ConfigError: if no number of canaries has the power.
+            ConfigError: if no number of canaries has the power for the fault that is asked for.
         """
         released = replace(release, steps=rounds * release.steps)
         curve = Curve.of(released)
@@ -195,13 +200,14 @@ class Wanted:
             try:
                 chosen = designed(curve, observer, self.power, level["best"])
             except ConfigError:
-                if fault == faults[-1] or not 0 < self.power < 1:
+                if self.fault is not None or not 0 < self.power < 1:
                     raise
                 continue
             while _blind(chosen.num_canaries, released, level) and chosen.num_canaries < MOST:
                 chosen = design(round(1.2 * chosen.num_canaries), curve, observer, level["best"])
             return chosen, fault
-        raise AssertionError("the last fault returns or raises")
+        # Where canaries are seldom drawn, a sound run shows those that were as clearly as a faulty one does. The power says so.
+        return design(_WITHOUT_POWER, curve, observer, level["best"]), fault
 
 
 def audit_plan(plan: Federation, wanted: Wanted | None = None, num_rows: int = ROWS) -> AuditResult:

@@ -360,7 +360,7 @@ def completed(shell: str, *words: str) -> tuple[list[str], str]:
     [
         (("re",), {"plain,resume", "plain,report"}),
         (("predict", "--pro"), {"plain,--probabilities"}),
-        (("show", "Lo"), {"plain,LoRA"}),
+        (("show", "LoR"), {"plain,LoRA"}),
         (("list", "tu"), {"plain,tuning"}),
         (("run", "--log-level", "d"), {"plain,debug"}),
         (("completion", "f"), {"plain,fish"}),

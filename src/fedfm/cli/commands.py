@@ -30,11 +30,15 @@ from fedfm.recipe import dump, located, read
 from fedfm.run.folder import LEDGER, METRICS, RECIPE, read_lines
 
 
-def run(recipe: Path, overrides: Sequence[str], out: Path | None, dry_run: bool, telling: Telling) -> None:
+def run(recipe: Path, overrides: Sequence[str], out: Path | None, dry_run: bool, telling: Telling, audited: bool = False) -> None:
     """``fedfm run``."""
     from fedfm.run.loop import run
 
     federation = located(read(recipe, overrides))
+    if audited:
+        from fedfm.run.audit import require_promise
+
+        require_promise(federation.resolved())
     if dry_run:
         plans.require(federation.resolved())
         if telling.as_json:
@@ -44,6 +48,10 @@ def run(recipe: Path, overrides: Sequence[str], out: Path | None, dry_run: bool,
         return
     out = out or Path("runs") / federation.name
     _play(run(federation, out=out, watchers=telling.watchers()), out, telling)
+    if audited:
+        from fedfm.cli import audit
+
+        audit.after_run(out, telling.quiet or telling.as_json)
 
 
 def resume(path: Path, overrides: Sequence[str], telling: Telling) -> None:

@@ -1,4 +1,4 @@
-"""``fedfm``: init, run, resume, compare, sweep, check, leak, list, show, report, export, evaluate, predict, generate, cache, log, approve,
+"""``fedfm``: init, run, resume, compare, sweep, check, audit, leak, list, show, report, export, evaluate, predict, generate, cache, log, approve,
 consortium, serve, join, attach, status, pause, leave, quickstart, completion, and commands of other packages.
 
 Only what ``--help`` needs is imported here; a command imports the rest when it runs.
@@ -108,6 +108,7 @@ def run(
         Path | None,
         typer.Option(metavar="DIR", help="Submit it to the coordinator of this folder, and show its progress.", callback=usable_path),
     ] = None,
+    audited: Annotated[bool, typer.Option("--audit", help="Audit its privacy promise afterwards, as fedfm audit does.")] = False,
     quiet: Quiet = False,
     as_json: Json = False,
     log_level: LogLevel = "warning",
@@ -120,12 +121,14 @@ def run(
             raise ConfigError(
                 f"--out is for a run on this machine; a run of a consortium lies in {consortium}/runs. Leave one of them out."
             )
+        if audited:
+            raise ConfigError("--audit is for a run on this machine. Audit a run of a consortium once it has ended: fedfm audit RUN")
         from fedfm.cli import silos
 
         silos.submit(consortium, recipe, overrides or [], commands.Telling(quiet, as_json, log_level))
         return
 
-    commands.run(recipe, overrides or [], out, dry_run, commands.Telling(quiet, as_json, log_level))
+    commands.run(recipe, overrides or [], out, dry_run, commands.Telling(quiet, as_json, log_level), audited)
 
 
 @app.command(cls=Command)
@@ -211,6 +214,41 @@ def check(
     from fedfm.cli import commands
 
     commands.check(recipe, overrides or [], data, as_json)
+
+
+@app.command(cls=Command)
+def audit(
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="RUN",
+            help="A run's folder, whose report then shows the audit, or a recipe file.",
+            callback=usable_path,
+            click_type=click.Path(path_type=Path),
+        ),
+    ],
+    overrides: Overrides = None,
+    canaries: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="How many canaries. Default: as many as --power needs.", show_default=False)
+    ] = None,
+    power: Annotated[float, typer.Option(help="The probability with which the fault of --fault is to be noticed.")] = 0.95,
+    fault: Annotated[
+        float | None,
+        typer.Option(
+            metavar="TIMES",
+            help="The fault to be noticed: noise that is so many times too small. Default: 2, or more where 2 cannot be noticed.",
+            show_default=False,
+        ),
+    ] = None,
+    once: Annotated[bool, typer.Option("--once", help="Play once: twice as fast, and blind to noise from a fixed seed.")] = False,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Test a privacy promise: canaries join by secret coins, and guesses about them bound epsilon from below. Exit code 1: the claim is wrong."""
+    from fedfm.cli import audit
+    from fedfm.run.audit import Wanted
+
+    audit.audit(path, overrides or [], Wanted(canaries, power, fault, not once), quiet, as_json)
 
 
 @app.command(cls=Command)

@@ -74,6 +74,21 @@ def epsilon_of(releases: Sequence[Release], delta: float, accountant: Accountant
     )
 
 
+def deltas_of(release: Release, epsilons: Sequence[float]) -> list[float]:
+    """The delta of each epsilon, of Gaussian releases; an upper bound by PLD.
+
+    Raises:
+        PrivacyError: if a number is out of range.
+        MissingExtra: if ``dp-accounting`` is not installed.
+    """
+    _require(release)
+    dp, pld, _ = _library()
+    how = pld.PLDAccountant(dp.NeighboringRelation.ADD_OR_REMOVE_ONE, value_discretization_interval=_COARSE)
+    event = dp.GaussianDpEvent(release.noise)
+    how.compose(dp.SelfComposedDpEvent(event if release.rate == 1 else dp.PoissonSampledDpEvent(release.rate, event), release.steps))
+    return [float(how.get_delta(epsilon)) for epsilon in epsilons]
+
+
 def calibrate(rate: float, steps: int, epsilon: float, delta: float, accountant: Accountant = "pld", fine: bool = True) -> float:
     """The smallest Gaussian noise multiplier whose releases stay within epsilon, to four digits; infinity where none is enough.
 

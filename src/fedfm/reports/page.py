@@ -132,6 +132,7 @@ def picture(run: Run) -> dict[str, Any]:
         "split_area": split_area(run.split),
         "labels": labels(run.split),
         "num_split": len(run.split),
+        "audit": audit(run),
         "costs": costs(run),
         "privacy": privacy(run),
         "time": time_bar(run),
@@ -238,6 +239,13 @@ def metrics(run: Run) -> list[tuple[str, list[str]]]:
             values += [ends[name].local, ends[name].centralised] if name in ends else [None, None]
         rows.append((metric.title, [metric.show(value) for value in values]))
     return rows
+
+
+def audit(run: Run) -> list[tuple[str, str]]:
+    """The audit of the run's privacy promise, row by row, the verdict first; empty where there was none."""
+    lines = run.audit.get("lines", [])
+    rows = [(str(line[0]), str(line[1])) for line in lines if isinstance(line, list) and len(line) == 2]
+    return sorted(rows, key=lambda row: row[0] != "verdict")
 
 
 def total(run: Run, name: str) -> float:

@@ -88,6 +88,7 @@ class Run:
         base: Digests of its base model and tokenizer.
         ended: Whether it played all of its rounds, or ended early, and wrote its model.
         bad_rows: Rows that were left out when the data was prepared.
+        audit: What an audit of its privacy promise says; empty where there was none.
     """
 
     name: str
@@ -103,6 +104,7 @@ class Run:
     base: str = ""
     ended: bool = False
     bad_rows: BadRows = field(default_factory=BadRows)
+    audit: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def evaluations(self) -> list[Round]:
@@ -149,6 +151,7 @@ def read(folder: Path) -> Run:
         base=" ".join(str(base[name]) for name in ("weights", "tokenizer") if name in base),
         ended=journal.ended,
         bad_rows=BadRows.from_json(journal.first.get("data", {}).get("bad_rows")),
+        audit=_mapping(_json(folder / "audit.json")),
     )
 
 

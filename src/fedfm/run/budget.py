@@ -120,6 +120,8 @@ class Budget:
             if transform not in self._transforms and (told := transform.guarantee(self.plan, len(self.house.clients))):
                 yield told
         local = self.plan.local
+        if not self._owners_promise:
+            return
         spent = {client: own for client in self.house.shards if (own := released(self.house.spent.of(client)))}
         if not spent:
             planned = local.guarantee(self.plan, len(self.house.clients))
@@ -134,11 +136,18 @@ class Budget:
         """As ``ledger.json`` holds it."""
         return [guarantee.to_json() for guarantee in self.guarantees()]
 
+    @property
+    def _owners_promise(self) -> bool:
+        """Whether owners have accounts of their own, of whom there may be many."""
+        return "private" in self.plan.local.traits().is_
+
     def _of(self, transform: Transform, spent: Sequence[Release]) -> Guarantee | None:
         return transform.guarantee(self.plan, len(self.house.clients), spent)
 
     def _owners_refusal(self) -> str | None:
         """Why no owner that lives here takes part in another round."""
+        if not self._owners_promise:
+            return None
         refusals = [why for client in self.house.shards if (why := _unaffordable(self.plan.local, self.house, client)) is not None]
         return refusals[0] if refusals and len(refusals) == len(self.house.clients) else None
 

@@ -162,7 +162,8 @@ class Desk:
         params, start, is_own = start_of(request.tensors, request.own, memory, house)
         received = {name: leaf for name, leaf in request.tensors.items() if name not in house.tuned.spec.names}
         examples, plan = opened(house.shard(client).train), house.plan
-        plan.local.require_affordable(released(house.spent.of(client)), len(examples))
+        if "private" in plan.local.traits().is_:
+            plan.local.require_affordable(released(house.spent.of(client)), len(examples))
         secret = coins((plan.local, *plan.transforms), house.key.fold("client", request.round, client))
         return Desk(client, request, house, memory, examples, params, start, is_own, received, secret)
 

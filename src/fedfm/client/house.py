@@ -14,12 +14,14 @@ from fedfm.client.bank import Bank
 from fedfm.client.guard import Asker, Guard
 from fedfm.client.log import OwnerLog
 from fedfm.client.memory import Memory
+from fedfm.client.peers import Peers
 from fedfm.client.plan import ClientPlan
 from fedfm.client.policy import OPEN, Policy
 from fedfm.client.spent import SpentStore
 from fedfm.core.errors import DataError
 from fedfm.core.keys import Key
 from fedfm.core.messages import ClientId, Scalar
+from fedfm.core.parts import Vault
 from fedfm.core.task import Examples
 from fedfm.core.tree import Tree
 from fedfm.data import Shard, opened
@@ -56,6 +58,8 @@ class House:
         outline: The tokenizer and the config, where they are loaded already. The model takes them over.
         elsewhere: Clients whose house is another machine, in a fixed order; this one holds none of their data.
         data_rules: How an owner's rows become examples, for houses that prepare their own: the fields of ``data`` that name no file.
+        identity: The private key (Ed25519, 32 bytes) by which others know the client; ``None`` where a channel that needs one draws it.
+        peers: The public keys by which other clients are known here; ``None`` keeps them in this process.
     """
 
     plan: ClientPlan
@@ -77,6 +81,8 @@ class House:
     outline: tuple[Any, Any] | None = None
     elsewhere: tuple[ClientId, ...] = ()
     data_rules: Mapping[str, Scalar] = field(default_factory=dict)
+    identity: bytes | None = None
+    peers: Peers | None = None
 
     @property
     def clients(self) -> tuple[ClientId, ...]:
@@ -116,6 +122,20 @@ class House:
 
     @cached_property
     def _guards(self) -> dict[ClientId, Guard]:
+        return {}
+
+    def vault(self, client: ClientId) -> Vault:
+        """What a channel that keeps secrets is lent for this client."""
+        if client not in self._vaults:
+            if self.peers is None:
+                # The clients of one house know each other by what they themselves say.
+                self.peers = Peers()
+            job = Vault.job_of(self.key)
+            self._vaults[client] = Vault(client, job, self.key, self.spent.of(client), self.peers.known, self.identity)
+        return self._vaults[client]
+
+    @cached_property
+    def _vaults(self) -> dict[ClientId, Vault]:
         return {}
 
     @cached_property

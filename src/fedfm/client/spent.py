@@ -8,6 +8,7 @@ put in, or taken out from among others. Not covered: an owner who puts back an o
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,9 @@ class _Account(Spent):
 
     def total(self, what: str) -> float:
         return math.fsum(amount for name, amount in self.store.entries(self.client) if name == what)
+
+    def names(self) -> Iterator[str]:
+        return (name for name, _ in self.store.entries(self.client))
 
 
 def _text(what: Any) -> str:

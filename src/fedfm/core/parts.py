@@ -65,6 +65,39 @@ class Spent(ABC):
     def total(self, what: str) -> float:
         """All that was spent of ``what``, by rounds that count and by rounds that do not."""
 
+    @abstractmethod
+    def names(self) -> Iterator[str]:
+        """What something was spent of, oldest first; the same may come more than once."""
+
+
+@dataclass
+class Vault:
+    """What a house lends to the client's half of a channel that keeps secrets: who the client is, whom it knows, and where it writes what is used up.
+
+    Args:
+        client: Whose it is.
+        job: Names the run, here and at the server.
+        key: The run's key; for what is drawn and is no secret.
+        spent: What the client has spent for good.
+        known: Whether the house knows a client by a public key (Ed25519, 32 bytes). One that it has not met is known by this key from now on, if the
+            house allows that.
+        identity: The client's private key (Ed25519, 32 bytes); ``None`` where the channel draws one.
+        memory: Lasts as long as the house is open, and is never written.
+    """
+
+    client: ClientId
+    job: str
+    key: Key
+    spent: Spent
+    known: Callable[[ClientId, bytes], bool]
+    identity: bytes | None = None
+    memory: dict[str, object] = field(default_factory=dict)
+
+    @staticmethod
+    def job_of(key: Key) -> str:
+        """The name of the run with this key."""
+        return key.fold("job").digest.hex()[:32]
+
 
 @dataclass(frozen=True)
 class RoundContext:
@@ -548,8 +581,16 @@ def errand_id(request: Request) -> str:
     return str(request.own.get(ERRAND, f"{request.verb}/{request.round}/0"))
 
 
-# What a channel keeps of one client between the exchanges of one errand, and no longer.
-Scratch = dict[str, object]
+class Scratch(dict[str, object]):
+    """What a channel keeps of one client between the exchanges of one errand, and no longer.
+
+    Args:
+        vault: What the house lends to a channel that keeps secrets; ``None`` where there is no house.
+    """
+
+    def __init__(self, vault: Vault | None = None) -> None:
+        super().__init__()
+        self.vault = vault
 
 
 class Channel(Part, ABC):
@@ -559,10 +600,20 @@ class Channel(Part, ABC):
 
     Attributes:
         verbs: Exchanges of its own, which :meth:`answer` answers.
+        closing: Those of them that follow the answers. A client that fails in one of them may be in the sum all the same.
     """
 
     room = "channels"
     verbs: ClassVar[tuple[str, ...]] = ()
+    closing: ClassVar[tuple[str, ...]] = ()
+
+    def check_cohort(self, what: str, num_clients: int) -> Iterator[Finding]:
+        """Findings about so many clients that are asked together.
+
+        Args:
+            what: What they are asked to, in words.
+        """
+        yield from ()
 
     @abstractmethod
     def collect(
@@ -697,5 +748,5 @@ class Plan(Protocol):
 __all__ = [
     "COUNTED", "ERRAND", "TICKET", "Aggregator", "Channel", "ClientId", "Cohort", "Errand", "Finding", "GradientTrainer", "Leaf", "LocalTrainer",
     "Method", "Objective", "P", "Pacing", "Part", "Partial", "Plan", "RoundContext", "Sampler", "Scratch", "Sealed", "ServerOptimizer", "ServerState", "Session", "Spec",
-    "Spent", "Traits", "Transform", "Tree", "Update", "Work", "WrappedTrainer", "errand_id", "innermost", "note", "refuse", "traits", "warn",
+    "Spent", "Traits", "Transform", "Tree", "Update", "Vault", "Work", "WrappedTrainer", "errand_id", "innermost", "note", "refuse", "traits", "warn",
 ]  # fmt: skip

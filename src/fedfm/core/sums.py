@@ -148,13 +148,20 @@ class Partial:
         self.by_client: dict[ClientId, Mapping[str, float]] = {}
         self.tickets: dict[ClientId, int] = {}
         self._weight = 0
-        self._numbers = {leaf.name: 0 for leaf in numbers(leaves) if leaf.reduce != "each"}
+        # Integers; NaN where a ring's sum is not known.
+        self._numbers: dict[str, float] = {leaf.name: 0 for leaf in numbers(leaves) if leaf.reduce != "each"}
         self._parts = {reduce: tensors for reduce in ("mean", "sum") if (tensors := _of(leaves, reduce))}
         self._sums = {reduce: ExactSum(sum(leaf.size for leaf in tensors)) for reduce, tensors in self._parts.items()}
 
     @staticmethod
     def of_ring(
-        leaves: Sequence[Leaf], ring_d: torch.Tensor, grid: int, bound: float, clients: Iterable[ClientId], uniform: bool = False
+        leaves: Sequence[Leaf],
+        ring_d: torch.Tensor,
+        grid: int,
+        bound: float,
+        clients: Iterable[ClientId],
+        uniform: bool = False,
+        unknown: Sequence[str] = (),
     ) -> Partial:
         """The sum that a ring of integers holds.
 
@@ -162,6 +169,7 @@ class Partial:
             ring_d: int64; the ``mean`` tensors in their order, the ``sum`` tensors, the numbers, and last the weight; unit ``2^-grid``.
             bound: No sum is larger in magnitude.
             clients: The clients whose answers it holds.
+            unknown: Numbers that a client did not know; their sums are NaN.
         """
         total = Partial(leaves, uniform)
         total.clients = list(clients)
@@ -170,6 +178,7 @@ class Partial:
         total._sums = {reduce: ExactSum.of_integers(part, grid, bound) for reduce, part in zip(total._parts, parts, strict=True)}
         *values, weight = (value << (GRID - grid) for value in rest.tolist())
         total._numbers = dict(zip(total._numbers, values, strict=True))
+        total._numbers.update({name: math.nan for name in unknown if name in total._numbers})
         total._weight = len(total.clients) << GRID if uniform else weight
         return total
 
@@ -282,5 +291,5 @@ def _integer(value: float) -> int:
     return round(math.ldexp(value, GRID))
 
 
-def _scalar(integer: int) -> torch.Tensor:
+def _scalar(integer: float) -> torch.Tensor:
     return torch.tensor(integer / (1 << GRID), dtype=torch.float64)

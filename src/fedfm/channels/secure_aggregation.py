@@ -145,7 +145,10 @@ class SecureAggregation(Channel):
         if owners is not None:
             yield from self.check_cohort("evaluate", owners)
         if self.min_clients == 3:
-            yield warn("channel", "a sum of three owners shows two of them who compare notes what the third has sent. Set min_clients to 4 or more.")
+            yield warn(
+                "channel",
+                "a sum of three owners shows two of them who compare notes what the third has sent. Set min_clients to 4 or more.",
+            )
         if plan.on_failure == "stop":
             yield warn("on_failure", "stop ends the run at the first dropout, which SecureAggregation could do without. Use leave_out.")
         yield note(
@@ -167,7 +170,11 @@ class SecureAggregation(Channel):
         except ValueError as error:
             yield refuse("channel", f"to {what}, {error}.")
             return
-        chance = "" if num_clients <= COMPLETE else f" (but for a chance of 2^-{numbers.security:.0f}; 2^-{numbers.correctness:.0f} that a sum cannot be opened)"
+        chance = (
+            ""
+            if num_clients <= COMPLETE
+            else f" (but for a chance of 2^-{numbers.security:.0f}; 2^-{numbers.correctness:.0f} that a sum cannot be opened)"
+        )
         yield Finding(
             "promise",
             "channel",
@@ -229,7 +236,9 @@ class SecureAggregation(Channel):
         if terms is None:
             raise Abort("the server asks for an answer before the terms of its sum.")
         if terms.body != _body_digest(request.body):
-            raise self._given_up(member, "what this client is asked is not what the terms of the sum say: another model, or other settings.")
+            raise self._given_up(
+                member, "what this client is asked is not what the terms of the sum say: another model, or other settings."
+            )
         quantiser = Quantiser(leaves, len(terms.names), float(self.reach), float(self.max_weight), terms.uniform)
         if terms.quantiser != quantiser.digest:
             raise self._given_up(member, "the terms of the sum name another quantiser, or other leaves, than this client's.")
@@ -287,7 +296,13 @@ class _Exchange:
     """The server's half of one errand."""
 
     def __init__(
-        self, channel: SecureAggregation, session: Session, errand: Errand, clients: Sequence[ClientId], deadline: float | None, ctx: RoundContext
+        self,
+        channel: SecureAggregation,
+        session: Session,
+        errand: Errand,
+        clients: Sequence[ClientId],
+        deadline: float | None,
+        ctx: RoundContext,
     ) -> None:
         self.channel, self.session, self.errand, self.deadline, self.ctx = channel, session, errand, deadline, ctx
         self.collector = Collector(Vault.job_of(ctx.key), errand.id, channel.rules)
@@ -391,7 +406,9 @@ class _Exchange:
     def _take(self, reply: Reply, verb: str, spec: _Spec, take: Callable[[str, dict[str, Any]], None]) -> Failure | None:
         try:
             if (reply.verb, reply.round) != (verb, self.errand.body.round):
-                raise MessageError(f"it answered {reply.verb} of round {reply.round}, was asked to {verb} in round {self.errand.body.round}.")
+                raise MessageError(
+                    f"it answered {reply.verb} of round {reply.round}, was asked to {verb} in round {self.errand.body.round}."
+                )
             ticket = _ticket(reply, self.errand, verb == self.errand.body.verb)
             take(reply.client, _taken(reply.tensors, spec))
         except FedfmError as error:

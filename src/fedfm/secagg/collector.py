@@ -211,9 +211,7 @@ class Collector:
             MessageError: if they are not those that it was dealt.
         """
         me, alive = self.index(name), set(self.survivors)
-        shares = {
-            other: share.tobytes() for other, share in zip(self._places(message["of"]), message["share"], strict=True)
-        }
+        shares = {other: share.tobytes() for other, share in zip(self._places(message["of"]), message["share"], strict=True)}
         for other, share in shares.items():
             deal = self._deals.get(other)
             to = [] if deal is None else deal["to"].tolist()
@@ -296,7 +294,7 @@ class Collector:
                 # Where two disagree, one of them is wrong, and so both are named.
                 if other in self._masks and not np.array_equal(mask, self._masks[other][place]):
                     suspects |= {place, other}
-            if (tags[0] - inner[0]) % 2**32 or not np.array_equal(tags[1:], inner[1:]):
+            if (int(tags[0]) - int(inner[0])) % 2**32 or not np.array_equal(tags[1:], inner[1:]):
                 suspects.add(place)
         return [self.names[place] for place in sorted(suspects)]
 

@@ -284,7 +284,9 @@ class Member:
         try:
             data = agreement.decrypt(self._pair_key(other, b"box", other), box, self.context)
         except ValueError as error:
-            raise Abort(f"the shares of {self._name(other)} do not open: it was told other terms, keys or a roster, or they were changed.") from error
+            raise Abort(
+                f"the shares of {self._name(other)} do not open: it was told other terms, keys or a roster, or they were changed."
+            ) from error
         # From now on the neighbour is known to have the pair's key.
         self._session.pairs[self._key(other)].sealed = None
         return data[:32], data[32:]

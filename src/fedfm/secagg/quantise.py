@@ -167,7 +167,7 @@ class Quantiser:
             first += leaf.size
         weight, *more = (int(value) for value in values[first:])
         *unknown, num_cut, num_capped = (value >> GRID for value in more)
-        if not 0 <= weight <= self.n * (1.0 if self.uniform else self.max_weight) * 2**GRID or min(more) < 0:
+        if not 0 <= weight <= self.n * ((1.0 if self.uniform else self.max_weight) * 2**GRID + 1) or min(more) < 0:
             raise MessageError("the sum holds a weight or a count that no honest clients could have made.")
         tensors = [leaf for reduce in ("mean", "sum") for leaf in payload(self.leaves) if leaf.reduce == reduce]
         single = [leaf for leaf in numbers(self.leaves) if leaf.reduce != "each"]
@@ -218,22 +218,24 @@ def _rounded(x_d: npt.NDArray[np.float32], reach: float, factor: float, unit: in
         MessageError: if a value is not finite.
     """
     num_cut, size = 0, min(CHUNK, len(x_d))
+    # No float32 lies between these two, so comparing with either is the same, and the smaller does not overflow.
+    most = np.float32(reach) if float(np.float32(reach)) <= reach else np.nextafter(np.float32(reach), np.float32(0))
     buffer, term, coin = bytearray(4 * CHUNK), np.empty(size), np.empty(size)
-    drawn = np.frombuffer(buffer, dtype="<u4")
+    drawn = np.frombuffer(buffer, dtype="<i4")
     for first in range(0, len(x_d), CHUNK):
         x = x_d[first : first + CHUNK]
         n = len(x)
         low, high = float(x.min()), float(x.max())
         if not (math.isfinite(low) and math.isfinite(high)):
             raise MessageError("its answer holds NaN or infinity, which no sum can carry.")
-        if max(-low, high) > reach:
-            num_cut += int(np.count_nonzero(np.abs(x) > reach))
-            x = np.clip(x, -reach, reach)
+        if max(-low, high) > most:
+            num_cut += int(np.count_nonzero(np.abs(x) > most))
+            x = np.clip(x, -most, most)
         coins.into(buffer, 4 * n)
-        # Nearest of (value + coin - 1/2), with a coin in [0, 1), is the value rounded by chance.
+        # The nearest to value + coin, with a coin in [-1/2, 1/2), is the value rounded by chance.
         np.multiply(drawn[:n], 2.0**-32, out=coin[:n])
         np.multiply(x, factor * 2.0**unit, out=term[:n], dtype=np.float64)
         np.add(term[:n], coin[:n], out=term[:n])
-        np.add(term[:n], _MAGIC - 0.5, out=term[:n])
+        np.add(term[:n], _MAGIC, out=term[:n])
         out[first : first + n] = term[:n].view("<u4")[::2]
     return num_cut

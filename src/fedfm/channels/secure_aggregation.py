@@ -369,7 +369,7 @@ class _Exchange:
             self._close(BLAME, Body(BLAME, round), {"of": (_PLACES, (None,)), "tags": (_WORDS, (None, checksum.TAGS))}, collector.blame)
             named = ", ".join(collector.suspects())
             raise MessageError(
-                f"the sum is not that of what its clients meant to send, and is thrown away. "
+                "the sum is not that of what its clients meant to send, and is thrown away. "
                 + (f"It is the answer of {named}." if named else "Whose answer it is could not be found.")
             )
         opened = collector.quantiser.decode(narrow, wide)

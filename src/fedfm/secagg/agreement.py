@@ -92,7 +92,7 @@ def seal(secret: bytes, receiver: bytes, sender: bytes) -> bytes:
     return _suite().encrypt(secret, key, _INFO + sender + receiver)
 
 
-def _suite():  # type: ignore[no-untyped-def]  # noqa: ANN202
+def _suite():  # type: ignore[no-untyped-def]
     from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 
     return Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)

@@ -7,6 +7,7 @@ passed over, and a dealer whose shares do not fit together is named.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -300,6 +301,6 @@ class Collector:
 
     def _places(self, values: Any) -> list[int]:
         places = [int(value) for value in values]
-        if any(a >= b for a, b in zip(places, places[1:])) or any(not 0 <= place < len(self.names) for place in places):
+        if any(a >= b for a, b in pairwise(places)) or any(not 0 <= place < len(self.names) for place in places):
             raise MessageError("it names clients twice, out of order, or some that are not in the roster.")
         return places

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -172,7 +173,7 @@ def index_set(values: Sequence[int], n: int, what: str) -> tuple[int, ...]:
         Abort: if they are not sorted, come twice, or name nobody.
     """
     places = tuple(int(value) for value in values)
-    if any(a >= b for a, b in zip(places, places[1:])) or any(not 0 <= place < n for place in places):
+    if any(a >= b for a, b in pairwise(places)) or any(not 0 <= place < n for place in places):
         raise Abort(f"{what} names a client twice, out of order, or one that is not in the roster.")
     return places
 

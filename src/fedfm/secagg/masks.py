@@ -15,7 +15,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.ciphers import CipherContext
 
-CHUNK = 1 << 16
+CHUNK = 1 << 15
 """Values of a vector that are masked at a time."""
 _ZEROS = bytes(4 * CHUNK)
 U32 = npt.NDArray[np.uint32]

@@ -116,7 +116,9 @@ class Sum:
     def prepare(self, collector: Collector, prefix: str) -> Mapping[str, Member]:
         """Keys and shares of everybody; a client whose vector is never sent deals all the same."""
         clock = self.clocks.time
-        members = {name: Member(name, session, "job", ERRAND, self.rules, lambda name, public: True) for name, session in self.sessions.items()}
+        members = {
+            name: Member(name, session, "job", ERRAND, self.rules, lambda name, public: True) for name, session in self.sessions.items()
+        }
         for name, member in members.items():
             collector.hello(name, clock(name, f"{prefix}keys", member.hello))
         terms, roster = collector.begin("body", lambda n: Quantiser(leaves(self.case.size), n, 1.0, 16384.0))
@@ -141,7 +143,9 @@ class Sum:
             if i % 10 == 0:
                 say(f"  vector {i + 1} of {self.case.n - self.case.dropped}")
             clock(name, "digest", lambda: hashlib.blake2b(blob, digest_size=16).hexdigest())
-            narrow, wide = clock(name, "quantise", lambda: collector.quantiser.encode({"w": self.update}, {"weight": 100.0}, 100.0, bytes(32)))
+            narrow, wide = clock(
+                name, "quantise", lambda: collector.quantiser.encode({"w": self.update}, {"weight": 100.0}, 100.0, bytes(32))
+            )
             told = (collector.shared, *rows(collector.boxes_for(name), BOX), narrow, wide)
             message = clock(name, "mask", lambda name=name, told=told: members[name].mask(*told))
             self.bytes = sum(array.nbytes for array in message.values())

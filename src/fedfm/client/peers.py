@@ -1,9 +1,11 @@
-"""The public keys by which a house knows other clients.
+"""The public keys by which a house knows other clients; with them it checks who takes part in a secure sum.
 
-A key that comes with a name for the first time is kept, on the owner's own disk, and no other is taken for that name again. Who wants more certainty
-writes the keys beforehand and forbids new ones (``strict``).
+A key that comes with a name for the first time is kept, on the owner's own disk, and no other is taken for that name again. In ``peers.json`` in its folder an
+owner sees them, its own too. Owners who want more certainty compare these files, over the telephone for one, and set ``strict`` in them: then a name that is not
+in the file is nobody.
 
-Covered here: a server that later gives somebody another key. Not covered: one that gave false keys from the first time on, unless ``strict``.
+Covered here: a server that later gives somebody another key, or makes up a client for a house that is ``strict``. Not covered: one that gave false keys from the
+first time on, as long as nobody has compared them.
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ from fedfm.core import disk
 from fedfm.core.errors import RunError
 from fedfm.core.messages import ClientId
 
+PEERS = "peers.json"
+
 
 class Peers:
     """Clients and their public keys.
 
     Args:
-        path: A JSON file, ``{name: 64 hexadecimal digits}``; ``None`` keeps them in this process.
-        strict: Whether a name that is not in the file is nobody.
+        path: A JSON file, ``{"strict": false, "keys": {name: 64 hexadecimal digits}}``; ``None`` keeps them in this process.
 
     Raises:
         RunError: if the file cannot be read.
@@ -32,14 +35,15 @@ class Peers:
         (True, False)
     """
 
-    def __init__(self, path: Path | None = None, strict: bool = False) -> None:
-        self.path, self.strict = path, strict
+    def __init__(self, path: Path | None = None) -> None:
+        self.path, self.strict = path, False
         self._keys: dict[ClientId, str] = {}
         if path is not None and path.exists():
             try:
-                keys = json.loads(path.read_text(encoding="utf-8"))
-                self._keys = {str(name): bytes.fromhex(key).hex() for name, key in keys.items()}
-            except (OSError, ValueError, AttributeError, TypeError) as error:
+                values = json.loads(path.read_text(encoding="utf-8"))
+                self.strict = values["strict"] is not False
+                self._keys = {str(name): bytes.fromhex(key).hex() for name, key in values["keys"].items()}
+            except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
                 raise RunError(
                     f"{path} cannot be read ({error}). It holds the keys of the other members. Restore it from a copy, or delete it to meet them anew."
                 ) from error
@@ -53,5 +57,6 @@ class Peers:
         if client not in self._keys and not self.strict:
             self._keys[client] = public.hex()
             if self.path is not None:
-                disk.write_atomic(self.path, json.dumps(self._keys, indent=1, sort_keys=True).encode() + b"\n")
+                values = {"strict": False, "keys": self._keys}
+                disk.write_atomic(self.path, json.dumps(values, indent=1, sort_keys=True).encode() + b"\n")
         return self._keys.get(client) == public.hex()

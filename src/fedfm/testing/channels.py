@@ -52,13 +52,20 @@ def check_channel(channel: Channel, grid: int = 80) -> None:
     bench.check_cold()
 
 
-def halves(channel: Channel, updates: Mapping[ClientId, Update], leaves: tuple[Leaf, ...], tamper: Tamper | None = None) -> Scripted:
+def halves(
+    channel: Channel,
+    updates: Mapping[ClientId, Update],
+    leaves: tuple[Leaf, ...],
+    tamper: Tamper | None = None,
+    vaults: Mapping[ClientId, Vault] | None = None,
+) -> Scripted:
     """A session with the channel's client halves, whose answers are these updates. What passes are bytes.
 
     Args:
         tamper: Changes the answers of an exchange.
+        vaults: What the clients' houses lend; new ones by default.
     """
-    vaults = {client: vault_of(client) for client in updates}
+    vaults = vaults or {client: vault_of(client) for client in updates}
     scratch = {client: Scratch(vault) for client, vault in vaults.items()}
 
     def answer(client: ClientId, request: Request) -> Answer:
@@ -324,4 +331,4 @@ def _malformed(reply: Reply) -> Iterator[tuple[str, Reply]]:
                 yield f"{value} in {name!r}", replace(reply, tensors={**rest, name: torch.full_like(leaf, value)})
 
 
-__all__ = ["check_channel", "halves"]
+__all__ = ["check_channel", "halves", "vault_of"]

@@ -166,7 +166,7 @@ class Sum:
             collector.reveal(name, clock(name, "reveal", lambda name=name: members[name].reveal(*sets, *signed)))
         self.before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         began = process_time()
-        narrow, wide = collector.open()
+        narrow, _ = collector.open()
         self.unmask = process_time() - began
         began = process_time()
         if not collector.is_tagged():

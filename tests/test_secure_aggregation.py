@@ -25,8 +25,9 @@ from fedfm.core.messages import Body, ClientId, Failure, Reply, Request
 from fedfm.core.parts import Errand, Part, Partial, Scratch, Session, Update, Vault, traits
 from fedfm.core.round import play, start
 from fedfm.core.session import Answer, WrappedSession
+from fedfm.core.words import Metric
 from fedfm.federation import Federation
-from fedfm.observers import Evaluate, Observer
+from fedfm.observers import Evaluate, Observer, owners
 from fedfm.run.loop import resume, run
 from fedfm.samplers import Uniform
 from fedfm.simulation import Simulation
@@ -420,3 +421,70 @@ def test_the_package_that_is_missing_is_named(plan: Federation, monkeypatch: pyt
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(MissingExtra, match=r"Secure aggregation needs the package 'cryptography'.*fedfm\[privacy\]"):
         check(plan, 6)
+
+
+# --- what is told instead --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ran(plan: Federation, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+    """A run in secret, and the evaluation of the same rounds in the open."""
+    folder = tmp_path_factory.mktemp("told")
+    *_, (_, secret) = run(plan, out=folder / "secret")
+    *_, (_, in_the_open) = run(replace(plan, channel=Plain()), out=folder / "open")
+    return folder / "secret", secret, in_the_open
+
+
+def test_mean_spread_and_counts_of_owners_come_from_secure_sums(ran: tuple[Path, Any, Any]) -> None:
+    folder, secret, in_the_open = ran
+    ours, theirs = secret.metrics["eval"], in_the_open.metrics["eval"]
+    losses = [metrics["loss"] for metrics in theirs["owners"].values()]
+    assert abs(ours["mean"] - theirs["mean"]) < 1e-4 and abs(ours["spread"] - theirs["spread"]) < 1e-3
+    assert ours["sums"]["owners"] == ours["sums"]["compared"] == 6
+    # Nine in ten of six owners are all of them: the bin's end is at most a quarter above the worst.
+    assert max(losses) <= ours["sums"]["most_reach"] <= 1.25 * max(losses)
+    before = json.loads((folder.parent / "open" / "metrics.jsonl").read_text().splitlines()[0])["metrics"]["eval"]["owners"]
+    assert ours["sums"]["gained"] == sum(metrics["loss"] < before[owner]["loss"] for owner, metrics in theirs["owners"].items())
+    assert "worst" not in ours and "stay at home" in ours["missing"]
+
+
+def test_the_report_says_what_is_missing_and_why(ran: tuple[Path, Any, Any]) -> None:
+    folder, secret, in_the_open = ran
+    page = (folder / "report.html").read_text()
+    assert (
+        "Of 6 owners nine in ten reach a loss of" in page
+        and "because the channel shows sums alone" in page
+        and "Owner by owner" not in page
+    )
+    ledger = json.loads((folder / "ledger.json").read_text())
+    theirs = json.loads((folder.parent / "open" / "ledger.json").read_text())
+    assert {name: ledger[name] for name in ("client_rounds", "steps", "examples", "tokens")} == {
+        name: theirs[name] for name in ("client_rounds", "steps", "examples", "tokens")
+    }
+    rows = (folder / "metrics.csv").read_text().splitlines()
+    assert dict(zip(rows[0].split(","), rows[-1].split(","), strict=True))["answered"] == "6"
+
+
+def test_a_comparison_counts_owners_and_names_none(plan: Federation, ran: tuple[Path, Any, Any]) -> None:
+    from fedfm.reports import comparison_lines
+    from fedfm.run.compare import compare
+
+    table = compare(plan, ran[0])
+    assert not table.owners and table.sums["owners"] == 6 and table.sums["gain"] + table.sums["lose"] <= 6
+    text = "\n".join(comparison_lines(table.to_json()))
+    assert "of 6 owners gain by federating" in text and "because the channel shows sums alone" in text
+    assert table.pooled["federated"] and "of 6 owners gain by federating" in (ran[0] / "report.html").read_text()
+
+
+@pytest.mark.parametrize("metric", [Metric("loss"), Metric("accuracy", False)], ids=["loss", "accuracy"])
+def test_the_worst_tenth_is_found_to_within_a_bin(metric: Metric) -> None:
+    values = [0.02 + i / 41 for i in range(40)]
+    sums: dict[str, torch.Tensor] = {}
+    for value in [*values, None]:
+        for name, item in owners.told(metric, value, None).items():
+            sums[name] = sums.get(name, torch.zeros_like(item)) + item
+    report = owners.report(metric, sums)
+    tenth = sorted(values, reverse=not metric.lower_is_better)[35]
+    reached = report["sums"]["most_reach"]
+    assert report["sums"]["owners"] == 40 and report["sums"]["compared"] == 0
+    assert (tenth <= reached <= 1.25 * tenth) if metric.lower_is_better else (tenth - 1 / 40 <= reached <= tenth)

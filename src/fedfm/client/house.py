@@ -11,6 +11,7 @@ from typing import Any
 
 from fedfm.client.asking import Door, file_door
 from fedfm.client.bank import Bank
+from fedfm.client.firsts import Firsts
 from fedfm.client.guard import Asker, Guard
 from fedfm.client.log import OwnerLog
 from fedfm.client.memory import Memory
@@ -147,6 +148,11 @@ class House:
     def memory(self) -> Memory:
         """What clients remember from round to round."""
         return Memory(self.folder)
+
+    @cached_property
+    def firsts(self) -> Firsts:
+        """What clients scored before training."""
+        return Firsts(self.folder)
 
     @cached_property
     def spent(self) -> SpentStore:

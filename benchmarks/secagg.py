@@ -18,6 +18,7 @@ import resource
 import subprocess
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from statistics import median
 from time import process_time
 from typing import Any
@@ -123,10 +124,10 @@ class Sum:
             collector.hello(name, clock(name, f"{prefix}keys", member.hello))
         terms, roster = collector.begin("body", lambda n: Quantiser(leaves(self.case.size), n, 1.0, 16384.0))
         for name, member in members.items():
-            collector.join(name, clock(name, f"{prefix}join", lambda member=member: member.join(terms, roster)))
+            collector.join(name, clock(name, f"{prefix}join", partial(member.join, terms, roster)))
         for name, member in members.items():
             keys = rows(collector.keys_for(name), SEALED)
-            collector.deal(name, clock(name, f"{prefix}deal", lambda member=member, keys=keys: member.deal(*keys)))
+            collector.deal(name, clock(name, f"{prefix}deal", partial(member.deal, *keys)))
         collector.close_shares()
         if prefix:
             # Every client opens what it was dealt, after which its neighbours need not seal it a key again.
@@ -147,7 +148,7 @@ class Sum:
                 name, "quantise", lambda: collector.quantiser.encode({"w": self.update}, {"weight": 100.0}, 100.0, bytes(32))
             )
             told = (collector.shared, *rows(collector.boxes_for(name), BOX), narrow, wide)
-            message = clock(name, "mask", lambda name=name, told=told: members[name].mask(*told))
+            message = clock(name, "mask", partial(members[name].mask, *told))
             self.bytes = sum(array.nbytes for array in message.values())
             began = process_time()
             collector.add(name, message)
@@ -160,10 +161,10 @@ class Sum:
         sets = collector.close_vectors()
         alive = [collector.names[place] for place in sets[0]]
         for name in alive:
-            collector.sign(name, clock(name, "sign", lambda name=name: members[name].sign(*sets)))
+            collector.sign(name, clock(name, "sign", partial(members[name].sign, *sets)))
         signed = rows(collector.signatures(), 64)
         for name in alive:
-            collector.reveal(name, clock(name, "reveal", lambda name=name: members[name].reveal(*sets, *signed)))
+            collector.reveal(name, clock(name, "reveal", partial(members[name].reveal, *sets, *signed)))
         self.before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         began = process_time()
         narrow, _ = collector.open()

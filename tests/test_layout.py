@@ -15,6 +15,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "fedfm"
 # A room may import, when it is imported, what stands on a line above its own.
 LAYERS = [
     {"core"},
+    {"secagg"},
     {"samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data", "reports", "wire"},
     {"silos"},
     {"tasks", "tuning"},
@@ -34,7 +35,9 @@ LAYERS = [
 # Rooms that know nothing else, not even for annotations or inside a function.
 STRICT = {
     "core": set(),
-    **{room: {"core"} for room in ("samplers", "transforms", "channels", "pacing", "aggregators", "server", "models", "data", "wire")},
+    "secagg": {"core"},
+    "channels": {"core", "secagg"},
+    **{room: {"core"} for room in ("samplers", "transforms", "pacing", "aggregators", "server", "models", "data", "wire")},
     "tasks": {"core", "data"},
     "tuning": {"core", "models"},
     "local": {"core", "tuning"},

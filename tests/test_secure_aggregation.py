@@ -449,7 +449,7 @@ def test_mean_spread_and_counts_of_owners_come_from_secure_sums(ran: tuple[Path,
 
 
 def test_the_report_says_what_is_missing_and_why(ran: tuple[Path, Any, Any]) -> None:
-    folder, secret, in_the_open = ran
+    folder, _, _ = ran
     page = (folder / "report.html").read_text()
     assert (
         "Of 6 owners nine in ten reach a loss of" in page

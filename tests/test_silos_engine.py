@@ -375,7 +375,11 @@ def test_members_sum_in_secret_over_the_wire(federation: Federation, tmp_path: P
     source = tmp_path / "rows.jsonl"
     source.write_text("".join(json.dumps({"owner": owner, **row}) + "\n" for owner in owners for row in own[owner]))
     secret = replace(
-        federation, data=replace(federation.data, source=str(source)), transforms=(ClipByNorm(max_norm=0.5),), channel=SecureAggregation(), rounds=2
+        federation,
+        data=replace(federation.data, source=str(source)),
+        transforms=(ClipByNorm(max_norm=0.5),),
+        channel=SecureAggregation(),
+        rounds=2,
     )
     *_, (expected, _) = run(secret, out=tmp_path / "embedded")
     with Silos(tmp_path / "consortium", own, threads=torch.get_num_threads()) as consortium:

@@ -13,8 +13,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from fedfm.core.errors import MissingExtra
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.hpke import Suite
 
 KEY, SEALED, SIGNATURE, PUBLIC = 1216, 1168, 64, 32
 """Bytes: a session's public key, sealed 32 bytes, a signature, an identity's public key."""
@@ -92,7 +96,7 @@ def seal(secret: bytes, receiver: bytes, sender: bytes) -> bytes:
     return _suite().encrypt(secret, key, _INFO + sender + receiver)
 
 
-def _suite():  # type: ignore[no-untyped-def]
+def _suite() -> Suite:
     from cryptography.hazmat.primitives.hpke import AEAD, KDF, KEM, Suite
 
     return Suite(KEM.MLKEM768_X25519, KDF.HKDF_SHA256, AEAD.AES_256_GCM)

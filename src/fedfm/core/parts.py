@@ -159,7 +159,8 @@ class Traits:
     ``named-leaves`` (one tensor per parameter), ``deltas`` (an aggregate that holds a change of each parameter), ``all-parameters`` (none of them
     stays at home), ``stateful-clients`` (a client's memory from its last round), ``uniform-weights``, ``weighted-sum`` (a mean of some kind),
     ``counts`` (the owners tell how many examples they have), ``every-value`` (each client's own value of each parameter: a sparse update leaves
-    most of them out, and a rule that compares clients would count a zero as a vote).
+    most of them out, and a rule that compares clients would count a zero as a vote), ``barrier`` (a round
+    waits for its whole cohort).
 
     What a part *is* lets others ask for a property instead of a class: ``plain-step`` (the new parameters are the mean of the clients'),
     ``gradient-steps`` (a client moves by its gradients and nothing else), ``linear`` (decoding commutes with addition), ``bounds``

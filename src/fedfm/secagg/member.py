@@ -155,7 +155,9 @@ class Member:
             if not agreement.is_signed(rows["identity"][i], rows["signature"][i], message):
                 raise Abort(f"the key of {name!r:.60} is not signed for this sum.")
             if not self._known(name, rows["identity"][i]):
-                raise Abort(f"{name!r:.60} is not known here by the identity that has signed for it.")
+                raise Abort(
+                    f"{name!r:.60} is not known here by the identity that has signed for it. Only if it is sure to have new keys, delete its line in peers.json."
+                )
 
     def _key(self, other: int) -> bytes:
         return bytes(self._roster["key"][other].tobytes())

@@ -125,6 +125,9 @@ class Sum:
         terms, roster = collector.begin("body", lambda n: Quantiser(leaves(self.case.size), n, 1.0, 16384.0))
         for name, member in members.items():
             collector.join(name, clock(name, f"{prefix}join", partial(member.join, terms, roster)))
+        lots = collector.draw()
+        for name, member in members.items():
+            collector.pair(name, clock(name, f"{prefix}join", partial(member.pair, lots)))
         for name, member in members.items():
             keys = rows(collector.keys_for(name), SEALED)
             collector.deal(name, clock(name, f"{prefix}deal", partial(member.deal, *keys)))

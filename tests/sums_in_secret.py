@@ -17,7 +17,7 @@ from fedfm.secagg.member import BOX, SEALED, Member
 from fedfm.secagg.quantise import Quantiser
 from fedfm.secagg.terms import Rules
 
-PHASES = ("hello", "join", "deal", "mask", "sign", "reveal")
+PHASES = ("hello", "join", "pair", "deal", "mask", "sign", "reveal")
 RULES = Rules(corrupt=0.1, dropout=0.1, min_clients=3, threshold=None, reach=1.0, max_weight=1.0)
 JOB, ERRAND = "job", "train/1/0"
 # Changes what a client is told in a phase: phase, client, arguments.
@@ -104,6 +104,8 @@ class Play:
         self.tell("hello", self.names, lambda name: self.members[name].hello, lambda name: (), c.hello)
         terms, roster = c.begin("body", lambda n: Quantiser(leaves(self.size), n, 1.0, 1.0, True))
         self.tell("join", c.names, lambda name: self.members[name].join, lambda name: (terms, roster), c.join)
+        lots = c.draw()
+        self.tell("pair", c.names, lambda name: self.members[name].pair, lambda name: (lots,), c.pair)
         self.tell("deal", c.names, lambda name: self.members[name].deal, lambda name: rows(c.keys_for(name), SEALED), c.deal)
         c.close_shares()
         m = c.quantiser.num_wide

@@ -157,6 +157,14 @@ def test_values_and_weights_beyond_what_was_agreed_are_cut_and_counted(caplog: p
     assert "4 values" in caplog.text and "6 owners" in caplog.text
 
 
+def test_a_lot_that_is_withheld_begins_the_sum_anew_without_its_client() -> None:
+    names = [f"{i:02}" for i in range(36)]
+    outcomes = collect(errand(), silent(["07"], "secagg.lots"), names=names, channel=replace(SUMS, reach=64.0))
+    failure, total = outcomes
+    assert isinstance(failure, Failure) and failure.client == "07"
+    assert isinstance(total, Partial) and total.clients == [name for name in names if name != "07"]
+
+
 # --- what is used up -------------------------------------------------------------------------------------------------------
 
 

@@ -2,8 +2,9 @@
 
 SecAgg+ with sessions. Each exchange is asked of all at once; a client that fails before its vector arrives is left out, one that fails after is in the sum::
 
-    secagg.keys      a session key and a nonce, signed
-    secagg.pairs     the roster            ->  keys for neighbours, sealed (the first time only)
+    secagg.keys      a session key, a nonce and a commitment to a lot, signed
+    secagg.lots      the roster            ->  the lot, from which neighbours are drawn (above 32 clients only)
+    secagg.pairs     the roster, or lots   ->  keys for neighbours, sealed (the first time only)
     secagg.shares    keys of others        ->  shares of two secrets, encrypted to neighbours, and a recovery blob
     train, ...       shares of others      ->  the answer, quantised and under masks that cancel in the sum
     secagg.sign      whose answer arrived  ->  a signature under that
@@ -29,7 +30,7 @@ import hashlib
 import json
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -66,12 +67,14 @@ from fedfm.secagg.collector import Collector
 from fedfm.secagg.graph import COMPLETE, design
 from fedfm.secagg.member import BOX, SEALED, Member
 from fedfm.secagg.quantise import GRID, Quantiser
-from fedfm.secagg.terms import HELLO, Abort, Rules, Terms
+from fedfm.secagg.terms import HELLO, LOT, Abort, Rules, Terms
 
 log = logging.getLogger(__name__)
-KEYS, PAIRS, SHARES, SIGN, REVEAL, BLAME = (f"secagg.{name}" for name in ("keys", "pairs", "shares", "sign", "reveal", "blame"))
+KEYS, LOTS, PAIRS, SHARES, SIGN, REVEAL, BLAME = (
+    f"secagg.{name}" for name in ("keys", "lots", "pairs", "shares", "sign", "reveal", "blame")
+)
 # Names of what the server relays with a request.
-_TERMS, _SHARED, _FROM, _DATA = "terms", "secagg.shared", "secagg.from", "secagg.data"
+_TERMS, _LOTS, _SHARED, _FROM, _DATA = "terms", "lots", "secagg.shared", "secagg.from", "secagg.data"
 _SPENT_CONTEXT, _SPENT_SUM = "secagg/context/", "secagg/sum/"
 # Of an answer: type and shape of each tensor; None for any length.
 _Spec = Mapping[str, tuple[torch.dtype, tuple[int | None, ...]]]
@@ -98,7 +101,7 @@ class SecureAggregation(Channel):
     """
 
     concerns = ("privacy",)
-    verbs = (KEYS, PAIRS, SHARES, SIGN, REVEAL, BLAME)
+    verbs = (KEYS, LOTS, PAIRS, SHARES, SIGN, REVEAL, BLAME)
     closing = (SIGN, REVEAL, BLAME)
 
     min_clients: int = 4
@@ -211,9 +214,8 @@ class SecureAggregation(Channel):
             vault.known(client, _session(vault).identity.public)
             return _sealed(member.hello())
         member = _member(scratch)
-        if request.verb == PAIRS:
-            roster = _taken(request.tensors, {name: (_BYTES, (None, size)) for name, size in HELLO.items()})
-            return _sealed(member.join(Terms.from_json(request.meta.get(_TERMS)), roster))
+        if request.verb in (LOTS, PAIRS):
+            return _sealed(self._paired(member, request))
         if request.verb == SHARES:
             keys = _taken(request.own_tensors, {_FROM: (_PLACES, (None,)), _DATA: (_BYTES, (None, SEALED))})
             return _sealed(member.deal(keys[_FROM], keys[_DATA]))
@@ -228,6 +230,14 @@ class SecureAggregation(Channel):
         # Written before a share leaves, because what has left can not be called back.
         self._note_sum(member, told["survivors"], scratch)
         return _sealed(member.reveal(told["survivors"], told["dropped"], told["signers"], told["signatures"]))
+
+    def _paired(self, member: Member, request: Request) -> dict[str, Any]:
+        """Agrees to the terms; and learns who the neighbours are, where nobody else's lot is needed for it or all are told."""
+        if request.verb == PAIRS and _TERMS not in request.meta:
+            return member.pair(_taken(request.tensors, {_LOTS: (_BYTES, (None, LOT))})[_LOTS])
+        roster = _taken(request.tensors, {name: (_BYTES, (None, size)) for name, size in HELLO.items()})
+        lot = member.join(Terms.from_json(request.meta.get(_TERMS)), roster)
+        return lot if request.verb == LOTS else member.pair(np.zeros((0, LOT), dtype=np.uint8))
 
     def seal(self, update: Update, leaves: tuple[Leaf, ...], request: Request, scratch: Scratch) -> Sealed:
         """The answer under masks."""
@@ -305,7 +315,8 @@ class _Exchange:
         ctx: RoundContext,
     ) -> None:
         self.channel, self.session, self.errand, self.deadline, self.ctx = channel, session, errand, deadline, ctx
-        self.collector = Collector(Vault.job_of(ctx.key), errand.id, channel.rules)
+        self.job = Vault.job_of(ctx.key)
+        self.collector = Collector(self.job, errand.id, channel.rules)
         self.present = list(clients)
         self.tickets: dict[ClientId, int] = {}
         self.late: dict[ClientId, str] = {}
@@ -324,13 +335,11 @@ class _Exchange:
 
     def _gather(self) -> Iterator[Failure]:
         """Everything up to the vectors. A client that fails is no more among those present."""
-        errand, collector, n = self.errand, self.collector, None
-        hello = {name: (_BYTES, (size,)) for name, size in HELLO.items()}
-        yield from self._ask(KEYS, Body(KEYS, errand.body.round), hello, collector.hello)
-        terms, roster = collector.begin(_body_digest(errand.body), self._quantiser)
-        body = Body(PAIRS, errand.body.round, _tensors(roster), {_TERMS: terms.to_json()})
+        errand, n = self.errand, None
+        body = yield from self._agree()
+        collector = self.collector
         sealed: _Spec = {"to": (_PLACES, (n,)), "sealed": (_BYTES, (n, SEALED))}
-        yield from self._ask(PAIRS, body, sealed, collector.join)
+        yield from self._ask(PAIRS, body, sealed, collector.pair)
         dealt: _Spec = {"to": (_PLACES, (n,)), "box": (_BYTES, (n, BOX)), "blob": (_BYTES, (n, n)), "commit": (_BYTES, (n, 32))}
         keys = {client: _relayed(*collector.keys_for(client), SEALED) for client in self.present}
         yield from self._ask(SHARES, Body(SHARES, errand.body.round), dealt, collector.deal, keys)
@@ -345,6 +354,25 @@ class _Exchange:
             "outer": (_WORDS, (checksum.TAGS,)),
         }
         yield from self._ask(errand.body.verb, None, vector, collector.add, boxes)
+
+    def _agree(self) -> Generator[Failure, None, Body]:
+        """Keys and, where the graph is drawn, lots; what is asked next.
+
+        A client that withholds its lot could choose among graphs, so then all begin anew without it.
+        """
+        round, hello = self.errand.body.round, {name: (_BYTES, (size,)) for name, size in HELLO.items()}
+        while True:
+            collector = self.collector = Collector(self.job, self.errand.id, self.channel.rules)
+            yield from self._ask(KEYS, Body(KEYS, round), hello, collector.hello)
+            terms, roster = collector.begin(_body_digest(self.errand.body), self._quantiser)
+            meta, tensors = {_TERMS: terms.to_json()}, _tensors(roster)
+            if not collector.needs_lots:
+                collector.draw()
+                return Body(PAIRS, round, tensors, meta)
+            before = len(self.present)
+            yield from self._ask(LOTS, Body(LOTS, round, tensors, meta), {"lot": (_BYTES, (LOT,))}, collector.join)
+            if len(self.present) == before:
+                return Body(PAIRS, round, _tensors({_LOTS: collector.draw()}))
 
     def _quantiser(self, n: int) -> Quantiser:
         channel, errand = self.channel, self.errand

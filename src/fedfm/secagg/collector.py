@@ -11,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fedfm.core.errors import MessageError
 from fedfm.secagg import agreement, checksum, graph, shamir
@@ -18,7 +19,19 @@ from fedfm.secagg.graph import Graph
 from fedfm.secagg.masks import U32, U64, add_masks, chunks
 from fedfm.secagg.member import SELF, WRAP, blob_key, self_seed, tag_seed
 from fedfm.secagg.quantise import Quantiser
-from fedfm.secagg.terms import HELLO, Arrays, Rules, Terms, commitment, context_of, hello_message, order_seed, survivors_message
+from fedfm.secagg.terms import (
+    HELLO,
+    LOT,
+    Arrays,
+    Rules,
+    Terms,
+    commitment,
+    context_of,
+    hello_message,
+    lot_commitment,
+    order_seed,
+    survivors_message,
+)  # fmt: skip
 
 
 class Collector:
@@ -35,6 +48,7 @@ class Collector:
         self.names: tuple[str, ...] = ()
         self.context = b""
         self._hellos: dict[str, Arrays] = {}
+        self._lots: dict[int, bytes] = {}
         self._sealed: dict[int, dict[int, bytes]] = {}
         self._boxes: dict[int, dict[int, bytes]] = {}
         self._deals: dict[int, Arrays] = {}
@@ -52,8 +66,8 @@ class Collector:
         Raises:
             MessageError: if it is not signed, or is none.
         """
-        key, nonce, identity, signature = (message[field].tobytes() for field in HELLO)
-        if not agreement.is_signed(identity, signature, hello_message(self.job, self.errand, name, key, nonce)):
+        key, nonce, lot, identity, signature = (message[field].tobytes() for field in HELLO)
+        if not agreement.is_signed(identity, signature, hello_message(self.job, self.errand, name, key, nonce, lot)):
             raise MessageError("its key is not signed for this sum.")
         if not agreement.is_key(key):
             raise MessageError("its key is none.")
@@ -88,10 +102,14 @@ class Collector:
         )
         self.roster: Arrays = {field: np.stack([self._hellos[name][field] for name in self.names]) for field in HELLO}
         self.context = context_of(self.terms, self.roster)
-        self.around = graph.neighbours(self.graph, order_seed(self.terms, self.roster))
         self.shared: tuple[int, ...] = ()
         self.survivors: tuple[int, ...] = ()
         return self.terms, self.roster
+
+    @property
+    def needs_lots(self) -> bool:
+        """Whether the graph is drawn; where it is not, everybody is a neighbour of everybody."""
+        return self.graph.n > graph.COMPLETE
 
     @property
     def least(self) -> int:
@@ -103,6 +121,30 @@ class Collector:
         return self.names.index(name)
 
     def join(self, name: str, message: Arrays) -> None:
+        """Takes a client's lot.
+
+        Raises:
+            MessageError: if it is not the one that it was committed to.
+        """
+        me, lot = self.index(name), message["lot"].tobytes()
+        if lot_commitment(lot) != self.roster["lot"][me].tobytes():
+            raise MessageError("its lot is not the one that it was committed to.")
+        self._lots[me] = lot
+
+    def draw(self) -> npt.NDArray[np.uint8]:
+        """Draws the graph; the lots, which everybody is told.
+
+        Raises:
+            MessageError: if one is missing: a client that could withhold it after it has seen the others' would choose the graph.
+        """
+        rows = [self._lots[place] for place in range(self.graph.n) if place in self._lots] if self.needs_lots else []
+        if self.needs_lots and len(rows) < self.graph.n:
+            raise MessageError(f"{self.graph.n - len(rows)} clients did not tell their lots.")
+        lots = np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(len(rows), LOT).copy()
+        self.around = graph.neighbours(self.graph, order_seed(self.context, lots))
+        return lots
+
+    def pair(self, name: str, message: Arrays) -> None:
         """Takes the keys that a client has sealed to others.
 
         Raises:

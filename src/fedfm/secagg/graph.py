@@ -1,7 +1,7 @@
 """Who shares a mask with whom, and how many shares open a secret.
 
 Up to 32 clients everybody does with everybody. Above, each client has ``k`` neighbours: the clients stand on a ring in an order that is drawn from
-their own nonces, and each is a neighbour of the ``k/2`` on either side (a Harary graph, of which no ``k - 1`` clients cut a part off). ``(k, t)`` are
+lots, to which all are committed before one is told, and each is a neighbour of the ``k/2`` on either side (a Harary graph, of which no ``k - 1`` clients cut a part off). ``(k, t)`` are
 computed, not configured: the smallest for which, each but for a chance of 2^-40 (2^-30 for the third),
 
 - no client's secrets are open to the colluders among its neighbours, who must be fewer than ``t``;

@@ -3,7 +3,8 @@
 ::
 
     hello     its session key and a new nonce, signed
-    join      the terms and everybody's hello     ->  keys for the neighbours that have none with it yet, sealed
+    join      the terms and everybody's hello     ->  its lot, to which its hello has committed it
+    pair      everybody's lots                    ->  keys for the neighbours that have none with it yet, sealed
     deal      the keys that others sealed to it   ->  shares of two new secrets, encrypted to its neighbours; the recovery blob
     mask      who has dealt, and shares of theirs ->  its vector under masks
     sign      whose vectors arrived               ->  its signature under that
@@ -35,6 +36,7 @@ from fedfm.secagg.agreement import Pair, Session
 from fedfm.secagg.masks import U32, U64, Masks, chunks
 from fedfm.secagg.terms import (
     HELLO,
+    LOT,
     VERSION,
     Abort,
     Arrays,
@@ -44,6 +46,7 @@ from fedfm.secagg.terms import (
     context_of,
     hello_message,
     index_set,
+    lot_commitment,
     order_seed,
     packed,
     survivors_message,
@@ -73,7 +76,7 @@ class Member:
         self.terms: Terms | None = None
         self.shared: tuple[int, ...] = ()
         self._session, self._job, self._errand, self._known = session, job, errand, known
-        self._step, self._nonce = "hello", secrets.token_bytes(32)
+        self._step, self._nonce, self._lot = "hello", secrets.token_bytes(32), secrets.token_bytes(LOT)
         self._roster: Arrays = {}
         self._me = 0
         self._around: tuple[int, ...] = ()
@@ -84,14 +87,11 @@ class Member:
         self._sets: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
 
     def hello(self) -> dict[str, Any]:
-        """Its session key and nonce, signed."""
+        """Its session key and nonce, and a commitment to its lot, signed."""
         self._enter("hello", "join")
-        key, identity = self._session.key.public, self._session.identity
-        message = hello_message(self._job, self._errand, self.name, key, self._nonce)
-        return {
-            name: np.frombuffer(value, dtype=np.uint8).copy()
-            for name, value in (("key", key), ("nonce", self._nonce), ("identity", identity.public), ("signature", identity.sign(message)))
-        }
+        key, identity, lot = self._session.key.public, self._session.identity, lot_commitment(self._lot)
+        signature = identity.sign(hello_message(self._job, self._errand, self.name, key, self._nonce, lot))
+        return {name: _row(value) for name, value in zip(HELLO, (key, self._nonce, lot, identity.public, signature), strict=True)}
 
     # --- keys ----------------------------------------------------------------------------------------------------------------
 
@@ -102,18 +102,39 @@ class Member:
             roster: Everybody's hello, an array with a row for each client.
 
         Returns:
+            ``lot`` ``(32,)``.
+
+        Raises:
+            Abort: naming what is wrong.
+        """
+        self._enter("join", "pair")
+        with self._giving_up():
+            self._check_terms(terms)
+            self._check_roster(terms, roster)
+        self.terms, self._roster, self.context = terms, roster, context_of(terms, roster)
+        return {"lot": _row(self._lot)}
+
+    def pair(self, lots: Any) -> dict[str, Any]:
+        """Learns who its neighbours are.
+
+        Args:
+            lots: Everybody's, a row each; none where everybody is a neighbour of everybody.
+
+        Returns:
             ``to`` ``(m,)`` and ``sealed`` ``(m, 1232)``: a key, sealed and signed, for each neighbour that is not known to have one with this client.
 
         Raises:
             Abort: naming what is wrong.
         """
-        self._enter("join", "deal")
+        terms = self._enter("pair", "deal")
+        n = len(terms.names)
         with self._giving_up():
-            self._check_terms(terms)
-            self._check_roster(terms, roster)
-        self.terms, self._roster, self.context = terms, roster, context_of(terms, roster)
-        around = graph.neighbours(self.rules.graph(len(terms.names)), order_seed(terms, roster))
-        self._around = around[self._me]
+            if len(lots) != (n if n > graph.COMPLETE else 0):
+                raise Abort(f"{len(lots)} lots were told; each of {n} clients has one, and they count above {graph.COMPLETE} clients.")
+            for i, lot in enumerate(lots):
+                if lot_commitment(lot.tobytes()) != self._roster["lot"][i].tobytes():
+                    raise Abort(f"the lot of {self._name(i)} is not the one that it was committed to.")
+        self._around = graph.neighbours(self.rules.graph(n), order_seed(self.context, lots))[self._me]
         sealed = [(other, self._sealed(other)) for other in self._around if other > self._me]
         needed = [(other, data) for other, data in sealed if data is not None]
         return {
@@ -142,8 +163,8 @@ class Member:
         rows = {name: [row.tobytes() for row in roster[name]] for name in HELLO}
         if any(len(rows[name]) != len(terms.names) for name in HELLO):
             raise Abort("the roster has another number of keys than names.")
-        mine = (self._session.key.public, self._nonce, self._session.identity.public)
-        if (rows["key"][self._me], rows["nonce"][self._me], rows["identity"][self._me]) != mine:
+        mine = (self._session.key.public, self._nonce, lot_commitment(self._lot), self._session.identity.public)
+        if tuple(rows[name][self._me] for name in ("key", "nonce", "lot", "identity")) != mine:
             raise Abort("the roster holds another key or nonce of this client than it sent for this sum.")
         for name in ("key", "identity"):
             if len(set(rows[name])) < len(terms.names):
@@ -151,7 +172,7 @@ class Member:
         for i, name in enumerate(terms.names):
             if i == self._me:
                 continue
-            message = hello_message(terms.job, terms.errand, name, rows["key"][i], rows["nonce"][i])
+            message = hello_message(terms.job, terms.errand, name, rows["key"][i], rows["nonce"][i], rows["lot"][i])
             if not agreement.is_signed(rows["identity"][i], rows["signature"][i], message):
                 raise Abort(f"the key of {name!r:.60} is not signed for this sum.")
             if not self._known(name, rows["identity"][i]):
@@ -309,7 +330,7 @@ class Member:
         with self._giving_up():
             self._sets = self._checked(survivors, dropped)
         message = survivors_message(self.context, self.shared, self._sets[0])
-        return {"signature": np.frombuffer(self._session.identity.sign(message), dtype=np.uint8).copy()}
+        return {"signature": _row(self._session.identity.sign(message))}
 
     def _checked(self, survivors: Sequence[int], dropped: Sequence[int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         n = len(self._agreed.names)
@@ -441,6 +462,10 @@ def _pair_message(job: str, sender: bytes, receiver: bytes, sealed: bytes) -> by
 def tag_seed(context: bytes) -> bytes:
     """The seed of the tags' coefficients."""
     return agreement.derive(packed(context), b"tags")
+
+
+def _row(data: bytes) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    return np.frombuffer(data, dtype=np.uint8).copy()
 
 
 def _rows(rows: Sequence[bytes], size: int) -> np.ndarray[Any, np.dtype[np.uint8]]:

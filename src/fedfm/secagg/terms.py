@@ -124,12 +124,19 @@ class Terms:
 
 
 # A client's first message: bytes of each field.
-HELLO = {"key": 1216, "nonce": 32, "identity": 32, "signature": 64}
+HELLO = {"key": 1216, "nonce": 32, "lot": 32, "identity": 32, "signature": 64}
+LOT = 32
+"""Bytes of a client's lot."""
 
 
-def hello_message(job: str, errand: str, name: str, key: bytes, nonce: bytes) -> bytes:
-    """What a client signs when it says which key it has in this sum."""
-    return packed(b"fedfm secagg hello 1", job.encode(), errand.encode(), name.encode(), key, nonce)
+def hello_message(job: str, errand: str, name: str, key: bytes, nonce: bytes, lot: bytes) -> bytes:
+    """What a client signs when it says which key it has in this sum, and commits to its lot."""
+    return packed(b"fedfm secagg hello 1", job.encode(), errand.encode(), name.encode(), key, nonce, lot)
+
+
+def lot_commitment(lot: bytes) -> bytes:
+    """Binds a client to its lot before it knows the others', 32 bytes."""
+    return hashlib.blake2b(lot, digest_size=32, person=b"fedfm lot").digest()
 
 
 def context_of(terms: Terms, roster: Arrays) -> bytes:
@@ -143,10 +150,13 @@ def context_of(terms: Terms, roster: Arrays) -> bytes:
     return digest.digest()
 
 
-def order_seed(terms: Terms, roster: Arrays) -> bytes:
-    """What the order of the clients on the graph's ring is drawn from: the nonces that they drew themselves."""
-    data = packed(b"fedfm secagg order 1", terms.errand.encode(), np.ascontiguousarray(roster["nonce"]).tobytes())
-    return hashlib.blake2b(data, digest_size=32).digest()
+def order_seed(context: bytes, lots: npt.NDArray[Any]) -> bytes:
+    """What the order of the clients on the graph's ring is drawn from: their lots, to which all were committed before one was told.
+
+    Args:
+        lots: A row for each client.
+    """
+    return hashlib.blake2b(packed(b"fedfm secagg order 1", context, np.ascontiguousarray(lots).tobytes()), digest_size=32).digest()
 
 
 def survivors_message(context: bytes, shared: Sequence[int], survivors: Sequence[int]) -> bytes:

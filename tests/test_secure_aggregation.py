@@ -227,7 +227,7 @@ def test_sums_at_one_model_that_differ_by_too_few_are_refused() -> None:
     assert total_of(collect(errand(), vaults=vaults)).num_clients == 6
     again = collect(errand(round=4, attempt=1), silent("c"), vaults)
     assert all(isinstance(outcome, Failure) for outcome in again) and len(again) == 6
-    assert any("differ from these by 1" in outcome.reason for outcome in again if isinstance(outcome, Failure))
+    assert any("would show a sum of 1, and 3 is the fewest" in outcome.reason for outcome in again if isinstance(outcome, Failure))
     # Also after a restart of the houses, and also where the first sum was the smaller one.
     for vault in vaults.values():
         vault.memory.clear()
@@ -236,6 +236,23 @@ def test_sums_at_one_model_that_differ_by_too_few_are_refused() -> None:
     assert total_of(collect(errand(w=1.0), silent("c"), vaults)).num_clients == 5
     assert total_of(collect(errand(), vaults=vaults)).num_clients == 6
     assert total_of(collect(errand(), vaults={name: vaults[name] for name in "abc"}, names="abc")).num_clients == 3
+
+
+def test_several_sums_at_one_model_show_no_sum_of_few_together() -> None:
+    """Any two of these sets differ by many; the sums over all three would show that of two clients."""
+    names = "abcdefghijkl"
+    vaults = vaults_of(names)
+    wide = replace(SUMS, reach=16.0)
+
+    def over(some: str) -> int:
+        return sum(o.num_clients for o in collect(errand(), names=some, vaults=vaults, channel=wide) if isinstance(o, Partial))
+
+    assert over(names) == 12 and over("abcdef") == 6
+    # The two refuse before their vectors leave; of the others each knows no more than one sum that it was in.
+    outcomes = collect(errand(), names="efghij", vaults=vaults, channel=wide)
+    refused = [outcome for outcome in outcomes if isinstance(outcome, Failure)]
+    assert {failure.client for failure in refused} == {"e", "f"} and all("would show a sum of 2" in failure.reason for failure in refused)
+    assert total_of(outcomes).clients == list("ghij")
 
 
 def test_another_model_for_some_is_refused_before_anything_leaves() -> None:

@@ -30,6 +30,7 @@ import hashlib
 import json
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -86,7 +87,7 @@ class SecureAggregation(Channel):
     """The server sees the sum of all answers, and no client's own. At least three clients take part, four unless the recipe says otherwise.
 
     Args:
-        min_clients: No sum of fewer is made or opened, and no two sums at one model differ by fewer. 3 is the least, and is a decision: two of three owners
+        min_clients: No sum of fewer is made or opened, and no sums at one model that together show a sum of fewer. 3 is the least, and is a decision: two of three owners
             who compare notes know what the third has sent.
         corrupt: Share of a cohort that may collude with the server without either learning more than the sum.
         dropout: Share of a cohort that may drop out. Up to 32 clients more may, as many as the threshold leaves.
@@ -253,11 +254,13 @@ class SecureAggregation(Channel):
         if terms.quantiser != quantiser.digest:
             raise self._given_up(member, "the terms of the sum name another quantiser, or other leaves, than this client's.")
         shares = _taken(request.own_tensors, {_SHARED: (_PLACES, (None,)), _FROM: (_PLACES, (None,)), _DATA: (_BYTES, (None, BOX))})
+        scratch["model"] = request.body.verb, request.body.tensors_digest
+        # Those who deal are who will be summed, if nobody drops out any more; what is refused later may be opened by others who know less.
+        self._require_far(member, shares[_SHARED], scratch)
         coins = vault.key.fold("secagg rounding", errand_id(request), member.name).digest
         numbers = {"weight": update.weight, **update.metrics}
         narrow, wide = quantiser.encode(update.payload, numbers, update.weight, coins)
         self._spend(member, vault)
-        scratch["model"] = request.body.verb, request.body.tensors_digest
         masked = member.mask(shares[_SHARED], shares[_FROM], shares[_DATA], narrow, wide)
         return _sealed(masked, {} if update.ticket is None else {TICKET: update.ticket})
 
@@ -273,24 +276,26 @@ class SecureAggregation(Channel):
         vault.spent.add(name, 1.0)
         used[name] = None
 
-    def _require_far(self, member: Member, survivors: Any, scratch: Scratch) -> tuple[str, frozenset[str]]:
-        """Refuses a sum whose members differ by too few from those of another sum at the same model; the name of the sums at it, and the members."""
+    def _require_far(self, member: Member, summed: Any, scratch: Scratch) -> tuple[str, frozenset[str]]:
+        """Refuses a sum that, with others at the same model, would show a sum of too few; the name of the sums at it, and the members.
+
+        All that sums over several sets can show, added and subtracted, are sums over unions of the cells into which the sets divide the clients.
+        """
         terms, model = member.terms, scratch.get("model")
         if terms is None or not isinstance(model, tuple):
             raise Abort("the server asks about a sum that this client is not in.")
-        if any(not 0 <= int(place) < len(terms.names) for place in survivors):
-            raise self._given_up(member, "the list of survivors names one that is not in the roster.")
-        members = frozenset(_short(terms.names[int(place)]) for place in survivors)
+        if any(not 0 <= int(place) < len(terms.names) for place in summed):
+            raise self._given_up(member, "a list of clients names one that is not in the roster.")
+        members = frozenset(_short(terms.names[int(place)]) for place in summed)
         prefix = f"{_SPENT_SUM}{model[0]}/{model[1]}/"
-        for name in _used(_vault(scratch)):
-            if name.startswith(prefix):
-                differ = len(members ^ frozenset(name.removeprefix(prefix).split(",")))
-                if 0 < differ < self.min_clients:
-                    raise self._given_up(
-                        member,
-                        f"a sum to {model[0]} at this model was opened before, over clients that differ from these by {differ}: the two together would "
-                        f"show a sum of fewer than {self.min_clients}.",
-                    )
+        before = [frozenset(name.removeprefix(prefix).split(",")) for name in _used(_vault(scratch)) if name.startswith(prefix)]
+        fewest = _smallest_cell([*before, members])
+        if members not in before and fewest < self.min_clients:
+            raise self._given_up(
+                member,
+                f"a sum to {model[0]} at this model was opened before, over other clients: together with it this one would show a sum of {fewest}, and "
+                f"{self.min_clients} is the fewest.",
+            )
         return prefix, members
 
     def _note_sum(self, member: Member, survivors: Any, scratch: Scratch) -> None:
@@ -540,6 +545,12 @@ def _used(vault: Vault) -> dict[str, None]:
     if not isinstance(used, dict):
         used = vault.memory["secagg used"] = dict.fromkeys(name for name in vault.spent.names() if name.startswith("secagg/"))
     return used
+
+
+def _smallest_cell(sets: Sequence[frozenset[str]]) -> int:
+    """Fewest clients that are in the same of these sets as each other."""
+    cells = Counter(tuple(client in members for members in sets) for client in frozenset[str]().union(*sets))
+    return min(cells.values())
 
 
 def _short(name: str) -> str:

@@ -185,8 +185,15 @@ class _Bench:
 
     def check_silence(self) -> None:
         """A client that fails, or says nothing, is a failure; the others have one outcome each."""
-        first = next(iter(self.updates))
-        for verb in (*self.channel.verbs, "train"):
+        first, exchanges = next(iter(self.updates)), set[str]()
+
+        def note(exchange: str, answers: list[Answer]) -> Iterable[Answer]:
+            exchanges.add(exchange)
+            return answers
+
+        self.collect(note)
+        # An exchange may be for large cohorts, or for times when something is wrong.
+        for verb in (verb for verb in (*self.channel.verbs, "train") if verb in exchanges):
 
             def without(exchange: str, answers: list[Answer], verb: str = verb) -> Iterable[Answer]:
                 return [answer for answer in answers if exchange != verb or answer.client != first]
@@ -229,7 +236,7 @@ class _Bench:
 
             self.collect(note)
             if not replies:
-                continue  # an exchange for times when something is wrong
+                continue  # an exchange that did not take place
             for number, (law, _) in enumerate(_malformed(replies[0])):
 
                 def wrong(exchange: str, answers: list[Answer], verb: str = verb, number: int = number) -> Iterator[Answer]:

@@ -26,6 +26,7 @@ from fedfm.core.parts import Errand, Part, Partial, Scratch, Session, Update, Va
 from fedfm.core.round import play, start
 from fedfm.core.session import Answer, WrappedSession
 from fedfm.core.words import Metric
+from fedfm.engines import Process
 from fedfm.federation import Federation
 from fedfm.observers import Evaluate, Observer, owners
 from fedfm.run.loop import resume, run
@@ -513,3 +514,10 @@ def test_the_worst_tenth_is_found_to_within_a_bin(metric: Metric) -> None:
     reached = report["sums"]["most_reach"]
     assert report["sums"]["owners"] == 40 and report["sums"]["compared"] == 0
     assert (tenth <= reached <= 1.25 * tenth) if metric.lower_is_better else (tenth - 1 / 40 <= reached <= tenth)
+
+
+@pytest.mark.slow
+def test_processes_sum_in_secret_and_know_each_other_by_what_is_relayed(plan: Federation, tmp_path: Path) -> None:
+    *_, (expected, _) = run(plan, 1, out=tmp_path / "embedded")
+    *_, (state, record) = run(replace(plan, engine=Process(device="cpu")), 1, out=tmp_path / "process")
+    assert same(state.params, expected.params) and not record.clients and record.metrics["num_clients"] == 6

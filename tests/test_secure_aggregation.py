@@ -21,7 +21,7 @@ from fedfm.core import leaves as declare
 from fedfm.core.check import check
 from fedfm.core.errors import ConfigError, MessageError, MissingExtra, RunError
 from fedfm.core.leaves import Leaf
-from fedfm.core.messages import Body, ClientId, Failure, Reply, Request
+from fedfm.core.messages import Body, ClientId, Failure, Reply, Request, pack
 from fedfm.core.parts import Errand, Part, Partial, Scratch, Session, Update, Vault, traits
 from fedfm.core.round import play, start
 from fedfm.core.session import Answer, WrappedSession
@@ -30,7 +30,7 @@ from fedfm.engines import Process
 from fedfm.federation import Federation
 from fedfm.observers import Evaluate, Observer, owners
 from fedfm.run.loop import resume, run
-from fedfm.samplers import Uniform
+from fedfm.samplers import Poisson, Uniform
 from fedfm.simulation import Simulation
 from fedfm.testing import tiny
 from fedfm.testing.channels import halves, vault_of
@@ -114,6 +114,22 @@ def test_nothing_of_one_client_is_told_in_the_clear() -> None:
     }
     narrow = [reply.tensors["narrow"] for reply in replies if reply.verb == "train"]
     assert all(not torch.equal(x, y) for i, x in enumerate(narrow) for y in narrow[:i])
+
+
+def test_a_value_travels_in_four_bytes_and_a_little() -> None:
+    """All that a client sends for a sum, as bytes of whole messages, over its values."""
+    size, sent = 200_000, dict.fromkeys(NAMES, 0)
+    leaves = (Leaf("w", (size,)), declare.number("weight"))
+    own = {name: Update({"w": torch.full((size,), 0.5)}, 1.0, client=name, metrics={"weight": 1.0}) for name in NAMES}
+
+    def weigh(exchange: str, answers: list[Answer]) -> list[Answer]:
+        for answer in answers:
+            sent[answer.client] += len(pack(answer))
+        return answers
+
+    asked = replace(errand(), leaves=leaves, own={})
+    (total,) = SUMS.collect(halves(SUMS, own, leaves, weigh), asked, list(own), None, context({}, 3))
+    assert isinstance(total, Partial) and max(sent.values()) <= 4.1 * size
 
 
 def garbled(who: str, part: str) -> Any:
@@ -406,6 +422,8 @@ WARNED: list[tuple[dict[str, Any], str, str]] = [
     ({"channel": replace(SECRET, min_clients=3)}, "channel", "two of them who compare notes"),
     ({"tuning": Full()}, "tuning", "rows show which tokens"),
     ({"on_failure": "stop"}, "on_failure", "could do without"),
+    ({"tuning": Full()}, "channel", "one owner alone has changed"),
+    ({"sampler": Poisson(0.9)}, "channel", "by chance have fewer than 4"),
 ]
 
 

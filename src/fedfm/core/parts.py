@@ -164,7 +164,8 @@ class Traits:
 
     What a part *is* lets others ask for a property instead of a class: ``plain-step`` (the new parameters are the mean of the clients'),
     ``gradient-steps`` (a client moves by its gradients and nothing else), ``linear`` (decoding commutes with addition), ``bounds``
-    (no update leaves it longer than its bound), ``private`` (a privacy promise, which every leaf that leaves must be covered by).
+    (no update leaves it longer than its bound), ``private`` (a privacy promise, which every leaf that leaves must be covered by), ``embeddings`` (rows of an embedding
+    train and travel), ``random-cohorts`` (the size of a cohort is left to chance).
     """
 
     needs: frozenset[str] = frozenset()

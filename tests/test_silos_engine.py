@@ -390,5 +390,5 @@ def test_members_sum_in_secret_over_the_wire(federation: Federation, tmp_path: P
         spent = [(home(consortium.home(owner), owner) / "spent.jsonl").read_text() for owner in owners]
     assert same(state.params, expected.params) and not record.failures and not record.clients
     assert record.metrics["num_clients"] == 4 and not record.metrics["eval"]["owners"]
-    assert all(known == identities for known in peers)
+    assert peers == [identities] * 4
     assert all(account.count('"secagg/context/') >= 5 and account.count('"secagg/sum/train/') == 2 for account in spent)

@@ -20,6 +20,7 @@ from fedfm.client.spent import SpentStore
 from fedfm.core import leaves as declare
 from fedfm.core.check import check
 from fedfm.core.errors import ConfigError, MessageError, MissingExtra, RunError
+from fedfm.core.keys import Key
 from fedfm.core.leaves import Leaf
 from fedfm.core.messages import Body, ClientId, Failure, Reply, Request, pack
 from fedfm.core.parts import Errand, Part, Partial, Scratch, Session, Update, Vault, traits
@@ -272,6 +273,18 @@ def test_several_sums_at_one_model_show_no_sum_of_few_together() -> None:
     assert total_of(outcomes).clients == list("ghij")
 
 
+def test_counts_are_kept_apart_within_a_run_and_not_between_runs() -> None:
+    vaults = vaults_of()
+    counting = replace(errand(), body=Body("describe", 0), params={})
+    assert total_of(collect(counting, vaults=vaults)).num_clients == 6
+    assert not [outcome for outcome in collect(counting, silent("c", "secagg.keys"), vaults) if isinstance(outcome, Partial)]
+    key = Key.root(1)
+    other = {name: replace(vault, job=Vault.job_of(key), key=key, memory={}) for name, vault in vaults.items()}
+    session = halves(SUMS, updates(), LEAVES, silent("c", "secagg.keys"), other)
+    outcomes = list(SUMS.collect(session, counting, list(NAMES), None, replace(context({}, 0), key=key)))
+    assert total_of(outcomes).num_clients == 5
+
+
 def test_another_model_for_some_is_refused_before_anything_leaves() -> None:
     class Lying(WrappedSession):
         def send(self, asked: Mapping[ClientId, Request], deadline: float | None = None) -> None:
@@ -294,6 +307,9 @@ def test_a_quantiser_that_is_not_the_clients_own_is_refused() -> None:
 def test_keys_of_others_are_kept_and_no_other_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "peers.json"
     assert Peers(path).known("bob", bytes(32)) and Peers(path).known("bob", bytes(32)) and not Peers(path).known("bob", b"x" * 32)
+    # Two runs of one owner at a time do not forget each other's.
+    one, other = Peers(path), Peers(path)
+    assert one.known("dora", b"d" * 32) and other.known("emil", b"e" * 32) and not Peers(path).known("dora", b"x" * 32)
     values = json.loads(path.read_text())
     path.write_text(json.dumps({**values, "strict": True}))
     assert Peers(path).known("bob", bytes(32)) and not Peers(path).known("carol", bytes(32))

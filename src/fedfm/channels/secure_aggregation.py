@@ -271,7 +271,9 @@ class SecureAggregation(Channel):
         if terms.quantiser != quantiser.digest:
             raise self._given_up(member, "the terms of the sum name another quantiser, or other leaves, than this client's.")
         shares = _taken(request.own_tensors, {_SHARED: (_PLACES, (None,)), _FROM: (_PLACES, (None,)), _DATA: (_BYTES, (None, BOX))})
-        scratch["model"] = request.body.verb, request.body.tensors_digest
+        # What is asked without a model, such as counts, is the same in every run; it is kept apart within one.
+        model = request.body.tensors_digest if request.body.tensors else vault.job
+        scratch["model"] = request.body.verb, model
         # Those who deal are who will be summed, if nobody drops out any more; what is refused later may be opened by others who know less.
         self._require_far(member, shares[_SHARED], scratch)
         coins = vault.key.fold("secagg rounding", errand_id(request), member.name).digest
@@ -311,7 +313,7 @@ class SecureAggregation(Channel):
             raise self._given_up(
                 member,
                 f"a sum to {model[0]} at this model was opened before, over other clients: together with it this one would show a sum of {fewest}, and "
-                f"{self.min_clients} is the fewest.",
+                f"{self.min_clients} is the fewest. Let the same clients take part, or begin a run with another seed.",
             )
         return prefix, members
 

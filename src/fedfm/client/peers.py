@@ -38,15 +38,20 @@ class Peers:
     def __init__(self, path: Path | None = None) -> None:
         self.path, self.strict = path, False
         self._keys: dict[ClientId, str] = {}
-        if path is not None and path.exists():
-            try:
-                values = json.loads(path.read_text(encoding="utf-8"))
-                self.strict = values["strict"] is not False
-                self._keys = {str(name): bytes.fromhex(key).hex() for name, key in values["keys"].items()}
-            except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
-                raise RunError(
-                    f"{path} cannot be read ({error}). It holds the keys of the other members. Restore it from a copy, or delete it to meet them anew."
-                ) from error
+        self._read()
+
+    def _read(self) -> None:
+        """Takes over what the file holds; another run of the same owner may have met somebody meanwhile."""
+        if self.path is None or not self.path.exists():
+            return
+        try:
+            values = json.loads(self.path.read_text(encoding="utf-8"))
+            self.strict = values["strict"] is not False
+            self._keys = {str(name): bytes.fromhex(key).hex() for name, key in values["keys"].items()}
+        except (OSError, ValueError, AttributeError, TypeError, KeyError) as error:
+            raise RunError(
+                f"{self.path} cannot be read ({error}). It holds the keys of the other members. Restore it from a copy, or delete it to meet them anew."
+            ) from error
 
     def known(self, client: ClientId, public: bytes) -> bool:
         """Whether this is the client's key; one that is met for the first time is kept, unless ``strict``.
@@ -54,6 +59,8 @@ class Peers:
         Raises:
             RunError: if it cannot be written.
         """
+        if client not in self._keys:
+            self._read()
         if client not in self._keys and not self.strict:
             self._keys[client] = public.hex()
             if self.path is not None:

@@ -16,7 +16,7 @@ sys.path.append(str(ROOT))  # benchmarks run from the checkout and are never ins
 common, page, bits, before_after = (importlib.import_module(f"benchmarks.{name}") for name in ("common", "render", "same_bits", "pairs"))
 MODULES = [
     *("cohort", "memory", "owners", "start", "truth", "render", "peers", "same_bits", "pairs", "rounds", "robustness"),
-    *("first_hour", "job", "silos_memory", "wire", "deployed", "chaos", "example_dp"),
+    *("first_hour", "job", "silos_memory", "wire", "deployed", "chaos", "example_dp", "secagg"),
 ]
 ROW = {
     "date": "2026-01-01T00:00:00+00:00",

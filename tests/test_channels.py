@@ -10,7 +10,7 @@ import pytest
 import torch
 from parts import Masks
 
-from fedfm.channels import Plain
+from fedfm.channels import Plain, SecureAggregation
 from fedfm.core import leaves as declare
 from fedfm.core.leaves import Leaf
 from fedfm.core.messages import Body, Failure, Reply, Request
@@ -32,9 +32,15 @@ def reply(client: str = "a", verb: str = "train", round: int = 3, **meta: object
     return Reply(client, verb, round, {"w": torch.ones(2)}, {"weight": 1.0, "loss": 0.5, **meta})  # type: ignore[dict-item]
 
 
-@pytest.mark.parametrize("channel", examples("channels", {}), ids=repr)
+# The suite's values reach 8, and its weights 6.
+SECURE = SecureAggregation(min_clients=3, reach=8.0, max_weight=8.0)
+
+
+@pytest.mark.parametrize(
+    "channel", [*(channel for channel in examples("channels", {}) if channel != SecureAggregation()), SECURE], ids=repr
+)
 def test_conformance(channel: Channel) -> None:
-    check_channel(channel)
+    check_channel(channel, 80 if channel != SECURE else 20)
 
 
 @pytest.mark.parametrize("grid", [24, 32])

@@ -15,7 +15,7 @@ SOURCE = Path(__file__).parent.parent / "src" / "fedfm"
 # A room may import, when it is imported, what stands on a line above its own.
 LAYERS = [
     {"core"},
-    {"privacy"},
+    {"privacy", "secagg"},
     {"samplers", "transforms", "channels", "pacing", "bounds", "aggregators", "server", "models", "data", "reports", "wire", "attacks"},
     {"silos"},
     {"tasks", "tuning"},
@@ -35,24 +35,11 @@ LAYERS = [
 # Rooms that know nothing else, not even for annotations or inside a function.
 STRICT = {
     "core": set(),
-    **{
-        room: {"core"}
-        for room in (
-            "samplers",
-            "transforms",
-            "channels",
-            "pacing",
-            "bounds",
-            "aggregators",
-            "server",
-            "models",
-            "data",
-            "wire",
-            "privacy",
-            "attacks",
-        )
-    },
+    "secagg": {"core"},
+    "privacy": {"core"},
+    "channels": {"core", "secagg"},
     "transforms": {"core", "privacy"},
+    **{room: {"core"} for room in ("samplers", "pacing", "bounds", "aggregators", "server", "models", "data", "wire", "attacks")},
     "tasks": {"core", "data"},
     "tuning": {"core", "models"},
     "local": {"core", "tuning", "privacy"},

@@ -409,3 +409,33 @@ def test_a_greeting_that_is_none_is_a_message_error(federation: Federation) -> N
         with pytest.raises(MessageError):
             Greeting.of({name: item for name, item in good.items() if name != missing})
     assert outcomes["refused"] > 500, outcomes
+
+
+def test_members_sum_in_secret_over_the_wire(federation: Federation, tmp_path: Path) -> None:
+    """Four houses, a broker, the real protocol: the bits of the embedded engine; each house knows the others, and has spent its contexts."""
+    import torch
+
+    from fedfm.channels import SecureAggregation
+
+    owners = ("anna", "bela", "cleo", "dora")
+    own = {owner: rows(OWNERS[i % 2])[i // 2 :] for i, owner in enumerate(owners)}
+    source = tmp_path / "rows.jsonl"
+    source.write_text("".join(json.dumps({"owner": owner, **row}) + "\n" for owner in owners for row in own[owner]))
+    secret = replace(
+        federation,
+        data=replace(federation.data, source=str(source)),
+        transforms=(ClipByNorm(max_norm=0.5),),
+        channel=SecureAggregation(),
+        rounds=2,
+    )
+    *_, (expected, _) = run(secret, out=tmp_path / "embedded")
+    with Silos(tmp_path / "consortium", own, threads=torch.get_num_threads()) as consortium:
+        consortium.start()
+        *_, (state, record) = run(replace(secret, engine=nats(consortium)), out=tmp_path / "remote")
+        identities = {owner: consortium.identity(owner).card.sign.hex() for owner in owners}
+        peers = [json.loads((consortium.home(owner) / "peers.json").read_text())["keys"] for owner in owners]
+        spent = [(home(consortium.home(owner), owner) / "spent.jsonl").read_text() for owner in owners]
+    assert same(state.params, expected.params) and not record.failures and not record.clients
+    assert record.metrics["num_clients"] == 4 and not record.metrics["eval"]["owners"]
+    assert peers == [identities] * 4
+    assert all(account.count('"secagg/context/') >= 5 and account.count('"secagg/sum/train/') == 2 for account in spent)

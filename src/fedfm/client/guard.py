@@ -341,7 +341,9 @@ class Guard:
 
     def _expense(self, request: Request) -> str:
         phase = "before" if request.round == 0 else "rounds"
-        return f"{_ANSWER}/{words.clean(request.verb, 40)}/{phase}/{digest_of(request)}"
+        # An exchange of the channel counts with the verb that it is made for: the rule is about rounds.
+        verb = f"{errand_id(request).partition('/')[0]}.{request.verb}" if request.verb in self.plan.channel.verbs else request.verb
+        return f"{_ANSWER}/{words.clean(verb, 60)}/{phase}/{digest_of(request)}"
 
 
 def digest_of(request: Request) -> str:

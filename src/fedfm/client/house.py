@@ -12,9 +12,11 @@ from typing import Any
 from fedfm.client import pause
 from fedfm.client.asking import Door, file_door
 from fedfm.client.bank import Bank
+from fedfm.client.firsts import Firsts
 from fedfm.client.guard import Asker, Guard
 from fedfm.client.log import OwnerLog
 from fedfm.client.memory import Memory
+from fedfm.client.peers import Peers
 from fedfm.client.plan import ClientPlan
 from fedfm.client.policy import OPEN, Policy
 from fedfm.client.spent import SpentStore
@@ -22,6 +24,7 @@ from fedfm.core.errors import DataError
 from fedfm.core.keys import Key
 from fedfm.core.leaves import Kind
 from fedfm.core.messages import ClientId, Scalar
+from fedfm.core.parts import Vault
 from fedfm.core.task import Examples
 from fedfm.core.tree import Tree
 from fedfm.data import Shard, opened
@@ -58,6 +61,8 @@ class House:
         outline: The tokenizer and the config, where they are loaded already. The model takes them over.
         elsewhere: Clients whose house is another machine, in a fixed order; this one holds none of their data.
         data_rules: How an owner's rows become examples, for houses that prepare their own: the fields of ``data`` that name no file.
+        identity: The private key (Ed25519, 32 bytes) by which others know the client; ``None`` where a channel that needs one draws it.
+        peers: The public keys by which other clients are known here; ``None`` keeps them in this process.
     """
 
     plan: ClientPlan
@@ -79,6 +84,8 @@ class House:
     outline: tuple[Any, Any] | None = None
     elsewhere: tuple[ClientId, ...] = ()
     data_rules: Mapping[str, Scalar] = field(default_factory=dict)
+    identity: bytes | None = None
+    peers: Peers | None = None
 
     @property
     def clients(self) -> tuple[ClientId, ...]:
@@ -130,6 +137,20 @@ class House:
         """Whether the task has classes that nobody has named yet. No model with a head for them can be built then."""
         return self.plan.task.label_column is not None and not self.labels
 
+    def vault(self, client: ClientId) -> Vault:
+        """What a channel that keeps secrets is lent for this client."""
+        if client not in self._vaults:
+            if self.peers is None:
+                # The clients of one house know each other by what they themselves say.
+                self.peers = Peers()
+            job = Vault.job_of(self.key)
+            self._vaults[client] = Vault(client, job, self.key, self.spent.of(client), self.peers.known, self.identity)
+        return self._vaults[client]
+
+    @cached_property
+    def _vaults(self) -> dict[ClientId, Vault]:
+        return {}
+
     @cached_property
     def base(self) -> str:
         """The digest of the base's weights. Where they are drawn for classes that nobody has named yet, it names the plan of them."""
@@ -141,6 +162,11 @@ class House:
     def memory(self) -> Memory:
         """What clients remember from round to round."""
         return Memory(self.folder)
+
+    @cached_property
+    def firsts(self) -> Firsts:
+        """What clients scored before training."""
+        return Firsts(self.folder)
 
     @cached_property
     def spent(self) -> SpentStore:

@@ -149,9 +149,9 @@ class Runtime:
             # A round that is over leaves no secret behind, whoever is asked next.
             self.scratch.clear()
             self._scratch_round = request.round
-        name, scratch = self.scratch.get(client, ("", {}))
+        name, scratch = self.scratch.get(client, ("", Scratch()))
         if name != errand_id(request):
-            scratch = {}
+            scratch = Scratch(self.house.vault(client))
             self.scratch[client] = errand_id(request), scratch
         return scratch
 

@@ -175,6 +175,8 @@ def _cohort(plan: Plan, num_clients: int | None) -> Iterator[Finding]:
     if num_clients is None:
         return
     cohort = plan.sampler.cohort_size(num_clients)
+    yield from plan.channel.check_cohort("train", min(cohort, num_clients))
+    yield from plan.channel.check_cohort("count what all owners have", num_clients)
     if cohort > num_clients:
         yield refuse(
             "sampler",

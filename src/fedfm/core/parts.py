@@ -76,6 +76,39 @@ class Spent(ABC):
             RunError: if the account was changed by something else.
         """
 
+    def names(self) -> Iterator[str]:
+        """What something was spent of, oldest first; the same may come more than once."""
+        return (name for name, _ in self.entries())
+
+
+@dataclass
+class Vault:
+    """What a house lends to the client's half of a channel that keeps secrets: who the client is, whom it knows, and where it writes what is used up.
+
+    Args:
+        client: Whose it is.
+        job: Names the run, here and at the server.
+        key: The run's key; for what is drawn and is no secret.
+        spent: What the client has spent for good.
+        known: Whether the house knows a client by a public key (Ed25519, 32 bytes). One that it has not met is known by this key from now on, if the
+            house allows that.
+        identity: The client's private key (Ed25519, 32 bytes); ``None`` where the channel draws one.
+        memory: Lasts as long as the house is open, and is never written.
+    """
+
+    client: ClientId
+    job: str
+    key: Key
+    spent: Spent
+    known: Callable[[ClientId, bytes], bool]
+    identity: bytes | None = None
+    memory: dict[str, object] = field(default_factory=dict)
+
+    @staticmethod
+    def job_of(key: Key) -> str:
+        """The name of the run with this key."""
+        return key.fold("job").digest.hex()[:32]
+
 
 @dataclass(frozen=True)
 class RoundContext:
@@ -141,13 +174,15 @@ class Traits:
     ``named-leaves`` (one tensor per parameter), ``deltas`` (an aggregate that holds a change of each parameter), ``all-parameters`` (none of them
     stays at home), ``stateful-clients`` (a client's memory from its last round), ``uniform-weights``, ``weighted-sum`` (a mean of some kind),
     ``counts`` (the owners tell how many examples they have), ``every-value`` (each client's own value of each parameter: a sparse update leaves
-    most of them out, and a rule that compares clients would count a zero as a vote).
+    most of them out, and a rule that compares clients would count a zero as a vote), ``barrier`` (a round
+    waits for its whole cohort).
 
     What a part *is* lets others ask for a property instead of a class: ``plain-step`` (the new parameters are the mean of the clients'),
     ``gradient-steps`` (a client moves by its gradients and nothing else), ``linear`` (decoding commutes with addition), ``bounds``
     (no update leaves it longer than its bound), ``private`` (a privacy promise, which every leaf that leaves must be covered by),
     ``server-noise`` (a promise whose noise is added after the answers have left their houses), ``silent`` (the numbers of a client's work stay at home),
-    ``noisy-counts`` (counts are told with noise), ``simulated`` (a promise whose coins come from the run's key).
+    ``noisy-counts`` (counts are told with noise), ``simulated`` (a promise whose coins come from the run's key), ``embeddings`` (rows of an embedding
+    train and travel), ``random-cohorts`` (the size of a cohort is left to chance).
     """
 
     needs: frozenset[str] = frozenset()
@@ -665,8 +700,16 @@ def errand_id(request: Request) -> str:
     return str(request.own.get(ERRAND, f"{request.verb}/{request.round}/0"))
 
 
-# What a channel keeps of one client between the exchanges of one errand, and no longer.
-Scratch = dict[str, object]
+class Scratch(dict[str, object]):
+    """What a channel keeps of one client between the exchanges of one errand, and no longer.
+
+    Args:
+        vault: What the house lends to a channel that keeps secrets; ``None`` where there is no house.
+    """
+
+    def __init__(self, vault: Vault | None = None) -> None:
+        super().__init__()
+        self.vault = vault
 
 
 class Channel(Part, ABC):
@@ -676,10 +719,20 @@ class Channel(Part, ABC):
 
     Attributes:
         verbs: Exchanges of its own, which :meth:`answer` answers.
+        closing: Those of them that follow the answers. A client that fails in one of them may be in the sum all the same.
     """
 
     room = "channels"
     verbs: ClassVar[tuple[str, ...]] = ()
+    closing: ClassVar[tuple[str, ...]] = ()
+
+    def check_cohort(self, what: str, num_clients: int) -> Iterator[Finding]:
+        """Findings about so many clients that are asked together.
+
+        Args:
+            what: What they are asked to, in words.
+        """
+        yield from ()
 
     @abstractmethod
     def collect(
@@ -853,5 +906,5 @@ class Plan(Protocol):
 __all__ = [
     "COUNTED", "ERRAND", "TICKET", "Aggregator", "Bounds", "Channel", "ClientId", "Cohort", "Errand", "Finding", "GradientTrainer", "Guarantee", "Leaf", "LocalTrainer",
     "Method", "Objective", "P", "Pacing", "Part", "Partial", "Plan", "Release", "RoundContext", "Sampler", "Scratch", "Sealed", "Secret", "ServerOptimizer", "ServerState", "Session", "Spec",
-    "Spent", "Traits", "Transform", "Tree", "Update", "Work", "WrappedTrainer", "errand_id", "innermost", "note", "promise", "refuse", "traits", "warn",
+    "Spent", "Traits", "Transform", "Tree", "Update", "Vault", "Work", "WrappedTrainer", "errand_id", "innermost", "note", "promise", "refuse", "traits", "warn",
 ]  # fmt: skip

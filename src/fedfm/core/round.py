@@ -63,6 +63,10 @@ def start(plan: Plan, params: Tree, sizes: Iterable[int] = ()) -> ServerState:
     return ServerState(0, dict(params), {place: state for place, state in parts.items() if state})
 
 
+WORK = ("steps", "examples", "tokens")
+"""Numbers that a round tells of all clients together, where the channel shows sums alone."""
+
+
 class Meter(WrappedSession):
     """A session that counts the bytes of what passes and the seconds until answers are here, and shows ``watch`` each answer."""
 
@@ -203,6 +207,8 @@ def _metrics(aggregate: Update, errand: Errand, arrivals: Arrivals, cohort: Sequ
     total = sum(weight for weight, _ in losses)
     if total > 0:
         metrics["train_loss"] = sum(weight * loss for weight, loss in losses) / total
-    elif not reported and "loss" in aggregate.metrics and aggregate.num_clients:
-        metrics["train_loss"] = aggregate.metrics["loss"]
+    elif not reported and aggregate.num_clients:
+        metrics |= {name: aggregate.metrics[name] for name in WORK if name in aggregate.metrics}
+        if "loss" in aggregate.metrics:
+            metrics["train_loss"] = aggregate.metrics["loss"]
     return metrics

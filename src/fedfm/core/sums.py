@@ -256,7 +256,8 @@ class Partial:
         self.by_client: dict[ClientId, Mapping[str, float]] = {}
         self.tickets: dict[ClientId, int] = {}
         self._weight = 0
-        self._numbers = {leaf.name: 0 for leaf in numbers(leaves) if leaf.reduce != "each"}
+        # Integers; NaN where a ring's sum is not known.
+        self._numbers: dict[str, float] = {leaf.name: 0 for leaf in numbers(leaves) if leaf.reduce != "each"}
         self._parts = [
             _Part(reduce, part, ExactSum(sum(leaf.size for leaf in part), _grid(tensors, reduce == "mean" and not uniform)))
             for reduce in _REDUCES
@@ -266,7 +267,13 @@ class Partial:
 
     @staticmethod
     def of_ring(
-        leaves: Sequence[Leaf], ring_d: torch.Tensor, grid: int, bound: float, clients: Iterable[ClientId], uniform: bool = False
+        leaves: Sequence[Leaf],
+        ring_d: torch.Tensor,
+        grid: int,
+        bound: float,
+        clients: Iterable[ClientId],
+        uniform: bool = False,
+        unknown: Sequence[str] = (),
     ) -> Partial:
         """The sum that a ring of integers holds.
 
@@ -275,6 +282,7 @@ class Partial:
                 the sum's own.
             bound: No sum is larger in magnitude.
             clients: The clients whose answers it holds.
+            unknown: Numbers that a client did not know; their sums are NaN.
         """
         total = Partial(leaves, uniform)
         total.clients = list(clients)
@@ -283,6 +291,7 @@ class Partial:
             part.total = ExactSum.of_integers(limb_d, grid, bound)
         *values, weight = (value << (GRID - grid) for value in rest.tolist())
         total._numbers = dict(zip(total._numbers, values, strict=True))
+        total._numbers.update({name: math.nan for name in unknown if name in total._numbers})
         total._weight = len(total.clients) << GRID if uniform else weight
         return total
 
@@ -455,5 +464,5 @@ def _integer(value: float) -> int:
     return round(math.ldexp(value, GRID))
 
 
-def _scalar(integer: int) -> torch.Tensor:
+def _scalar(integer: float) -> torch.Tensor:
     return torch.tensor(integer / (1 << GRID), dtype=torch.float64)

@@ -233,7 +233,7 @@ class Earlier:
 def tokens_per_second(record: RoundRecord) -> float | None:
     """Training tokens of a round over the seconds it trained."""
     seconds = number(record.seconds.get("train"))
-    tokens = sum(number(numbers.get("tokens")) or 0.0 for numbers in record.clients.values())
+    tokens = sum(number(numbers.get("tokens")) or 0.0 for numbers in record.clients.values() or [record.metrics])
     return tokens / seconds if tokens and seconds else None
 
 

@@ -121,6 +121,7 @@ def picture(run: Run) -> dict[str, Any]:
         "wide_band": max((len(round.owners) for round in run.evaluations), default=0) > 10,
         "ends": ends(run),
         "owners": owners(run),
+        "told": next((table.told_of_owners(run.metric, round.told) for round in reversed(run.evaluations) if round.told), ""),
         "num_owners": len(last_values(run)),
         "rows": comparison(rows),
         "num_rows": len(rows),

@@ -30,6 +30,7 @@ class Round:
         error: Its standard error, where the evaluation was on a sample.
         tokens: Tokens trained on.
         score: The headline on the test examples that all rounds are compared on.
+        told: What is told of the owners together, where the channel shows sums alone (:mod:`fedfm.observers.owners`).
     """
 
     round: int
@@ -46,6 +47,7 @@ class Round:
     cohort: Sequence[str] = ()
     failures: Sequence[Mapping[str, Any]] = ()
     score: Score = field(default_factory=partial(Score, 0))
+    told: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def scored(self) -> float | None:
@@ -171,7 +173,8 @@ def _round(line: Mapping[str, Any]) -> Round:
         metric=metric,
         error=number(report.get("error")),
         train=number(metrics.get("train_loss")),
-        tokens=math.fsum(number(item.get("tokens")) or 0.0 for item in numbers_of_clients),
+        tokens=math.fsum(number(item.get("tokens")) or 0.0 for item in numbers_of_clients or [metrics]),
+        told=report if "sums" in report else {},
         bytes_up=number(line.get("bytes_up")) or 0.0,
         bytes_down=number(line.get("bytes_down")) or 0.0,
         seconds={name: value for name, value in numbers(line.get("seconds")).items() if value is not None},

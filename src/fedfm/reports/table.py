@@ -106,9 +106,32 @@ def gap_closed(row: Row) -> float | None:
     return (row.local - row.federated) / (row.local - row.centralised)
 
 
+def told_of_owners(metric: Metric, report: Mapping[str, Any]) -> str:
+    """What an evaluation tells of all owners together, where the channel shows sums alone, and why it tells no more; nothing where it does not."""
+    counts = report.get("sums")
+    if not isinstance(counts, dict) or not counts.get("owners"):
+        return ""
+    direction = "or lower" if metric.lower_is_better else "or higher"
+    text = f"Of {count(counts['owners'])} owners nine in ten reach a {metric.title} of {metric.show(counts.get('most_reach'))} {direction}"
+    text += f" (mean {metric.show(report.get('mean'))}, standard deviation {metric.show(report.get('spread'))})"
+    if counts.get("compared"):
+        text += f"; {count(counts.get('gained'))} of {count(counts['compared'])} do better than before training"
+    return f"{text}. {clean(report.get('missing') or '', 400)}".strip()
+
+
 def verdict(compare: Mapping[str, Any]) -> str:
     """The comparison in two sentences: on each owner's own test data, and on everybody's. Nothing where numbers are missing."""
-    return " ".join(filter(None, (own_verdict(owner_rows(compare)), pooled_verdict(compare))))
+    return " ".join(filter(None, (own_verdict(owner_rows(compare)) or sums_verdict(compare), pooled_verdict(compare))))
+
+
+def sums_verdict(compare: Mapping[str, Any]) -> str:
+    """How many owners gain by federating, where it is not told which; nothing where nobody counted."""
+    counts, metric = compare.get("sums"), headline(compare)
+    if not isinstance(counts, dict) or not counts.get("owners"):
+        return ""
+    text = f"On own test data {count(counts.get('gain'))} of {count(counts['owners'])} owners gain by federating and {count(counts.get('lose'))} do better alone"
+    means = ", ".join(f"{title} {metric.show(_value(counts.get(key), 'mean'))}" for key, title in ENDS.items())
+    return f"{text} (mean {metric.title}: {means}). {clean(counts.get('missing') or '', 400)}".strip()
 
 
 def own_verdict(rows: list[Row]) -> str:
@@ -237,7 +260,7 @@ def comparison_lines(compare: Mapping[str, Any], limit: int = 20) -> list[str]:
 def _remarks(compare: Mapping[str, Any]) -> list[str]:
     """What is said below the table, a line each."""
     moved, time = travelled(compare), spent(compare)
-    verdicts = (own_verdict(owner_rows(compare)), pooled_verdict(compare))
+    verdicts = (own_verdict(owner_rows(compare)) or sums_verdict(compare), pooled_verdict(compare))
     return [text for text in (*verdicts, everybody(compare), moved and f"Travelled: {moved}.", time and f"Time: {time}.") if text]
 
 

@@ -25,7 +25,7 @@ from fedfm.core import leaves
 from fedfm.core.errors import ConfigError
 from fedfm.core.keys import Key
 from fedfm.core.messages import ClientId, Reply, Request
-from fedfm.core.parts import Guarantee, Release, RoundContext, Sampler, ServerState, Transform, Tree, Update, transform_place
+from fedfm.core.parts import Guarantee, Release, RoundContext, Sampler, Scratch, ServerState, Transform, Tree, Update, transform_place
 from fedfm.core.round import play, start
 from fedfm.core.secret import Secret, coins
 from fedfm.core.session import Answer, Session
@@ -502,7 +502,7 @@ class CanarySession(Session):
             received = {name.removeprefix(f"{place}/"): leaf for name, leaf in request.tensors.items() if name.startswith(f"{place}/")}
             update, memory[place] = transform.encode(update, memory.get(place, {}), replace(ctx, received=received))
         contribution = replace(update, metrics={"weight": update.weight, **update.metrics})
-        sealed = plan.channel.seal(contribution, sent, request, {})
+        sealed = plan.channel.seal(contribution, sent, request, Scratch())
         return Reply(client, request.verb, request.round, sealed.tensors, sealed.meta)
 
 

@@ -51,10 +51,6 @@ class RunAccount(Spent):
         """Every release, oldest first."""
         return [(str(line.what.get("what")), float(line.what.get("amount", math.inf))) for line in self._chain.lines()]
 
-    def names(self) -> Iterator[str]:
-        """What something was spent of, oldest first."""
-        return (name for name, _ in self.entries())
-
     @property
     def head(self) -> str:
         """The digest of all of it; empty where nothing was spent."""

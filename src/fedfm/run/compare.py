@@ -6,7 +6,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,13 @@ from fedfm.core.parts import RoundContext, Update, Work, innermost
 from fedfm.core.stage import Stage
 from fedfm.core.task import Examples, Task
 from fedfm.core.tree import Tree
+from fedfm.core.words import Metric
 from fedfm.data import Sample
 from fedfm.engines import Embedded
 from fedfm.federation import Federation
 from fedfm.observers.base import Watcher
 from fedfm.observers.evaluate import Evaluate, estimated, summary
+from fedfm.observers.owners import MISSING
 from fedfm.run.folder import COMPARE, RECIPE, RunFolder, latest_state
 from fedfm.run.log import logged
 from fedfm.run.loop import resume, run
@@ -55,6 +57,8 @@ class Comparison:
         seconds: What each of the three took; ``curves``, the evaluations of the ends while they trained, and ``evaluate``, all others.
         curves: For ``local`` and ``centralised``: ``round`` and the ``pooled`` metrics after as many steps as that many rounds have, on the test
             examples that the run's own scores are made on. Under ``local`` each owner's test data is scored with its own model.
+        sums: Where the channel shows sums alone, in the place of ``owners``: how many there are, ``gain`` and ``lose`` by federating, the ``mean`` of each
+            of the four, and why there is no more (``missing``).
     """
 
     owners: list[dict[str, Any]]
@@ -64,6 +68,7 @@ class Comparison:
     travelled: dict[str, int]
     seconds: dict[str, float]
     curves: dict[str, list[dict[str, Any]]]
+    sums: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
         """As written to ``compare.json``."""
@@ -185,8 +190,10 @@ class _Ends:
             # All models are scored on the same examples, so their errors go together.
             errors["local"] = statistics.fmean(scores["error"] for scores in alone)
         full = self.house.foundation.num_params * getattr(torch, self.plan.model.dtype).itemsize
+        hides = "single-updates" in self.plan.channel.traits().hides
         return Comparison(
-            owners=owners,
+            owners=[] if hides else owners,
+            sums=counted(self.plan.task.metric, owners) if hides else {},
             pooled={way: scores["pooled"] for way, scores in together.items()} | {"local": _mean([scores["pooled"] for scores in alone])},
             headline=self.plan.task.metric.to_json(),
             everybody={
@@ -355,6 +362,24 @@ class _Curve:
     def points(self) -> list[dict[str, Any]]:
         """The scores by round, pooled over owners."""
         return [{"round": round, "pooled": summary(self.task, totals)["pooled"]} for round, totals in sorted(self.totals.items())]
+
+
+def counted(metric: Metric, owners: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Owners' scores as counts and means, as a channel that shows sums alone lets a deployment know them."""
+    known = [{way: row[way].get(metric.name) for way in ("before", "local", "federated", "centralised") if way in row} for row in owners]
+    pairs = [(scores["federated"], scores["local"]) for scores in known]
+    means = (
+        {way: {"mean": statistics.fmean(scores[way] for scores in known)} for way in known[0]}
+        if known and all(None not in s.values() for s in known)
+        else {}
+    )
+    return {
+        "owners": len(pairs),
+        "gain": sum(metric.is_better(federated, local) for federated, local in pairs),
+        "lose": sum(metric.is_better(local, federated) for federated, local in pairs),
+        **means,
+        "missing": MISSING,
+    }
 
 
 def sampled(tests: Mapping[ClientId, Examples], most: int | None) -> dict[ClientId, Examples]:

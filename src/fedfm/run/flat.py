@@ -24,13 +24,17 @@ def flat(record: Mapping[str, Any]) -> dict[str, Any]:
     """
     clients = record["clients"]
     row: dict[str, Any] = {"round": record["round"]}
-    row |= {"asked": len(record["cohort"]), "answered": len(clients), "failed": len(record["failures"])}
+    row |= {
+        "asked": len(record["cohort"]),
+        "answered": len(clients) or int(record["metrics"].get("num_clients", 0)),
+        "failed": len(record["failures"]),
+    }
     row |= {name: int(sum(own.get(name) or 0 for own in clients.values())) for name in _TOTALS if clients}
     metrics = {name: value for name, value in record["metrics"].items() if name != "eval"}
     report = record["metrics"].get("eval")
     if report is not None:
-        shared = {name: value for name, value in report.items() if name not in ("owners", "failed", "headline")}
-        metrics["eval"] = {**shared, "owners": len(report.get("owners", {}))}
+        shared = {name: value for name, value in report.items() if name not in ("owners", "failed", "headline", "missing")}
+        metrics["eval"] = {**shared, "owners": len(report.get("owners", {})) or report.get("sums", {}).get("owners", 0)}
         metrics["not_evaluated"] = len(report.get("failed", {}))
     beside = {name: value for name, value in record.items() if name not in ("round", "cohort", "failures", "clients", "metrics")}
     return {**row, **dict(_joined("", metrics)), **dict(_joined("", beside))}

@@ -54,12 +54,14 @@ class Ledger:
         """The totals after one more round; round 0 is the evaluation before training."""
 
         def total(name: str) -> int:
+            if not record.clients:
+                return int(record.metrics.get(name, 0))
             return sum(int(numbers.get(name, 0)) for numbers in record.clients.values())
 
         return replace(
             self,
             rounds=record.round,
-            client_rounds=self.client_rounds + len(record.clients),
+            client_rounds=self.client_rounds + (len(record.clients) or int(record.metrics.get("num_clients", 0))),
             failures=self.failures + len(record.failures),
             bytes_up=self.bytes_up + record.bytes_up,
             bytes_down=self.bytes_down + record.bytes_down,

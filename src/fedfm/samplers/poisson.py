@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from fedfm.core.errors import ConfigError
-from fedfm.core.parts import ClientId, RoundContext, Sampler, Tree
+from fedfm.core.parts import ClientId, RoundContext, Sampler, Traits, Tree, traits
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,10 @@ class Poisson(Sampler):
     def __post_init__(self) -> None:
         if not 0 < self.rate <= 1:
             raise ConfigError(f"Poisson.rate is {self.rate}; it must be more than 0 and at most 1.")
+
+    def traits(self) -> Traits:
+        """A cohort may be of any size."""
+        return traits(is_=["random-cohorts"])
 
     def sample(self, clients: Sequence[ClientId], state: Tree, ctx: RoundContext) -> tuple[list[ClientId], Tree]:
         """The clients whose draw is below ``rate``. Under a privacy promise the draws are the house's own coins."""

@@ -392,6 +392,7 @@ class Member:
     def _empty(self, job: str, greeting: Greeting) -> House:
         """The house before any data or model is in it."""
         from fedfm.client.house import House
+        from fedfm.client.peers import PEERS, Peers
 
         return House(
             plan=greeting.plan,
@@ -408,6 +409,8 @@ class Member:
             records=self.folder,
             coordinator=self._coordinator.fingerprint,
             run=greeting.run,
+            identity=self.link.me.sign,
+            peers=Peers(self.folder / PEERS),
         )
 
     def _admit(self, house: House, request: Request) -> None:

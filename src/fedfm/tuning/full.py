@@ -13,7 +13,7 @@ from torch import nn
 
 from fedfm.core.batch import Batch
 from fedfm.core.keys import Key
-from fedfm.core.parts import Finding, Plan, warn
+from fedfm.core.parts import Finding, Plan, Traits, traits, warn
 from fedfm.core.tree import Spec, Tree
 from fedfm.models import Foundation
 from fedfm.models.foundation import save as save_model
@@ -25,6 +25,10 @@ from fedfm.tuning.sites import Asker
 @dataclass(frozen=True)
 class Full(Tuning):
     """Every parameter trains and travels. Cannot bank: each client needs its own weights in every layer."""
+
+    def traits(self) -> Traits:
+        """Embeddings are among what trains."""
+        return traits(is_=["embeddings"])
 
     def check(self, plan: Plan) -> Iterator[Finding]:
         """Embedding rows tell which tokens an owner has; and clients run one by one."""

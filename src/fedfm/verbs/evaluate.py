@@ -17,10 +17,11 @@ from fedfm.core.keys import Key
 from fedfm.core.leaves import Kind, Leaf
 from fedfm.core.leaves import number as number_leaf
 from fedfm.core.messages import Body, ClientId, Failure, Request
-from fedfm.core.parts import Errand, Partial, RoundContext, ServerState, Session, Update
+from fedfm.core.parts import Channel, Errand, Partial, RoundContext, ServerState, Session, Update
 from fedfm.core.task import SQUARES, Examples, Task
 from fedfm.core.tree import Tree
 from fedfm.data import Sample, opened
+from fedfm.observers import owners
 from fedfm.observers.evaluate import LARGEST, VARIANCE, Evaluate, estimated, pooled_report, summary
 from fedfm.verbs.train import TrainPlan
 
@@ -62,7 +63,7 @@ class Evaluation(Verb):
         params, tuning = plan.travelling(state.params), plan.tuning
         return Errand(
             body=Body(self.name, state.round, params, {_SPLIT: split} | ({} if most is None else {_MOST: most})),
-            leaves=declared(plan.task, classes),
+            leaves=declared(plan.task, classes, plan.channel),
             params=params,
             own={client: {**counted(state, client), **tuning.own(client)} for client in clients},
             uniform=True,
@@ -93,13 +94,15 @@ class Evaluation(Verb):
                 sums[item.client] = {**numbers, **item.payload}
         report = summary(plan.task, {client: sums[client] for client in asked if client in sums})
         if pooled is not None:
-            report |= pooled_report(plan.task, pooled.totals())
+            totals = pooled.totals()
+            report |= pooled_report(plan.task, {name: value for name, value in totals.items() if not name.startswith(owners.PREFIX)})
+            report |= owners.report(plan.task.metric, totals)
         return report | ({"failed": failed} if failed else {})
 
     def answer(self, requests: Mapping[ClientId, Request], house: House) -> Iterator[Contribution | Failure]:
         """The sums of each client's examples."""
         require_parameters(next(iter(requests.values())).body, house)
-        leaves = declared(house.plan.task, max(len(house.labels), 2))
+        leaves, metric = declared(house.plan.task, max(len(house.labels), 2), house.plan.channel), house.plan.task.metric
         starts: dict[ClientId, Tree] = {}
         sets: dict[ClientId, Examples] = {}
         sizes: dict[ClientId, int] = {}
@@ -122,6 +125,9 @@ class Evaluation(Verb):
         for row, (client, sample) in enumerate(sets.items()):
             measured = {name: value[row].cpu().clone() for name, value in sums.items()}
             totals = estimated(house.plan.task, measured, len(sample), sizes[client])
+            if _shows_sums(house.plan.channel):
+                value = house.plan.task.summarise(totals).get(metric.name) if float(totals.get("targets", torch.ones(()))) else None
+                totals = {**totals, **owners.told(metric, value, _first(requests[client], house, client, value))}
             numbers = {name: float(value) for name, value in totals.items() if value.dim() == 0}
             # A model that diverged has no loss; NaN says so.
             numbers = {name: value if math.isfinite(value) else math.nan for name, value in numbers.items()}
@@ -129,7 +135,7 @@ class Evaluation(Verb):
 
     def tells(self, request: Request, house: House) -> Mapping[Kind, str]:
         """Its sums hold the number of test targets, and under a classifier hits and misses of each class."""
-        leaves = declared(house.plan.task, max(len(house.labels), 2))
+        leaves = declared(house.plan.task, max(len(house.labels), 2), house.plan.channel)
         why = "an evaluation is the sums of the task's metrics"
         return {kind: why for leaf in leaves for kind in leaf.tells}
 
@@ -142,8 +148,8 @@ class Evaluation(Verb):
         return True
 
 
-def declared(task: Task, classes: int) -> tuple[Leaf, ...]:
-    """A sum for each of the task's statistics, and the variance of a sample's.
+def declared(task: Task, classes: int, channel: Channel) -> tuple[Leaf, ...]:
+    """A sum for each of the task's statistics, and the variance of a sample's; and counts of owners, where the channel shows sums alone.
 
     A model may give a loss that is NaN, and a variance may be unknown; a count is a count, and not negative.
     """
@@ -163,7 +169,22 @@ def declared(task: Task, classes: int) -> tuple[Leaf, ...]:
         for name, value in stats.items()
         if name not in SQUARES
     )
-    return (*leaves, number_leaf(VARIANCE, bound=LARGEST, nan=True, kinds=("evaluation",))) if set(SQUARES) <= set(stats) else leaves
+    if set(SQUARES) <= set(stats):
+        leaves = (*leaves, number_leaf(VARIANCE, bound=LARGEST, nan=True, kinds=("evaluation",)))
+    return (*leaves, *owners.leaves()) if _shows_sums(channel) else leaves
+
+
+def _shows_sums(channel: Channel) -> bool:
+    return "single-updates" in channel.traits().hides
+
+
+def _first(request: Request, house: House, client: ClientId, value: float | None) -> float | None:
+    """The client's score before training on the same examples; kept where this is it."""
+    what = f"{request.meta.get(_SPLIT, 'test')}/{request.meta.get(_MOST)}"
+    if request.round == 0:
+        house.firsts.set(client, what, value)
+        return None
+    return house.firsts.get(client, what)
 
 
 def _kinds(name: str, by_class: bool) -> tuple[Kind, ...]:

@@ -1,7 +1,7 @@
 """A round across organisations with members that answer at once: what the engine itself costs, in seconds, bytes a second and memory.
 
 A broker, a coordinator and the members are processes on this machine; all members share one. A member takes each request as a member does (signature,
-seal, replays, the owner's own folder), and answers a training request with the parameters that it was sent, so that nothing is trained and all of the round's time is the
+seal, replays, the owner's own folder), and answers a training request with an update as large as the parameters that it was sent, so that nothing is trained and all of the round's time is the
 engine's. *small* is a round over little; *large* one over about 100 MB of float32 down to each member and up from each. *MB/s* are the bytes of all members, down and up, by
 the seconds of a round. *coordinator* and *broker* are the largest resident memory of each, beyond what it was before the first round. *killed* says what became of a run whose
 server was killed with SIGKILL in the middle and started again, and after how many seconds its next round was complete.
@@ -94,19 +94,24 @@ def members(folders: list[str]) -> None:
     import torch
 
     from fedfm.core.messages import Reply, Request
+    from fedfm.core.tree import Tree
     from fedfm.service.member import Member
     from fedfm.silos.membership import Membership
 
     torch.set_num_threads(1)
 
     class Echo(Member):
-        """A member that does no work."""
+        """A member that does no work: it answers with the same small update in each round."""
+
+        update: Tree | None = None
 
         def _answer(self, header: object, request: Request, fetch: object) -> Reply:
             if request.verb == "describe":
                 return Reply(self.name, request.verb, request.round, {}, {"train": 4.0, "test": 0.0, "tokens": 32.0})
             numbers = {"weight": 1.0, "loss": 1.0, "steps": 1.0, "examples": 1.0, "tokens": 8.0, "padding": 0.0}
-            return Reply(self.name, request.verb, request.round, request.tensors, numbers)
+            if self.update is None:
+                self.update = {name: torch.full_like(leaf, 1e-4) for name, leaf in request.tensors.items()}
+            return Reply(self.name, request.verb, request.round, self.update, numbers)
 
     threads = [threading.Thread(target=Echo(Membership.read(Path(folder)), "", device="cpu").serve) for folder in folders]
     for thread in threads:

@@ -158,6 +158,8 @@ def test_a_body_is_stored_once_and_found_by_its_id(coordinator: Connection, alic
 def test_a_full_stream_refuses_and_keeps_what_it_has(coordinator: Connection, alice: Connection) -> None:
     up = NAMES.up("alice")
     coordinator.purge(up, up.all)
+    # A limit is raised alone, never lowered, so the stream begins anew.
+    coordinator._ask(f"$JS.API.STREAM.DELETE.{up.stream}", {}, None)
     coordinator.make_stream(up, 50_000)
     try:
         with pytest.raises(WireError, match="maximum bytes"):
@@ -165,6 +167,9 @@ def test_a_full_stream_refuses_and_keeps_what_it_has(coordinator: Connection, al
         assert 1 <= coordinator.stored(up)[0] <= 5
     finally:
         coordinator.make_stream(up, 1 << 30)
+        coordinator.make_stream(up, 50_000)
+        send(sealed(bytes(200_000), chunk=10_000), Stored(alice, up))
+        coordinator.make_consumer(up)
         coordinator.purge(up, up.all)
 
 

@@ -125,12 +125,13 @@ def test_from_init_to_a_model_with_the_weights_of_the_embedded_engine(tmp_path: 
         for owner in OWNERS:
             assert "compare it with the coordinator" in said(processes[owner], f"{owner} waits for what test asks")
         following = fedfm("run", str(recipe), "--consortium", str(consortium))
+        shown = said(following, "round 0")
         job = wait_for_round(consortium, 1)
         processes["serve"].kill()
         processes["serve"].communicate()
         following.send_signal(signal.SIGINT)
         text = ended(following)
-        assert f"fedfm attach {consortium} {job.name}" in text and "round 0" in text
+        assert f"fedfm attach {consortium} {job.name}" in text and "round 0" in shown
         assert json.loads(ended(fedfm("status", str(consortium), "--json")))["serving"] is False
         # The broker that the killed one left is used; and a member comes back from its folder alone.
         processes["serve"] = fedfm("serve", str(consortium))

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.chaos.forks import Fork, Trap
+from fedfm.bounds import MedianBounds
 from fedfm.client import log as owner_log
 from fedfm.client.memory import home
 from fedfm.client.policy import read_policy
@@ -122,6 +123,8 @@ def federation(folder: Path) -> Federation:
         engine=Embedded(bank=1, device="cpu"),
         rounds=ROUNDS,
         deadline=DEADLINE,
+        # The network engine's own default, whose medians are part of the state.
+        bounds=MedianBounds(),
     )
 
 

@@ -13,18 +13,26 @@ import torch
 from parts import Masks
 
 from fedfm.aggregators import Mean
+from fedfm.channels import SecureAggregation
 from fedfm.core import check
 from fedfm.core.errors import RunError
 from fedfm.core.keys import Key
-from fedfm.core.parts import Channel, RoundContext, Update
+from fedfm.core.leaves import deltas, number
+from fedfm.core.messages import Body, Failure, Reply
+from fedfm.core.parts import Channel, Errand, Partial, RoundContext, Update
 from fedfm.core.privacy import Release, released
+from fedfm.core.round import WORK, play, start
 from fedfm.core.secret import Secret
+from fedfm.core.session import Answer, WrappedSession
+from fedfm.core.tree import Spec
 from fedfm.federation import Federation
 from fedfm.observers import Evaluate
 from fedfm.privacy import calibrate_skellam, epsilon_of, skellam
 from fedfm.run.loop import run
 from fedfm.samplers import All
+from fedfm.simulation import Simulation
 from fedfm.testing import tiny
+from fedfm.testing.channels import halves
 from fedfm.testing.parts import context, like, parameters
 from fedfm.transforms import ClipByNorm, DistributedDP
 from fedfm.transforms.distributed_dp import grid_of
@@ -116,6 +124,9 @@ class Wide(Channel):
 
     verbs = Masks.verbs
 
+    def largest(self):
+        return self.reach
+
     def traits(self):
         return Masks().traits()
 
@@ -195,6 +206,111 @@ def test_a_run_of_masked_sums_has_the_noise_and_spends_it_in_every_house(folder:
     spent = Release(1.0, 3.0, 2, kind="skellam")
     assert released(RunAccount(folder / "run" / PRIVACY)) == [spent]
     assert all(released(SpentStore(folder / "run").of(client)) == [spent] for client in "abc")
+
+
+# --- with secure aggregation -------------------------------------------------------------------------------------------------
+
+
+class Deaf(WrappedSession):
+    """One client's answers to train are lost."""
+
+    def receive(self) -> Answer | None:
+        answer = self.inner.receive()
+        while isinstance(answer, Reply) and (answer.client, answer.verb) == ("c", "train"):
+            answer = self.inner.receive()
+        return answer
+
+
+SECRET = SecureAggregation(reach=16.0)
+
+
+def secure(folder: Path, part: DistributedDP, **changes: object) -> Federation:
+    return private(
+        folder, part, owners="abcdef", rows=60, **{"channel": SECRET, "evaluate": Evaluate(every=0), "min_clients": 4, **changes}
+    )
+
+
+def on_grid(leaf: torch.Tensor, grid: float) -> bool:
+    return torch.equal((leaf / grid).round() * grid, leaf)
+
+
+def test_a_secure_sum_is_the_exact_sum_of_what_the_survivors_sent() -> None:
+    pytest.importorskip("cryptography", reason="the extra 'privacy' is not installed")
+    part = DistributedDP(clip=0.5, delta=1e-3, noise_multiplier=3.0, sharers=3)
+    leaves = part.leaves((*deltas(Spec.of(PARAMS)), number("weight")))
+    own = {
+        name: Update(encoded(part, Update(like(PARAMS, name)), seed), 1.0, client=name, metrics={"weight": 1.0})
+        for seed, name in enumerate("abcdef")
+    }
+    errand = Errand(Body("train", 1, PARAMS), leaves, params=PARAMS, sums=True, uniform=True)
+    session = halves(SECRET, own, leaves, lambda verb, answers: [a for a in answers if verb != "train" or a.client != "c"])
+    failure, total = SECRET.collect(session, errand, list(own), None, context(PARAMS))
+    assert isinstance(failure, Failure) and failure.client == "c"
+    assert isinstance(total, Partial) and total.clients == list("abdef")
+    for name, leaf in total.totals().items():
+        if name in PARAMS:
+            assert torch.equal(leaf, sum(own[client].payload[name].double() for client in "abdef")) and on_grid(leaf, grid_of(0.5, SIZE))
+
+
+def test_a_round_in_secret_opens_the_noise_of_the_survivors_on_the_grid(folder: Path) -> None:
+    pytest.importorskip("cryptography", reason="the extra 'privacy' is not installed")
+    base = secure(folder, DistributedDP(clip=0.01, delta=1e-3, noise_multiplier=40.0))
+    simulation = Simulation.build(base)
+    plan, state = simulation.federation, start(simulation.federation, simulation.house.start)
+    (part,) = plan.transforms
+    assert isinstance(part, DistributedDP) and part.sharers == 3
+    assert not [f for f in check.check(plan, 6, params=state.params) if f.level == "refusal"]
+    ctx = RoundContext(1, simulation.key, state.params, 6)
+    errand = plan.work(state, simulation.clients, ctx)
+    with simulation.open() as session:
+        ctx = replace(ctx, params=errand.params, leaves=errand.leaves)
+        failure, total = plan.channel.collect(Deaf(session), errand, simulation.clients, None, ctx)
+    assert isinstance(failure, Failure) and failure.client == "c" and isinstance(total, Partial)
+    opened = torch.cat([leaf.reshape(-1) for name, leaf in total.totals().items() if name in state.params])
+    grid = grid_of(0.01, len(opened))
+    longest = 0.01 + grid * math.sqrt(len(opened))
+    assert on_grid(opened, grid)
+    # Five shares of a third each; what was learned is shorter by far.
+    assert float(opened.std()) == pytest.approx(40.0 * longest * math.sqrt(5 / 3), rel=5 / math.sqrt(2 * len(opened)))
+    again = Simulation.build(base)
+    with again.open() as session:
+        _, record = play(plan, state, Deaf(session), again.clients, again.key)
+    assert record.metrics["num_clients"] == 5
+    assert not record.metrics.keys() & {"train_loss", *WORK}, "what is withheld is no zero"
+
+
+def test_a_secure_sum_that_would_round_or_cut_is_refused_with_the_remedy(folder: Path) -> None:
+    pytest.importorskip("cryptography", reason="the extra 'privacy' is not installed")
+    part = DistributedDP(clip=0.5, delta=1e-3, noise_multiplier=3.0)
+
+    def refusals(plan: Federation, num_clients: int = 6, size: int | None = None) -> str:
+        params = None if size is None else {"w": torch.zeros(size)}
+        return " ".join(f.text for f in check.check(plan.resolved(), num_clients, params=params) if f.level == "refusal")
+
+    plan = secure(folder, part)
+    assert not refusals(plan) and not refusals(plan, size=10_000)
+    assert "cuts values to 1. Set its reach to 9.9 or more" in refusals(secure(folder, part, channel=SecureAggregation()))
+    assert not refusals(secure(folder, part, channel=SecureAggregation(reach=9.9)))
+    # With one value the grid is coarse; with as many as the model has, it is finer than what a ring of so large values holds.
+    far = secure(folder, part, channel=SecureAggregation(reach=1e5))
+    assert not refusals(far) and "rounded to multiples of 2^-11. Lower reach to 4.33e+04 or less" in refusals(far, size=10_000)
+    assert not refusals(secure(folder, part, channel=SecureAggregation(reach=4.33e4)), size=10_000)
+    assert "coarser grid (a larger clip)" in refusals(secure(folder, replace(part, clip=1e-7)))
+    assert "Let all clients count alike" in refusals(secure(folder, part, aggregator=Mean()))
+
+
+def test_no_more_noise_is_counted_on_than_the_worst_sum_holds(folder: Path) -> None:
+    """Of 13 owners 5 may collude, and a sum of 10 is opened: of these 5 are honest, and not the 6 of a cohort of 10."""
+    pytest.importorskip("cryptography", reason="the extra 'privacy' is not installed")
+    channel = SecureAggregation(min_clients=10, corrupt=0.4, reach=16.0)
+    plan = secure(folder, DistributedDP(clip=0.5, delta=1e-3, noise_multiplier=3.0), channel=channel, min_clients=10)
+
+    def refusals(plan: Federation, num_clients: int) -> str:
+        return " ".join(f.text for f in check.check(plan.resolved(), num_clients) if f.level == "refusal")
+
+    assert not refusals(plan, 10) and "as few as 5 honest ones. Set sharers to 5 or less" in refusals(plan, 13)
+    (part,) = plan.transforms
+    assert not refusals(replace(plan, transforms=(replace(part, sharers=5),)), 13)
 
 
 def test_outside_of_a_round_or_beyond_float32_nothing_leaves() -> None:

@@ -12,17 +12,18 @@ import pytest
 from parts import Masks
 from test_cli import Fedfm, call, refused  # noqa: F401 (a fixture)
 
+from fedfm.aggregators import Mean
 from fedfm.attacks.base import Outcome
 from fedfm.core.errors import ConfigError, DataError, RunError
-from fedfm.core.parts import GradientTrainer, RoundContext, Transform, Tree, Update, WrappedTrainer
+from fedfm.core.parts import RoundContext, Transform, Tree, Update
 from fedfm.federation import Federation
-from fedfm.local import SGD
+from fedfm.local import SGD, ExampleDP
 from fedfm.reports import leak as pages
 from fedfm.run.gaussian import noise_multiplier, noisy
 from fedfm.run.leak import Finding, Leak, Question, _mean, leak, site_of
 from fedfm.run.leak_cases import Owner
 from fedfm.simulation import Simulation
-from fedfm.tasks import Classification
+from fedfm.tasks import CausalLM, Classification
 from fedfm.testing import tiny
 from fedfm.transforms import ClipByNorm
 from fedfm.tuning import BitFit, Full, LoRA
@@ -126,25 +127,17 @@ def test_a_channel_that_shows_sums_alone_shows_the_sum(tmp_path: Path) -> None:
     assert shown.case("plan").findings["Lengths"].right is None, "the numbers of one owner are in the sum"
 
 
-@dataclass(frozen=True)
-class ForItsRows(WrappedTrainer):
-    """Takes steps as its inner trainer does, with a noise that depends on how many rows an owner has."""
-
-    inner: GradientTrainer
-    epsilon: float | None = 1.0
-    noise_multiplier: float | None = None
-
-    def noise_of(self, num_examples: int) -> float:
-        return 100.0 / num_examples
-
-
 def test_noise_is_that_of_the_owners_real_number_of_rows(tmp_path: Path) -> None:
-    plan: Federation = tiny.federation(tmp_path, rows=90, local=ForItsRows(SGD(steps=1)))
+    pytest.importorskip("dp_accounting", reason="the extra 'privacy' is not installed")
+    trainer = ExampleDP(SGD(lr=0.1, steps=2, batch_size=4), max_norm=0.5, delta=1e-3, epsilon=8.0)
+    changes: dict[str, Any] = {"task": CausalLM(max_length=16, packed=False), "aggregator": Mean(weights="uniform")}
+    plan: Federation = tiny.federation(tmp_path, rows=90, local=trainer, **changes)
     owner = Owner(Simulation.build(plan), "a", 1)
-    local = owner.client_plan().local
-    assert isinstance(local, ForItsRows) and local.noise_multiplier == 100.0 / len(owner.train) and local.epsilon is None
+    local, solved = owner.client_plan().local, owner.plan.local
+    assert isinstance(local, ExampleDP) and isinstance(solved, ExampleDP) and local.epsilon is None
+    assert local.noise_multiplier == solved.noise_of(len(owner.train)) < solved.noise_of(1)
     (trial,) = owner.trials(1, 1)
-    assert len(trial.texts) == 1 and owner.round(trial).told["examples"] == 1.0
+    assert len(trial.texts) == 1 and owner.round(trial).delta
 
 
 def test_a_policy_that_withholds_counts_hides_the_length(tmp_path: Path) -> None:

@@ -523,6 +523,40 @@ def test_rounding_is_right_on_average_and_the_same_for_the_same_seed() -> None:
     assert not np.array_equal(narrow, quantiser.encode({"w": x}, {}, 1.0, bytes(31) + b"x")[0])
 
 
+def test_a_multiple_of_the_unit_stays_as_it_is_with_every_coin(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.tensor([0.0, 1.0, -1.0, 3.0, 2.0**24 - 1, 1 - 2.0**24, 2.0**30 - 64, -(2.0**30) + 64])
+    leaf = Leaf("w", (len(x),), grid=1.0)
+    quantiser = Quantiser((leaf, declare.number("weight")), 1, 2.0**30, 1.0, uniform=True)
+    assert quantiser.unit(leaf) == 0
+    for word in (-(2**31), -(2**31) + 1, 0, 2**31 - 1):
+
+        class Coins:
+            def __init__(self, seed: bytes) -> None: ...
+
+            def into(self, buffer: bytearray, size: int, word: int = word) -> None:
+                buffer[:size] = np.full(size // 4, word, dtype="<i4").tobytes()
+
+        monkeypatch.setattr("fedfm.secagg.quantise.Stream", Coins)
+        narrow, _ = quantiser.encode({"w": x}, {}, 1.0, bytes(32))
+        assert narrow.view("<i4").tolist() == x.tolist(), word
+
+
+def test_a_grid_finer_than_the_unit_is_refused_with_what_would_hold_it() -> None:
+    def quantiser(grid: float, reach: float = 64.0, n: int = 100, **more: Any) -> Quantiser:
+        return Quantiser((Leaf("w", (2,), grid=grid), declare.number("weight")), n, reach, 8.0, **{"uniform": True, **more})
+
+    assert quantiser(2.0**-18).unit(quantiser(2.0**-18).leaves[0]) == 18
+    with pytest.raises(
+        MessageError, match=r"multiples of 2\^-19, and a secure sum of 100 clients .* of 2\^-18. Lower reach to 40.6 or less"
+    ):
+        quantiser(2.0**-19)
+    assert quantiser(2.0**-19, 40.9) and quantiser(2.0**-19, n=60)
+    with pytest.raises(MessageError, match="Put the values on a coarser grid"):
+        quantiser(2.0**-25, 1e-3)
+    with pytest.raises(MessageError, match="weights would take off their grid"):
+        quantiser(2.0**-4, uniform=False)
+
+
 @pytest.mark.parametrize(
     ("tensors", "values", "weight", "words"),
     [

@@ -30,6 +30,7 @@ from fedfm.core.words import Metric
 from fedfm.engines import Process
 from fedfm.federation import Federation
 from fedfm.observers import Evaluate, Observer, owners
+from fedfm.recipe import read
 from fedfm.run.loop import resume, run
 from fedfm.samplers import Poisson, Uniform
 from fedfm.simulation import Simulation
@@ -40,6 +41,7 @@ from fedfm.transforms import ClipByNorm, Int8, TopK
 from fedfm.tuning import Full
 from fedfm.verbs import Describe, Evaluation
 
+RECIPES = Path(__file__).parent.parent / "recipes"
 LEAVES = (Leaf("w", (2,)), declare.number("weight"), declare.number("loss", "mean", signed=True))
 SUMS = SecureAggregation(min_clients=3, reach=8.0, max_weight=16.0, dropout=0.3)
 NAMES = tuple("abcdef")
@@ -453,6 +455,16 @@ def test_the_check_says_what_is_guaranteed_and_with_which_numbers(plan: Federati
     assert "sums of 4 or more owners" in promises and "no differential privacy" in promises
     assert "31 neighbours each, threshold 21; holds against 10 colluding with the server, and 10 dropouts" in promises
     assert not [f for f in check(replace(plan, transforms=(ClipByNorm(max_norm=1.0),), aggregator=Mean()), 6) if f.level == "refusal"]
+
+
+@pytest.mark.parametrize(("name", "num_clients"), [("private-quickstart", 6), ("private-medquad", 7)])
+def test_the_private_recipes_promise_secure_sums_and_rows_that_are_hidden(name: str, num_clients: int) -> None:
+    pytest.importorskip("dp_accounting", reason="the extra 'privacy' is not installed")
+    findings = check(read(RECIPES / f"{name}.yaml").resolved(), num_clients)
+    promises = " ".join(f.text for f in findings if f.level == "promise")
+    assert not [f for f in findings if f.level == "refusal"]
+    assert any(f.level == "warning" and "sums over owners tell the loss" in f.text for f in findings)
+    assert "the server learns sums of 4 or more owners" in promises and "for one row of an owner's training data" in promises
 
 
 @dataclass(frozen=True)

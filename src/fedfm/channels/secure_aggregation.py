@@ -203,6 +203,32 @@ class SecureAggregation(Channel):
             f"server, and {numbers.dropouts} dropouts{chance}",
         )
 
+    def check_leaves(self, leaves: Sequence[Leaf], num_clients: int, uniform: bool) -> Iterator[Finding]:
+        """Whether the ring of so many clients holds the values, and those on a grid exactly."""
+        try:
+            Quantiser(tuple(leaves), num_clients, float(self.reach), float(self.max_weight), uniform)
+        except MessageError as error:
+            yield refuse("channel", str(error))
+
+    def largest(self) -> float:
+        """``reach``."""
+        return float(self.reach)
+
+    def fewest_honest(self, least: int, num_clients: int | None = None) -> int:
+        """The survivors that a sum needs without those who may collude, of the worst number of clients with which a sum may begin."""
+        least = max(least, self.min_clients)
+        fewest = math.floor(least * (1 - self.corrupt))
+        for n in range(least, (num_clients or 0) + 1):
+            colluders, dropouts = math.ceil(self.corrupt * n), math.ceil(self.dropout * n)
+            if n <= COMPLETE:
+                try:
+                    numbers = design(n, self.corrupt, self.dropout, self.threshold)
+                except ValueError:
+                    continue  # with so many no sum is made
+                colluders, dropouts = numbers.colluders, numbers.dropouts
+            fewest = min(fewest, max(least, n - dropouts) - colluders)
+        return fewest
+
     # --- the server ----------------------------------------------------------------------------------------------------------
 
     def collect(

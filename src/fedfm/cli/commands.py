@@ -23,6 +23,7 @@ from fedfm.core.errors import ConfigError
 from fedfm.core.parts import Finding, warn
 from fedfm.core.roster import Roster
 from fedfm.core.stage import unseen
+from fedfm.core.tree import Tree
 from fedfm.federation import Federation
 from fedfm.observers.base import Watcher
 from fedfm.observers.progress import Progress
@@ -103,7 +104,7 @@ def check(recipe: Path, overrides: Sequence[str], data: bool, as_json: bool) -> 
     """``fedfm check``."""
     plan = located(read(recipe, overrides)).resolved()
     opened = _open(plan) if data else None
-    findings = plans.check(plan, *((None, None) if opened is None else (len(opened.roster.ids), opened.roster)))
+    findings = plans.check(plan, *((None, None, None) if opened is None else (len(opened.roster.ids), opened.roster, opened.params)))
     findings = [*findings, *([] if opened is None else opened.findings)]
     refused = any(finding.level == "refusal" for finding in findings)
     if as_json:
@@ -125,6 +126,7 @@ class _Opened:
     """What a recipe's model and data turned out to be.
 
     Args:
+        params: The parameters that train.
         left_out: Owners without usable data, and why.
         bad_rows: Rows that cannot be used.
         read_as: How the files were read, where that was looked for.
@@ -133,6 +135,7 @@ class _Opened:
 
     num_params: int
     num_trainable: int
+    params: Tree
     roster: Roster
     left_out: Mapping[str, str]
     bad_rows: BadRows
@@ -180,7 +183,7 @@ def _open(plan: Federation) -> _Opened:
         )
     owners = simulation.owners
     sizes = house.foundation.num_params, house.tuned.spec.size
-    return _Opened(*sizes, roster, owners.left_out, owners.bad_rows, owners.read_as, findings)
+    return _Opened(*sizes, house.start, roster, owners.left_out, owners.bad_rows, owners.read_as, findings)
 
 
 def export(run: Path, to: Path, merge: bool, round: str) -> None:

@@ -14,20 +14,22 @@ from fedfm.core.errors import PlanError, PrivacyError
 from fedfm.core.leaves import Leaf
 from fedfm.core.parts import Finding, Part, Plan, Transform, refuse, transform_place, warn
 from fedfm.core.roster import Roster
-from fedfm.core.tree import Spec
+from fedfm.core.tree import Spec, Tree
 
 
-def check(plan: Plan, num_clients: int | None = None, roster: Roster | None = None) -> list[Finding]:
+def check(plan: Plan, num_clients: int | None = None, roster: Roster | None = None, params: Tree | None = None) -> list[Finding]:
     """All findings, refusals first.
 
     Args:
         num_clients: How many owners there are, where that is known.
         roster: What they tell of themselves, where they were asked.
+        params: The parameters that train, where the model is loaded.
     """
     findings = [
         *_traits(plan),
         *_order(plan),
         *_sums(plan),
+        *_carried(plan, num_clients, params),
         *_privacy(plan),
         *_cohort(plan, num_clients),
         *_withheld(plan, roster),
@@ -40,13 +42,13 @@ def check(plan: Plan, num_clients: int | None = None, roster: Roster | None = No
     return sorted(dict.fromkeys(findings), key=lambda finding: order[finding.level])
 
 
-def require(plan: Plan, num_clients: int | None = None, roster: Roster | None = None) -> list[Finding]:
+def require(plan: Plan, num_clients: int | None = None, roster: Roster | None = None, params: Tree | None = None) -> list[Finding]:
     """Like :func:`check`, but refusals are raised together.
 
     Raises:
         PlanError: with every refusal, its reason and its remedy.
     """
-    findings = check(plan, num_clients, roster)
+    findings = check(plan, num_clients, roster, params)
     refusals = [f"{finding.where}: {finding.text}" for finding in findings if finding.level == "refusal"]
     if refusals:
         raise PlanError("This plan cannot mean what it says.\n" + "\n".join(f"- {text}" for text in refusals))
@@ -118,10 +120,17 @@ def _sums(plan: Plan) -> Iterator[Finding]:
         yield refuse("local", f"{type(plan.local).__name__} sends {', '.join(alone)} that must stay apart, and {channel} shows sums alone.")
 
 
-def _leaves(plan: Plan) -> tuple[Leaf, ...]:
-    """What would leave a client with one parameter: before a model is loaded, that shows the kinds of leaves."""
+def _carried(plan: Plan, num_clients: int | None, params: Tree | None) -> Iterator[Finding]:
+    """What answers hold must pass the channel as they declare it."""
+    cohort = plan.min_clients if num_clients is None else plan.sampler.largest_cohort(num_clients)
+    yield from plan.channel.check_leaves(_leaves(plan, params), max(cohort, 1), plan.aggregator.uniform())
+
+
+def _leaves(plan: Plan, params: Tree | None = None) -> tuple[Leaf, ...]:
+    """What would leave a client; before a model is loaded, one with one parameter, which shows the kinds of leaves."""
     one = Spec(("parameter",), ((1,),), (torch.float32,))
-    declared = plan.local.leaves(one, one)
+    trained, travelling = (one, one) if params is None else (Spec.of(params), Spec.of(plan.travelling(params)))
+    declared = plan.local.leaves(trained, travelling)
     for transform in plan.transforms:
         declared = transform.leaves(declared)
     return declared

@@ -40,6 +40,7 @@ class Leaf:
         silent: What stands in for the value where its owner withholds it.
         kinds: What it tells of its owner; see :attr:`tells`.
         reduce: How many become one: the weighted ``mean``, the ``sum``, or ``each`` by itself.
+        grid: A power of two of which each value is a multiple, and must stay one on its way; 0 where it need not.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Leaf:
     optional: bool = False
     silent: float = 0.0
     kinds: tuple[Kind, ...] | None = None
+    grid: float = 0.0
 
     @property
     def tells(self) -> tuple[Kind, ...]:

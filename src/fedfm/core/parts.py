@@ -7,6 +7,7 @@ is final: parts compose, nobody subclasses a part to tweak it.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -278,6 +279,10 @@ class Sampler(Part, ABC):
     @abstractmethod
     def cohort_size(self, num_clients: int) -> int:
         """The largest cohort that ``sample`` can be relied on to give (the expected one for random sizes)."""
+
+    def largest_cohort(self, num_clients: int) -> int:
+        """The largest cohort that ``sample`` may give."""
+        return num_clients if self.poisson_rate() is not None else min(self.cohort_size(num_clients), num_clients)
 
 
 class Transform(Part, ABC):
@@ -733,6 +738,27 @@ class Channel(Part, ABC):
             what: What they are asked to, in words.
         """
         yield from ()
+
+    def check_leaves(self, leaves: Sequence[Leaf], num_clients: int, uniform: bool) -> Iterator[Finding]:
+        """Findings about what the answers of so many clients hold.
+
+        Args:
+            uniform: Whether every client counts alike.
+        """
+        yield from ()
+
+    def largest(self) -> float:
+        """The largest magnitude of a value of an update that passes whole."""
+        return math.inf
+
+    def fewest_honest(self, least: int, num_clients: int | None = None) -> int:
+        """The fewest honest clients among those whose answers become an aggregate.
+
+        Args:
+            least: Answers with which a round counts.
+            num_clients: Most clients that are asked together; ``None`` where that is not known.
+        """
+        return least
 
     @abstractmethod
     def collect(

@@ -139,7 +139,7 @@ def play(
         cohort=tuple(cohort),
         failures=tuple(arrivals.failures),
         clients={client: arrivals.by_client[client] for client in cohort if client in arrivals.by_client},
-        metrics=_metrics(aggregate, errand, arrivals, cohort),
+        metrics=_metrics(plan, aggregate, errand, arrivals, cohort),
         bytes_up=meter.bytes_up,
         bytes_down=meter.bytes_down,
         seconds={"train": meter.waited, "aggregate": max(session.clock.now() - began - meter.waited, 0.0)},
@@ -197,7 +197,7 @@ def finish(plan: Plan, aggregate: Update, state: ServerState, errand: Errand, ct
     return aggregate, states
 
 
-def _metrics(aggregate: Update, errand: Errand, arrivals: Arrivals, cohort: Sequence[ClientId]) -> dict[str, float]:
+def _metrics(plan: Plan, aggregate: Update, errand: Errand, arrivals: Arrivals, cohort: Sequence[ClientId]) -> dict[str, float]:
     # What a method adds (a control variate) is no change of the model.
     deltas = {leaf.name for leaf in errand.leaves if leaf.group == "delta"}
     update_norm = norm({name: leaf for name, leaf in aggregate.payload.items() if name in deltas})
@@ -207,8 +207,13 @@ def _metrics(aggregate: Update, errand: Errand, arrivals: Arrivals, cohort: Sequ
     total = sum(weight for weight, _ in losses)
     if total > 0:
         metrics["train_loss"] = sum(weight * loss for weight, loss in losses) / total
-    elif not reported and aggregate.num_clients:
+    elif not reported and aggregate.num_clients and not _is_silent(plan):
         metrics |= {name: aggregate.metrics[name] for name in WORK if name in aggregate.metrics}
         if "loss" in aggregate.metrics:
             metrics["train_loss"] = aggregate.metrics["loss"]
     return metrics
+
+
+def _is_silent(plan: Plan) -> bool:
+    """Whether a privacy promise keeps the numbers of the work at home: their sum is then one of zeros."""
+    return any("silent" in part.traits().is_ for part in (plan.local, *plan.transforms))

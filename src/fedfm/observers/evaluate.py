@@ -69,9 +69,10 @@ class Evaluate(Part):
         """An evaluation tells of each owner's test rows, which no privacy promise covers."""
         private = [type(part).__name__ for part in plan.parts().values() if "private" in part.traits().is_]
         if private and self.every:
+            who = "sums over owners" if "single-updates" in plan.channel.traits().hides else "owners"
             yield warn(
                 "evaluate",
-                f"owners tell the loss and the number of their test rows, which {private[0]} does not cover. Those rows are not trained on. "
+                f"{who} tell the loss and the number of their test rows, which {private[0]} does not cover. Those rows are not trained on. "
                 "Set evaluate: {every: 0} where nothing of them may be known.",
             )
 

@@ -16,6 +16,7 @@ from fedfm.attacks.base import Base, Secret, Seen
 from fedfm.channels import Plain
 from fedfm.client.bank import Job
 from fedfm.client.house import House
+from fedfm.client.plan import ClientPlan
 from fedfm.client.policy import OPEN, read_policies
 from fedfm.core.batch import IntArray
 from fedfm.core.errors import DataError, ModelError, RoundError
@@ -25,7 +26,7 @@ from fedfm.core.round import play, start
 from fedfm.core.task import Examples, Vocabulary
 from fedfm.data import Shard, opened
 from fedfm.engines import Embedded
-from fedfm.local import SGD
+from fedfm.local import SGD, ExampleDP
 from fedfm.models import Foundation
 from fedfm.samplers import All
 from fedfm.simulation import Simulation
@@ -294,16 +295,15 @@ class Owner:
         house.foundation, house.tuned = self._model
         return house
 
-    def client_plan(self) -> Any:
+    def client_plan(self) -> ClientPlan:
         """What the owner is told, with the noise that the owner's real number of rows asks for, not that of the trial's few."""
         plan = self.site.house.plan
-        noise_of = getattr(plan.local, "noise_of", None)
-        if noise_of is None:
+        if not isinstance(plan.local, ExampleDP):
             return plan
-        local: Any = plan.local
-        return replace(plan, local=replace(local, noise_multiplier=noise_of(len(self.train)), epsilon=None))
+        noise = plan.local.noise_of(len(self.train))
+        return replace(plan, local=replace(plan.local, noise_multiplier=noise, epsilon=None))
 
-    def _house(self, plan: Any, clients: Sequence[ClientId], chosen: Mapping[ClientId, Sequence[int]] | None = None) -> House:
+    def _house(self, plan: ClientPlan, clients: Sequence[ClientId], chosen: Mapping[ClientId, Sequence[int]] | None = None) -> House:
         house = self.site.house
         return _Rooms(
             plan=plan,

@@ -239,11 +239,11 @@ def _go(
             require_base(folder.first("base"), house.foundation, folder.path)
             if folder.first("base") is None:
                 folder.note("base", **digests(house.foundation))
-        check.require(plan, len(site.clients))
+        check.require(plan, len(site.clients), params=house.start)
         watch.stage("Starting the engine")
         session = stack.enter_context(site.open())
         roster = _roster(folder, site, session)
-        for finding in check.require(plan, len(site.clients), roster):
+        for finding in check.require(plan, len(site.clients), roster, house.start):
             if finding.level == "warning":
                 log.warning("%s: %s", finding.where, finding.text)
         state, ledger = restored or (start(plan, house.start, roster.sizes()), Ledger())

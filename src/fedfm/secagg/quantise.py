@@ -6,6 +6,9 @@ largest with which ``n`` clients cannot overflow 32 bits::
 
     n (reach W 2^u + 1) < 2^31        |x| <= reach, w <= W;   W = 1 where clients count alike, and for leaves that are not weighted
 
+A value that is a multiple of the unit stays as it is, whatever the chance. So a leaf with a grid of its own (:attr:`fedfm.core.leaves.Leaf.grid`) comes out exactly, and
+a ring with a coarser unit refuses it.
+
 A value beyond ``reach`` is cut to it, and a weight beyond ``W`` counts as ``W``; how many were cut is itself a wide value, so that a run can tell.
 
 With ``n = 1`` and weights of 1 a value comes back to 2^-24. Rounding is no secret, and is drawn from the run's key: masks cancel, so a resumed run
@@ -37,6 +40,8 @@ F64 = npt.NDArray[np.float64]
 _SHORT = (torch.float32, torch.bfloat16, torch.float16)
 # Added to a float64 below 2^51, it leaves the nearest integer in the low bits.
 _MAGIC = 1.5 * 2.0**52
+# Coins end 2^-21 before a half: a float64 below 2^31 has steps of 2^-22, so that no coin moves an integer.
+_COIN = 2.0**-32 * (1 - 2.0**-20)
 _CUT, _CAPPED, _UNKNOWN = "cut", "capped", "unknown/"
 
 
@@ -50,6 +55,9 @@ class Quantiser:
         reach: No narrow value is larger in magnitude.
         max_weight: No weight is larger.
         uniform: Whether every client counts as one.
+
+    Raises:
+        MessageError: if the values do not fit, or a leaf's grid is finer than the unit.
     """
 
     leaves: tuple[Leaf, ...]
@@ -65,11 +73,32 @@ class Quantiser:
         object.__setattr__(self, "narrow", tuple(leaf for leaf in tensors if _is_narrow(leaf)))
         numbers_ = [leaf for leaf in numbers(self.leaves) if leaf.reduce != "each"]
         object.__setattr__(self, "wide", (*(leaf for leaf in tensors if not _is_narrow(leaf)), *numbers_))
+        for leaf in tensors:
+            unit = self.unit(leaf) if _is_narrow(leaf) else GRID
+            if leaf.grid:
+                self._require_on_grid(leaf, unit)
+
+    def _require_on_grid(self, leaf: Leaf, unit: int) -> None:
+        needed = -math.floor(math.log2(leaf.grid))
+        if self.most(leaf) != 1:
+            raise MessageError(
+                f"{leaf.name!r} holds multiples of 2^-{needed}, which weights would take off their grid. Let all clients count alike (Mean: {{weights: uniform}})."
+            )
+        if needed > unit:
+            largest = (2.0**31 / self.n - 1) / 2.0**needed
+            # Three digits of this are not above what fits.
+            lower = "Put" if needed > GRID else f"Lower reach to {0.99 * largest:.3g} or less, ask fewer clients, or put"
+            raise MessageError(
+                f"{leaf.name!r} holds multiples of 2^-{needed}, and a secure sum of {self.n} clients with values up to {self.reach:g} is rounded to multiples of "
+                f"2^-{unit}. {lower} the values on a coarser grid (a larger clip)."
+            )
 
     @property
     def digest(self) -> str:
         """Names it: differs where a leaf, the ring or a bound does."""
-        listed = [[leaf.name, list(leaf.shape), str(leaf.dtype), leaf.group, leaf.bound, leaf.reduce, leaf.nan] for leaf in self.leaves]
+        listed = [
+            [leaf.name, list(leaf.shape), str(leaf.dtype), leaf.group, leaf.bound, leaf.reduce, leaf.nan, leaf.grid] for leaf in self.leaves
+        ]
         text = json.dumps([listed, self.n, self.reach, self.max_weight, self.uniform])
         return hashlib.blake2b(text.encode(), digest_size=16, person=b"fedfm quantiser").hexdigest()
 
@@ -232,8 +261,8 @@ def _rounded(x_d: npt.NDArray[np.float32], reach: float, factor: float, unit: in
             num_cut += int(np.count_nonzero(np.abs(x) > most))
             x = np.clip(x, -most, most)
         coins.into(buffer, 4 * n)
-        # The nearest to value + coin, with a coin in [-1/2, 1/2), is the value rounded by chance.
-        np.multiply(drawn[:n], 2.0**-32, out=coin[:n])
+        # The nearest to value + coin, with a coin between -1/2 and 1/2, is the value rounded by chance.
+        np.multiply(drawn[:n], _COIN, out=coin[:n])
         np.multiply(x, factor * 2.0**unit, out=term[:n], dtype=np.float64)
         np.add(term[:n], coin[:n], out=term[:n])
         np.add(term[:n], _MAGIC, out=term[:n])

@@ -7,8 +7,8 @@ Agarwal, Kairouz, Liu, `The Skellam Mechanism for Differentially Private Federat
 with ``g`` a power of two, ``D = C / g + sqrt(d)`` the longest that a rounded update can be, and ``m`` the honest clients whose noise is counted on. Skellam noise
 adds up: ``m`` survivors or more have noise of at least ``z D``, whoever dropped out.
 
-The join with a secure sum is small: what is sent lies on the grid of ``g``. A channel that rounds to a finer grid of powers of two, as secure aggregation does, sends
-it exactly, and adds integers. So it needs clients that count alike, and a reach that holds an update with its noise.
+What is sent is declared to lie on the grid of ``g``. A channel of secure sums carries it exactly where its own unit, a power of two too, is as fine, where clients
+count alike, and where its reach holds an update with its noise. Otherwise the plan is refused, and each client refuses.
 
 Covered here: the server that sees the sum, and whoever sees the model. Not covered: what fewer than ``m`` honest survivors would show, which is why no such sum may be
 opened; who took part, which is known to all; evaluations and what owners tell of their counts.
@@ -24,6 +24,7 @@ import torch
 
 from fedfm.core import tree
 from fedfm.core.errors import ConfigError, PrivacyError, RunError
+from fedfm.core.leaves import Leaf
 from fedfm.core.parts import Finding, Plan, RoundContext, Traits, Transform, Tree, Update, refuse, traits, warn
 from fedfm.core.privacy import Guarantee, Release
 from fedfm.privacy import calibrate_skellam, epsilon_of, require_numbers
@@ -32,8 +33,6 @@ from fedfm.transforms.clip import ClipByNorm
 
 # Standard deviations of noise that a channel must hold beside an update.
 _TAIL = 10
-# Integers that float32 holds exactly.
-_EXACT = 2.0**24
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,8 @@ class DistributedDP(Transform):
     def check(self, plan: Plan) -> Iterator[Finding]:
         """The sum alone is covered, on its grid."""
         place = next(name for name, part in plan.parts().items() if part is self)
-        channel, sharers, known = plan.channel, self.sharers or honest(plan), honest(plan)
+        channel, known = plan.channel, honest(plan)
+        sharers = self.sharers or known
         if plan.transforms[-1] is not self:
             yield refuse(
                 place,
@@ -103,16 +103,22 @@ class DistributedDP(Transform):
                 f"DistributedDP counts on the noise of {sharers} clients; a round counts with {plan.min_clients}, of whom {known} are taken for honest. "
                 "Raise min_clients, or lower sharers.",
             )
-        reach = getattr(channel, "reach", None)
-        needed = self.clip * (1 + _TAIL * (self.noise_multiplier or 0.0) * (1 + 1 / SCALE) / math.sqrt(sharers))
-        if isinstance(reach, float | int) and reach < needed:
+        needed = self.clip * (1 + 1 / SCALE) * (1 + _TAIL * (self.noise_multiplier or 0.0) / math.sqrt(sharers))
+        if channel.largest() < needed:
             yield refuse(
                 place,
-                f"an update with its noise reaches {needed:.3g}, and {type(channel).__name__} cuts values to {reach:g}. "
-                f"Set its reach to {needed:.2g} or more.",
+                f"an update with its noise reaches {needed:.3g}, and {type(channel).__name__} cuts values to {channel.largest():g}. "
+                # Two digits of this are not below what is needed.
+                f"Set its reach to {1.05 * needed:.2g} or more.",
             )
         if self.noise_multiplier == 0:
             yield warn(place, "DistributedDP has noise_multiplier 0: nothing is promised; epsilon is infinite.")
+
+    def leaves(self, leaves: tuple[Leaf, ...]) -> tuple[Leaf, ...]:
+        """The same, of which each delta lies on the grid."""
+        sizes = {leaf.name: leaf.size for leaf in leaves if leaf.group == "delta" and leaf.dtype.is_floating_point}
+        grid = grid_of(self.clip, sum(sizes.values()))
+        return tuple(replace(leaf, grid=grid) if leaf.name in sizes else leaf for leaf in leaves)
 
     def release(self, plan: Plan) -> Release | None:
         """One noisy sum, with the noise of the fewest survivors."""
@@ -126,11 +132,13 @@ class DistributedDP(Transform):
         """What all rounds of the plan spend together.
 
         Raises:
-            PrivacyError: if no noise is enough.
+            PrivacyError: if no noise is enough, or sums may hold fewer honest owners than are counted on.
         """
         noise = self.noise_multiplier
         if noise is None or not math.isfinite(noise):
             raise PrivacyError(f"No noise keeps {plan.rounds} rounds within epsilon {self.epsilon} at delta {self.delta:g}.")
+        if num_clients is not None:
+            self._require_honest(plan, plan.sampler.largest_cohort(num_clients))
         releases = [replace(self._release(), steps=plan.rounds)] if spent is None else spent
         return Guarantee(
             epsilon=epsilon_of(releases, self.delta),
@@ -149,6 +157,14 @@ class DistributedDP(Transform):
             budget=self.epsilon,
         )
 
+    def _require_honest(self, plan: Plan, cohort: int) -> None:
+        known = plan.channel.fewest_honest(plan.min_clients, cohort)
+        if (self.sharers or 1) > known:
+            raise PrivacyError(
+                f"DistributedDP counts on the noise of {self.sharers} owners, and a sum of up to {cohort} may hold as few as {known} honest ones. "
+                + (f"Set sharers to {known} or less." if known > 0 else "Raise min_clients, or let the channel take fewer for corrupt.")
+            )
+
     def begin(self, ctx: RoundContext) -> None:
         """Writes down what the answers of this round will have spent."""
         if ctx.spent is not None:
@@ -165,8 +181,11 @@ class DistributedDP(Transform):
         longest = self.clip / grid + math.sqrt(size)
         variance = (self.noise_multiplier * longest) ** 2 / (self.sharers or 1)
         largest = longest + _TAIL * math.sqrt(variance)
-        if largest >= _EXACT:
-            raise RunError(f"DistributedDP needs integers up to {largest:.3g}, more than float32 holds exactly. Lower the noise.")
+        coarsest = max((short[name].dtype for name in names), key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
+        if largest >= 2 / torch.finfo(coarsest).eps:
+            raise RunError(
+                f"DistributedDP needs integers up to {largest:.3g}, more than {str(coarsest)[6:]} holds exactly. Lower the noise."
+            )
         if ctx.spent is not None:
             ctx.spent.add(self._release().name, 1)
         rounding, noise = ctx.secret.stream("rounding"), ctx.secret.stream("noise")
@@ -187,5 +206,4 @@ def grid_of(clip: float, size: int) -> float:
 
 def honest(plan: Plan) -> int:
     """The fewest honest clients in a round that counts: ``min_clients`` without those that the channel takes for corrupt."""
-    least = max(plan.min_clients, getattr(plan.channel, "min_clients", 1))
-    return max(1, math.floor(least * (1 - getattr(plan.channel, "corrupt", 0.0))))
+    return max(1, plan.channel.fewest_honest(plan.min_clients))

@@ -553,6 +553,8 @@ def test_a_grid_finer_than_the_unit_is_refused_with_what_would_hold_it() -> None
     assert quantiser(2.0**-19, 40.9) and quantiser(2.0**-19, n=60)
     with pytest.raises(MessageError, match="Put the values on a coarser grid"):
         quantiser(2.0**-25, 1e-3)
+    with pytest.raises(MessageError, match="'w' is bfloat16, which is too short"):
+        Quantiser((Leaf("w", (2,), torch.bfloat16, grid=0.5), declare.number("weight")), 3, 1.0, 1.0, True)
     with pytest.raises(MessageError, match="weights would take off their grid"):
         quantiser(2.0**-4, uniform=False)
 

@@ -80,6 +80,8 @@ class Quantiser:
 
     def _require_on_grid(self, leaf: Leaf, unit: int) -> None:
         needed = -math.floor(math.log2(leaf.grid))
+        if leaf.dtype in (torch.bfloat16, torch.float16):
+            raise MessageError(f"{leaf.name!r} is {str(leaf.dtype)[6:]}, which is too short for values on a grid. Train in float32.")
         if self.most(leaf) != 1:
             raise MessageError(
                 f"{leaf.name!r} holds multiples of 2^-{needed}, which weights would take off their grid. Let all clients count alike (Mean: {{weights: uniform}})."

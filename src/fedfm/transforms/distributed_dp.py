@@ -33,6 +33,8 @@ from fedfm.transforms.clip import ClipByNorm
 
 # Standard deviations of noise that a channel must hold beside an update.
 _TAIL = 10
+# Integers that float32 holds exactly.
+_EXACT = 2.0**24
 
 
 @dataclass(frozen=True)
@@ -181,11 +183,8 @@ class DistributedDP(Transform):
         longest = self.clip / grid + math.sqrt(size)
         variance = (self.noise_multiplier * longest) ** 2 / (self.sharers or 1)
         largest = longest + _TAIL * math.sqrt(variance)
-        coarsest = max((short[name].dtype for name in names), key=lambda dtype: torch.finfo(dtype).eps, default=torch.float32)
-        if largest >= 2 / torch.finfo(coarsest).eps:
-            raise RunError(
-                f"DistributedDP needs integers up to {largest:.3g}, more than {str(coarsest)[6:]} holds exactly. Lower the noise."
-            )
+        if largest >= _EXACT:
+            raise RunError(f"DistributedDP needs integers up to {largest:.3g}, more than float32 holds exactly. Lower the noise.")
         if ctx.spent is not None:
             ctx.spent.add(self._release().name, 1)
         rounding, noise = ctx.secret.stream("rounding"), ctx.secret.stream("noise")

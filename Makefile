@@ -23,7 +23,7 @@ test: $(READY) ## Lint, types and every test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/pytest -n $(JOBS)
+	$(BIN)/pytest -n $(JOBS) --dist worksteal
 
 chaos: $(READY) ## Kill coordinator, broker and members at every durable step and at 200 random instants; ends with a table
 	$(BIN)/python -m benchmarks.chaos

@@ -71,7 +71,7 @@ def main() -> None:
     unknown = set(given.sections) - set(SECTIONS)
     if unknown:
         options.error(f"there is no section {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
-    points, instants = (6, 8) if given.quick else (given.points, given.instants)
+    points, instants = (4, 6) if given.quick else (given.points, given.instants)
     rows: list[Row] = []
     with TemporaryDirectory(prefix="fedfm-chaos-") as folder, opened(Path(folder)) as ground:
         steps = {who: len(names) for who, names in ground.steps.items()}

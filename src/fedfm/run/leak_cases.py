@@ -327,14 +327,22 @@ class _Watched(Aggregator):
     seen: list[Update | Partial] = field(repr=False, compare=False)
 
     def __call__(self, updates: Any, ctx: RoundContext) -> Update:
-        self.seen.extend(updates)
-        return self.inner(iter(self.seen), ctx)
+        given: list[Update | Partial] = list(updates)
+        self.seen.extend(_copy(item) if isinstance(item, Partial) else item for item in given)
+        return self.inner(iter(given), ctx)
 
     def takes_sums(self) -> bool:
         return self.hidden
 
     def uniform(self) -> bool:
         return self.inner.uniform()
+
+
+def _copy(total: Partial) -> Partial:
+    # A rule takes the sum that it is given apart.
+    copied = Partial(total.leaves, total.uniform)
+    copied.merge(total)
+    return copied
 
 
 @dataclass(frozen=True)
